@@ -1,0 +1,327 @@
+"""The two frozen parts: a vision encoder and a causal language model, both from transformers.
+
+Shape legend, used in the whole package:
+    B images in a batch    N sequences in a batch (a caption each; N >= B)
+    P image tokens         T text tokens         S = T + P - 1 (one text slot holds the image)
+    D_v, D_l widths of the encoder and the LLM   V vocabulary   L layers   K latents (d_sae)
+
+Both classes are cheap to construct: names and numbers only. The tokenizer and the image transform
+come from small files and are read on first use; `load()` reads the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_limber.assets import resolve
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+HOOK_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+ResidualHook = Callable[[Tensor], Tensor | None]
+
+
+def freeze(module: nn.Module) -> None:
+    """Frozen means: eval mode, and no gradient for any parameter."""
+    module.eval().requires_grad_(False)
+
+
+def fingerprint(module: nn.Module, values_per_tensor: int = 4096) -> str:
+    """A short hash of a module's weights: names, shapes and evenly spaced values of each tensor.
+
+    Quick (it reads at most `values_per_tensor` values of each), and enough to tell one pretrained
+    model, or one revision of it, from another.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // values_per_tensor)].float().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class ImageTransform:
+    """PIL image -> float tensor [3, H, W], exactly as the encoder was trained to see images.
+
+    It is the encoder's own image processor (always its PIL version, so that numbers do not depend on
+    whether torchvision is installed). `image_size` replaces the size the processor names.
+    """
+
+    def __init__(self, path: str, image_size: int | None, pad_to_square: bool) -> None:
+        from transformers import AutoImageProcessor
+
+        self.processor: Any = AutoImageProcessor.from_pretrained(path, backend="pil")
+        self.pad_to_square = pad_to_square
+        if image_size is not None:
+            square = {"height": image_size, "width": image_size}
+            if getattr(self.processor, "do_center_crop", False):
+                self.processor.size = {"shortest_edge": image_size}
+                self.processor.crop_size = square
+            else:
+                self.processor.size = square
+
+    def __call__(self, image: Image) -> Tensor:
+        image = image.convert("RGB")
+        if self.pad_to_square and image.width != image.height:
+            image = self._pad(image)
+        return self.processor(image, return_tensors="pt")["pixel_values"][0]
+
+    def _pad(self, image: Image) -> Image:
+        """Centres the image on a square of the mean colour, as LLaVA 1.5 does: nothing is cropped."""
+        from PIL import Image as PILImage
+
+        side = max(image.size)
+        colour = tuple(round(255 * mean) for mean in self.processor.image_mean)
+        square = PILImage.new("RGB", (side, side), colour)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+
+
+@dataclass
+class VisionConfig:
+    """Which vision encoder, and which of its features become image tokens.
+
+    Attributes:
+        name: Hub name, local folder, or ``wheel:dinov2-small``.
+        image_size: Side of the square input in pixels; null keeps the encoder's own.
+        pad_to_square: Pad to a square before resizing instead of cropping.
+        layer: -1 is the encoder's output; any other number indexes its hidden states (-2 is the
+            penultimate, as in LLaVA; 0 the embeddings).
+        keep_cls: Keep CLS (and register) tokens in front of the patch tokens.
+        pool: Average-pool the patch grid by this factor per side (2 leaves a quarter of the tokens).
+    """
+
+    name: str = "wheel:dinov2-small"
+    image_size: int | None = None
+    pad_to_square: bool = False
+    layer: int = -1
+    keep_cls: bool = False
+    pool: int = 1
+
+
+class VisionEncoder(nn.Module):
+    """Frozen vision encoder: pixel values [B, 3, H, W] -> patch features [B, P, D_v]."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model: Any = None
+
+    @cached_property
+    def transform(self) -> ImageTransform:
+        return ImageTransform(
+            resolve(self.config.name), self.config.image_size, self.config.pad_to_square
+        )
+
+    def load(self) -> VisionEncoder:
+        """Reads the weights (float32) and freezes them. Of a two-tower model only the vision part."""
+        from transformers import AutoConfig, AutoModel
+
+        path = resolve(self.config.name)
+        model_config = AutoConfig.from_pretrained(path)
+        model_config = getattr(model_config, "vision_config", model_config)
+        self.model = AutoModel.from_pretrained(path, config=model_config, dtype=torch.float32)
+        freeze(self)
+        accepted = inspect.signature(self.model.forward).parameters
+        self._kwargs = {
+            key: True
+            for key, wanted in {
+                "interpolate_pos_encoding": self.config.image_size is not None,
+                "output_hidden_states": self.config.layer != -1,
+            }.items()
+            # Most models take output_hidden_states through **kwargs.
+            if wanted and (key in accepted or key == "output_hidden_states")
+        }
+        return self
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        output = self.model(pixel_values, **self._kwargs)
+        layer = self.config.layer
+        features = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        if features.ndim == 4:  # A CNN's feature map [B, D_v, h, w].
+            grid, cls = features, features.new_zeros(features.shape[0], 0, features.shape[1])
+        else:  # Patch tokens behind CLS and registers, [B, n + h*w, D_v].
+            patch = self.model.config.patch_size
+            patch_h, patch_w = patch if isinstance(patch, (tuple, list)) else (patch, patch)
+            h, w = pixel_values.shape[-2] // patch_h, pixel_values.shape[-1] // patch_w
+            cls, patches = features.split([features.shape[1] - h * w, h * w], dim=1)
+            grid = patches.transpose(1, 2).unflatten(2, (h, w))
+        grid = self._pool(grid)
+        patches = grid.flatten(2).transpose(1, 2)  # [B, P, D_v]
+        return torch.cat([cls, patches], dim=1) if self.config.keep_cls else patches
+
+    def _pool(self, grid: Tensor) -> Tensor:
+        pool = self.config.pool
+        if pool == 1:
+            return grid
+        if grid.shape[-1] % pool or grid.shape[-2] % pool:
+            raise ValueError(
+                f"vision.pool={pool} does not divide the {grid.shape[-2]}x{grid.shape[-1]} patch grid "
+                f"of {self.config.name}. Choose a divisor, or another vision.image_size."
+            )
+        return nn.functional.avg_pool2d(grid, pool)
+
+
+class LLM(nn.Module):
+    """Frozen causal language model with named access to its residual stream.
+
+    `embed`, `decode` and `logits` are the model's own forward in three steps, so that image tokens can
+    be put among the embeddings and the vocabulary projection can be spent on caption tokens only.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.model: Any = None
+        self.layers = nn.ModuleList()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(resolve(self.name))
+
+    def load(self) -> LLM:
+        """Reads the weights (float32), freezes them, and checks that the three steps are the model."""
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(resolve(self.name), dtype=torch.float32)
+        freeze(self)
+        config = self.model.config.get_text_config()
+        self.hidden_size: int = config.hidden_size
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self.layers = self._find_layers(config.num_hidden_layers)
+        self._check_steps()
+        return self
+
+    def _find_layers(self, count: int) -> nn.ModuleList:
+        found = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == count and "vision" not in name
+        ]
+        if len(found) != 1:
+            raise ValueError(
+                f"{self.name}: expected one list of {count} decoder layers, found "
+                f"{[name for name, _ in found]}. This architecture is not supported."
+            )
+        return found[0][1]
+
+    @torch.no_grad()
+    def _check_steps(self) -> None:
+        ids = torch.arange(1, 5)[None] % self.vocab_size
+        expected = self.model(input_ids=ids).logits[0]
+        got = self.logits(self.decode(self.embed(ids), torch.ones_like(ids))[0])
+        if not torch.allclose(got, expected, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"{self.name} ({type(self.model).__name__}): embeddings, decoder and output head do "
+                "not add up to the model's own logits. Its head does something this project does not "
+                "know about (a scale, a soft cap); it is not supported."
+            )
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.embedding.num_embeddings
+
+    @torch.no_grad()
+    def token_norm(self) -> Tensor:
+        """Mean L2 norm of the token embeddings as the first layer receives them, a scalar."""
+        chunks = torch.arange(self.vocab_size, device=self.embedding.weight.device).split(8192)
+        total = torch.stack([self.embed(ids).float().norm(dim=-1).sum() for ids in chunks]).sum()
+        return total / self.vocab_size
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token ids [N, T] -> embeddings [N, T, D_l], scaled as the model scales them."""
+        return self.embedding(input_ids)
+
+    def decode(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embeddings [N, S, D_l], mask [N, S] -> last hidden states after the final norm."""
+        output = self.model.base_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False
+        )
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [n, D_l] -> logits [n, V]. Give it contiguous rows (design: traps)."""
+        logits = self.model.get_output_embeddings()(hidden)
+        if self._softcap is not None:  # Gemma 2
+            logits = self._softcap * torch.tanh(logits / self._softcap)
+        return logits
+
+    def cast_matmuls(self, dtype: torch.dtype) -> None:
+        """Stores the decoder layers' matrices in `dtype`; norms and embeddings stay as they are.
+
+        Under autocast to the same `dtype` the numbers do not change: autocast would round the same
+        weights at every call. It saves that work and half the memory.
+        """
+        for module in self.layers.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, nn.Parameter) and weight.ndim == 2:
+                weight.data = weight.data.to(dtype)
+
+    @contextmanager
+    def residual_hooks(self, hooks: dict[str, ResidualHook]) -> Iterator[None]:
+        """Calls ``fn(residual [N, S, D_l])`` at each named place of every forward inside the context.
+
+        Names are TransformerLens': ``blocks.{l}.hook_resid_pre`` is the residual stream entering
+        layer l, ``blocks.{l}.hook_resid_post`` the one leaving it (for the last layer: before the
+        final norm). A tensor returned by `fn` replaces the residual stream from there on.
+
+        Raises:
+            ValueError: a name is not of that form, or names a layer that the model does not have.
+        """
+        handles = []
+        try:
+            for name, fn in hooks.items():
+                match = HOOK_NAME.fullmatch(name)
+                if match is None or int(match[1]) >= len(self.layers):
+                    raise ValueError(
+                        f"Hook '{name}' does not fit {self.name}: allowed are "
+                        f"blocks.0 ... blocks.{len(self.layers) - 1} with .hook_resid_pre or .hook_resid_post."
+                    )
+                layer = self.layers[int(match[1])]
+                register = _hook_pre if match[2] == "pre" else _hook_post
+                handles.append(register(layer, fn))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _hook_pre(layer: nn.Module, fn: ResidualHook):
+    def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if args:
+            new = fn(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = fn(kwargs["hidden_states"])
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _hook_post(layer: nn.Module, fn: ResidualHook):
+    def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        # Some architectures return a bare tensor, others a tuple that starts with it.
+        if isinstance(output, tuple):
+            new = fn(output[0])
+            return None if new is None else (new, *output[1:])
+        return fn(output)
+
+    return layer.register_forward_hook(hook)
