@@ -89,7 +89,7 @@ class ImageTransform:
         return square
 
 
-@dataclass
+@dataclass(frozen=True)
 class VisionConfig:
     """Which vision encoder, and which of its features become image tokens.
 
@@ -224,7 +224,7 @@ class LLM(nn.Module):
     def _check_steps(self) -> None:
         ids = torch.arange(1, 5)[None] % self.vocab_size
         expected = self.model(input_ids=ids).logits[0]
-        got = self.logits(self.decode(self.embed(ids), torch.ones_like(ids))[0])
+        got = self.logits(self.decode(self.embed(ids))[0])
         if not torch.allclose(got, expected, rtol=1e-3, atol=1e-3):
             raise ValueError(
                 f"{self.name} ({type(self.model).__name__}): embeddings, decoder and output head do "
@@ -251,11 +251,12 @@ class LLM(nn.Module):
         """Token ids [N, T] -> embeddings [N, T, D_l], scaled as the model scales them."""
         return self.embedding(input_ids)
 
-    def decode(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embeddings [N, S, D_l], mask [N, S] -> last hidden states after the final norm."""
-        output = self.model.base_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False
-        )
+    def decode(self, inputs_embeds: Tensor) -> Tensor:
+        """Embeddings [N, S, D_l] -> last hidden states after the final norm.
+
+        Sequences are padded on the right only: a causal model needs no mask for that.
+        """
+        output = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False)
         return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:

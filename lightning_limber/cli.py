@@ -1,0 +1,149 @@
+"""``python -m lightning_limber fit|validate|test|predict``: configs in, a Trainer that runs out.
+
+Layers of configuration, later ones win: configs/default.yaml, each ``--config``, then flags. A run that
+goes on from a checkpoint starts from the config that the checkpoint carries instead of the default.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_limber.callbacks import CaptionSamples, Checkpoints, SAEProbe
+from lightning_limber.data import CaptionData
+from lightning_limber.model import Limber
+from lightning_limber.resume import newest_checkpoint, read_checkpoint
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+def config_dir() -> Path:
+    """The shipped configs: inside the installed package, or at the top of a clone."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def find_configs(args: list[str]) -> list[str]:
+    """Lets ``--config configs/stamps.yaml`` name a shipped config from any working directory."""
+
+    def find(name: str) -> str:
+        shipped = config_dir() / name.removeprefix("configs/")
+        return str(shipped) if not Path(name).exists() and shipped.is_file() else name
+
+    found = []
+    for previous, arg in zip(["", *args], args, strict=False):
+        if previous in ("--config", "-c"):
+            arg = find(arg)
+        elif arg.startswith("--config="):
+            arg = "--config=" + find(arg.removeprefix("--config="))
+        found.append(arg)
+    return found
+
+
+def default_precision(accelerator: str) -> str:
+    """bf16 autocast where the hardware multiplies bfloat16 faster than float32, else float32."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
+        matrix_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return "bf16-mixed" if matrix_units else "32-true"
+    return "32-true"
+
+
+class LimberCLI(LightningCLI):
+    """LightningCLI with the probe, the caption samples and the checkpoints as config groups of their
+    own (``probe``, ``captions``, ``checkpoint``), and with a resume that never changes a setting
+    silently."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(SAEProbe, "probe")
+        parser.add_lightning_class_args(CaptionSamples, "captions")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        if "subcommand" not in self.config:
+            return
+        ckpt_path = self._settings.get("ckpt_path")
+        if not ckpt_path:
+            return
+        logger = self._settings.trainer.logger
+        runs = Path(logger.init_args.save_dir) / logger.init_args.name
+        path = newest_checkpoint(runs) if ckpt_path == "last" else Path(ckpt_path)
+        checkpoint = read_checkpoint(path)
+        saved = checkpoint["lightning_limber"]["config"]
+        base = [] if saved is None else ["--config", saved]
+        # Processes that are started for DDP read sys.argv too: all continue from the same file.
+        sys.argv[2:] = [*base, *sys.argv[2:], "--ckpt_path", str(path)]
+        super().parse_arguments(parser, args)
+        if self.config.subcommand == "fit":
+            self._continue_logs(path, checkpoint["global_step"])
+
+    def _continue_logs(self, path: Path, step: int) -> None:
+        """Logs go on in the run's own folder; what was logged after the checkpoint is replaced."""
+        logger = self._settings.trainer.logger
+        run = path.parent.parent
+        if path.parent.name == "checkpoints" and logger.class_path.endswith("TensorBoardLogger"):
+            logger.init_args.save_dir = str(run.parent.parent)
+            logger.init_args.name = run.parent.name
+            logger.init_args.version = run.name
+            logger.dict_kwargs = {"purge_step": step + 1}
+        rank_zero_info(f"[resume] continuing {path} from step {step}")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's own would put the checkpoint's settings over the flags without a word."""
+
+    @property
+    def _settings(self) -> Any:
+        return self.config[self.config.subcommand]
+
+    def before_instantiate_classes(self) -> None:
+        trainer = self._settings.trainer
+        if trainer.precision is None:
+            trainer.precision = default_precision(trainer.accelerator)
+        if self._settings.model.optimizer.total_steps < 1:
+            raise ValueError(
+                f"model.optimizer.total_steps={self._settings.model.optimizer.total_steps}: it follows "
+                "trainer.max_steps unless it is set. Set trainer.max_steps, or total_steps itself."
+            )
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        settings = self._settings.clone()
+        for key in ("config", "ckpt_path"):
+            settings.pop(key, None)
+        self.model.run_config = self._parser(self.subcommand).dump(settings, skip_validation=True)
+
+
+def main(args: list[str] | None = None) -> LimberCLI:
+    """The command line. `args` replaces ``sys.argv[1:]``."""
+    # Workers of torch's loader and of tokenizers do not mix otherwise.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.argv[1:] = find_configs(sys.argv[1:] if args is None else args)
+    # ${trainer.max_steps} means the same in a config file and in the merged config of a subcommand.
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    options = {
+        "parser_mode": "omegaconf+",
+        "default_config_files": [str(config_dir() / "default.yaml")],
+    }
+    try:
+        return LimberCLI(
+            Limber,
+            CaptionData,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"parser_mode": "omegaconf+", **{name: options for name in SUBCOMMANDS}},
+            auto_configure_optimizers=False,
+        )
+    except (FileNotFoundError, ValueError) as error:
+        if os.environ.get("LIGHTNING_LIMBER_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")

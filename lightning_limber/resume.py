@@ -1,0 +1,70 @@
+"""What a checkpoint says about the run that wrote it, and what may not change when it goes on.
+
+A resumed run is bit-equal to an uninterrupted one only if nothing that enters the arithmetic has
+changed. So every checkpoint carries the settings of its run and the fingerprints of both frozen
+models, and resuming compares them before the first step.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Settings that change speed or logging, never a number of the run.
+FREE = {"num_workers", "val_batch_size", "_instantiator", "_class_path", "adapter_weights"}
+
+
+def training_settings(trainer: Any) -> dict[str, Any]:
+    """The Trainer's settings that enter the arithmetic, as plain values."""
+    names = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+    settings = {name: getattr(trainer, name) for name in (*names, "limit_train_batches")}
+    return {key: value for key, value in settings.items() if value is not None} | {
+        "seed_everything": os.environ.get("PL_GLOBAL_SEED", "")
+    }
+
+
+def differences(saved: Any, now: Any, name: str) -> list[str]:
+    """One line for each leaf in which two nested settings differ."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        keys = [key for key in {**saved, **now} if key not in FREE]
+        return [
+            line
+            for key in keys
+            for line in differences(saved.get(key, "unset"), now.get(key, "unset"), f"{name}.{key}")
+        ]
+    if isinstance(saved, (list, tuple)) and isinstance(now, (list, tuple)):
+        saved, now = list(saved), list(now)
+    return [] if saved == now else [f"{name}: {saved!r} in the checkpoint, {now!r} now"]
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The most recently written ``last.ckpt`` of the runs in `folder`.
+
+    Raises:
+        FileNotFoundError: no run there has saved anything.
+    """
+    found = sorted(folder.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(
+            f"--ckpt_path last: no run in '{folder}' has saved a checkpoint yet. Start one with `fit` "
+            "without --ckpt_path, or give the path of a .ckpt file."
+        )
+    return found[-1]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint of this project (plain values and tensors only, on the CPU).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint of this project.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No checkpoint at '{path}'. Give an existing .ckpt file, or 'last'.")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if "lightning_limber" not in checkpoint:
+        raise ValueError(f"'{path}' was not written by lightning_limber (keys: {list(checkpoint)}).")
+    return checkpoint

@@ -1,0 +1,111 @@
+"""Pretrained sparse autoencoders, a layer each, from SAELens' registry or from folders on disk.
+
+Importing sae-lens takes about ten seconds of CPU: it happens here, when SAEs are loaded, and nowhere
+at start-up.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_limber.backbones import HOOK_NAME, LLM
+
+SUITE_PREFIX = "suite:"
+SUITES = Path(__file__).parent / "suites"
+
+
+def load_saes(release: str, sae_id: str, layers: list[int] | None, llm: LLM) -> dict[str, Any]:
+    """Loads the SAEs of a release by hook name (``blocks.3.hook_resid_post``), float32 and frozen.
+
+    Args:
+        release: A SAELens release, a folder of SAELens folders, or ``suite:NAME`` for one that ships
+            with this package.
+        sae_id: Id (or folder) of each SAE with ``{layer}`` in it: ``layer_{layer}/width_16k/canonical``.
+        layers: Which layers; null takes every layer that has an SAE.
+        llm: The loaded LLM that they will be run on.
+
+    Raises:
+        FileNotFoundError: the folder or the suite does not exist.
+        ValueError: no such release or id, or the SAEs do not fit the LLM.
+    """
+    from sae_lens import SAE
+
+    if "{layer}" not in sae_id:
+        raise ValueError(f"probe.sae_id={sae_id!r} needs {{layer}} in it.")
+    folder = suite_folder(release)
+    ids = folder_ids(folder) if folder else registry_ids(release)
+    pattern = re.compile(re.escape(sae_id).replace(re.escape("{layer}"), r"(\d+)"))
+    matches = {int(match[1]): name for name in ids if (match := pattern.fullmatch(name))}
+    wanted = sorted(matches) if layers is None else layers
+    missing = [layer for layer in wanted if layer not in matches]
+    if missing or not matches:
+        raise ValueError(
+            f"probe.sae_id={sae_id!r} of {release!r} has no SAE for layers {missing or 'at all'}. "
+            f"There are: {', '.join(sorted(ids)[:20])}{' ...' if len(ids) > 20 else ''}."
+        )
+    saes = {}
+    for layer in wanted:
+        if folder:
+            sae: Any = SAE.load_from_disk(folder / matches[layer], device="cpu")
+        else:
+            sae = SAE.from_pretrained(release, matches[layer], device="cpu")
+        hook_name = sae.cfg.metadata.hook_name
+        _check_fit(sae, hook_name, f"{release} {matches[layer]}", llm)
+        saes[hook_name] = sae.to(torch.float32).eval().requires_grad_(False)
+    return saes
+
+
+def suite_folder(release: str) -> Path | None:
+    """The folder that a release names, or None when it is a name for SAELens' registry."""
+    if release.startswith(SUITE_PREFIX):
+        folder = SUITES / release.removeprefix(SUITE_PREFIX)
+        if not folder.is_dir():
+            known = [SUITE_PREFIX + path.name for path in SUITES.iterdir() if path.is_dir()]
+            raise FileNotFoundError(f"'{release}' does not ship with this package: {known}.")
+        return folder
+    folder = Path(release).expanduser()
+    if folder.is_dir():
+        return folder
+    if release.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"probe.sae_release: there is no folder '{release}'.")
+    return None
+
+
+def folder_ids(folder: Path) -> list[str]:
+    """Folders of SAELens' on-disk layout (``cfg.json`` beside the weights), relative to `folder`."""
+    return [path.parent.relative_to(folder).as_posix() for path in folder.rglob("cfg.json")]
+
+
+def registry_ids(release: str) -> list[str]:
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    directory = get_pretrained_saes_directory()
+    if release not in directory:
+        near = sorted(name for name in directory if name[:6] == release[:6])[:10]
+        raise ValueError(
+            f"probe.sae_release={release!r} is no SAELens release and no folder. "
+            + (f"Near: {near}." if near else "See SAELens' table of pretrained SAEs.")
+        )
+    return list(directory[release].saes_map)
+
+
+def _check_fit(sae: Any, hook_name: str | None, name: str, llm: LLM) -> None:
+    match = HOOK_NAME.fullmatch(hook_name or "")
+    if match is None:
+        raise ValueError(f"SAE {name} reads '{hook_name}'; probed are hook_resid_pre and hook_resid_post.")
+    if sae.cfg.d_in != llm.hidden_size or int(match[1]) >= len(llm.layers):
+        raise ValueError(
+            f"SAE {name} reads {hook_name} of width {sae.cfg.d_in}, but {llm.name} has "
+            f"{len(llm.layers)} layers of width {llm.hidden_size}. Choose a release trained on this LLM."
+        )
+
+
+def hook_layer(hook_name: str) -> int:
+    """``blocks.3.hook_resid_post`` -> 3."""
+    match = HOOK_NAME.fullmatch(hook_name)
+    assert match is not None
+    return int(match[1])
