@@ -24,11 +24,18 @@ class Checkpoints(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep_epochs = keep_epochs
         self.dirpath: Path | None = None
-        self._saved_step = 0
+        self._between_epochs = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         folder = trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir)
         self.dirpath = Path(folder) / "checkpoints"
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Lightning counts the step that it logs at apart from the optimiser's, and that count is one
+        # too high after some resumes.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -38,18 +45,41 @@ class Checkpoints(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        step = trainer.global_step
-        if self.every_n_steps and step % self.every_n_steps == 0 and step != self._saved_step:
-            self._save(trainer, "last.ckpt")
+        # Not after the last batch of an epoch: validation and probe come first, then the epoch is saved.
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        accumulating = trainer.fit_loop._should_accumulate()
+        if self.every_n_steps and not last and not accumulating:
+            if trainer.global_step % self.every_n_steps == 0:
+                self._save(trainer, "last.ckpt")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._between_epochs = True
         if self.keep_epochs:
             self._save(trainer, f"epoch_{trainer.current_epoch + 1}.ckpt")
         self._save(trainer, "last.ckpt")
+        self._between_epochs = False
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Makes an epoch's checkpoint say that the epoch is over.
+
+        While Lightning (2.6) calls the hooks of an epoch's end, its counters still stand inside the
+        epoch: resumed from there it runs the hooks of the finished epoch again and numbers the next
+        one wrongly. What is stored instead is the state in which the next epoch starts.
+        """
+        if not self._between_epochs:
+            return
+        loop = checkpoint["loops"]["fit_loop"]
+        for scope in ("total", "current"):
+            epochs = loop["epoch_progress"][scope]
+            epochs["completed"] = epochs["processed"]
+        batches = loop["epoch_loop.batch_progress"]
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
 
     def _save(self, trainer: pl.Trainer, name: str) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert self.dirpath is not None
-        self._saved_step = trainer.global_step
-        trainer.save_checkpoint(self.dirpath / name)
+        trainer.save_checkpoint(self.dirpath / name, weights_only=False)

@@ -49,7 +49,7 @@ class SAEProbe(pl.Callback):
     def __init__(
         self,
         sae_release: str = "suite:smollm2-135m-instruct",
-        sae_id: str = "layer_{layer}",
+        sae_id: str = "blocks.{layer}.hook_resid_post",
         layers: list[int] | None = None,
         num_images: int = 256,
         every_n_epochs: int = 1,

@@ -35,6 +35,8 @@ def find_configs(args: list[str]) -> list[str]:
     """Lets ``--config configs/stamps.yaml`` name a shipped config from any working directory."""
 
     def find(name: str) -> str:
+        if "\n" in name:  # The config itself, as a resumed run hands it to its other processes.
+            return name
         shipped = config_dir() / name.removeprefix("configs/")
         return str(shipped) if not Path(name).exists() and shipped.is_file() else name
 
@@ -120,7 +122,9 @@ class LimberCLI(LightningCLI):
         settings = self._settings.clone()
         for key in ("config", "ckpt_path"):
             settings.pop(key, None)
-        self.model.run_config = self._parser(self.subcommand).dump(settings, skip_validation=True)
+        self.model.run_config = self._parser(self.subcommand).dump(
+            settings, skip_unset=False, skip_validation=True
+        )
 
 
 def main(args: list[str] | None = None) -> LimberCLI:

@@ -31,7 +31,7 @@ COLOURS = {
     "cyan": (60, 210, 225),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
-SIZES = {"small": 10, "large": 17}  # Radius in pixels on a 112 px canvas.
+SIZES = {"small": 9, "large": 15}  # Radius in pixels on a 112 px canvas.
 RELATIONS = {"left of": (1, 0), "above": (0, 1)}  # Step on the grid to the next object.
 BACKGROUNDS = {
     "white": (250, 250, 250),
@@ -85,8 +85,8 @@ def draw(scene: dict[str, Any], rng: random.Random, image_size: int) -> Image.Im
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene["background"]])
     canvas = ImageDraw.Draw(image)
     for item in scene["objects"]:
-        radius = SIZES[item["size"]] * scale * rng.uniform(0.95, 1.1)
-        x, y = ((cell + 0.5) * side / GRID + rng.uniform(-2, 2) * scale for cell in item["cell"])
+        radius = SIZES[item["size"]] * scale * rng.uniform(0.95, 1.05)
+        x, y = ((cell + 0.5) * side / GRID + rng.uniform(-1, 1) * scale for cell in item["cell"])
         item["box"] = [round(v / 2, 1) for v in (x - radius, y - radius, x + radius, y + radius)]
         _draw_shape(canvas, item["shape"], x, y, radius, COLOURS[item["colour"]])
     return image.resize((image_size, image_size), Image.Resampling.BOX)
@@ -109,12 +109,12 @@ def _draw_shape(
     elif shape == "triangle":
         canvas.polygon(polygon(3, (1.1 * r,), 0.0), fill=colour)
     elif shape == "star":
-        canvas.polygon(polygon(10, (1.15 * r, 0.45 * r), 0.0), fill=colour)
+        canvas.polygon(polygon(10, (1.1 * r, 0.45 * r), 0.0), fill=colour)
     elif shape == "cross":
         canvas.rectangle((x - r, y - 0.33 * r, x + r, y + 0.33 * r), fill=colour)
         canvas.rectangle((x - 0.33 * r, y - r, x + 0.33 * r, y + r), fill=colour)
     else:  # diamond
-        canvas.polygon([(x, y - 1.15 * r), (x + 0.75 * r, y), (x, y + 1.15 * r), (x - 0.75 * r, y)], colour)
+        canvas.polygon([(x, y - 1.1 * r), (x + 0.75 * r, y), (x, y + 1.1 * r), (x - 0.75 * r, y)], colour)
 
 
 def score_caption(caption: str, scene: dict[str, Any]) -> dict[str, tuple[int, int]]:

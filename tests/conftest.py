@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path, monkeypatch):
+    """Every test in its own folder, with errors raised instead of printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_LIMBER_TRACEBACK", "1")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """A folder with a tiny LLM, vision encoder and SAE suite."""
+    root = tmp_path_factory.mktemp("models")
+    tiny.write_llm(root / "llm")
+    tiny.write_vision(root / "vision")
+    tiny.write_saes(root / "saes")
+    return root
+
+
+def run_cli(*args: str, **kwargs) -> subprocess.CompletedProcess:
+    """``python -m lightning_limber ...`` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_limber", *map(str, args)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})},
+        **kwargs,
+    )
+
+
+@pytest.fixture
+def fit(models, monkeypatch):
+    """Runs the CLI in this process on the tiny models; returns the CLI object."""
+    from lightning_limber.cli import main
+
+    def run(*args: str, command: str = "fit", base: bool = True, probe: bool = False):
+        flags = tiny.arguments(models, probe) if base else []
+        monkeypatch.setattr(sys, "argv", ["lightning_limber"])
+        return main([command, *flags, *map(str, args)])
+
+    return run

@@ -1,0 +1,42 @@
+"""A callback that writes down every batch and stops the run at a chosen point."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+
+class Crash(Exception):
+    pass
+
+
+class CrashAt(pl.Callback):
+    """Args: the hook and optimiser step to stop at; `kill` sends SIGKILL instead of raising."""
+
+    def __init__(self, log: str, hook: str = "", step: int = -1, kill: bool = False) -> None:
+        self.path = log
+        self.hook = hook
+        self.step = step
+        self.kill = kill
+
+    def _maybe(self, hook: str, trainer: pl.Trainer) -> None:
+        if hook == self.hook and trainer.global_step == self.step:
+            if self.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise Crash
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self._maybe("batch_start", trainer)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        with Path(f"{self.path}.{trainer.global_rank}").open("a") as file:
+            file.write(f"{trainer.global_step} {' '.join(batch.ids)}\n")
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        self._maybe("validation_start", trainer)
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        self._maybe("epoch_start", trainer)

@@ -1,0 +1,200 @@
+"""A resumed run is the uninterrupted run: same batches, bit-equal adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import run_cli
+from crash import Crash
+
+from lightning_limber.resume import read_checkpoint
+
+# Dropout makes the random stream matter.
+EXTRA = ["--model.adapter.dropout=0.3"]
+
+
+def crash_flags(log: str, hook: str = "", step: int = -1, kill: bool = False) -> list[str]:
+    """Replaces the callbacks of the config: a resumed run must not crash again."""
+    init_args = {"log": log, "hook": hook, "step": step, "kill": kill}
+    return [f"--trainer.callbacks={json.dumps([{'class_path': 'crash.CrashAt', 'init_args': init_args}])}"]
+
+
+def final(root: Path) -> dict[str, torch.Tensor]:
+    return read_checkpoint(root / "checkpoints/last.ckpt")["state_dict"]
+
+
+def batches(path: Path) -> list[str]:
+    """Lines "step ids"; a step that was lost and done again must have had the same batch."""
+    return list(dict.fromkeys(path.read_text().splitlines()))
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module")
+def straight(models, tmp_path_factory) -> Path:
+    """The uninterrupted run: 3 epochs of 4 steps."""
+    root = tmp_path_factory.mktemp("straight")
+    flags = [*tiny.arguments(models, probe=False), *EXTRA, *crash_flags("batches")]
+    path = f"{Path(__file__).parent}"
+    done = run_cli("fit", *flags, cwd=root, env={"PYTHONPATH": path})
+    assert done.returncode == 0, done.stdout
+    return root
+
+
+@pytest.mark.parametrize(
+    ("hook", "step"),
+    [
+        pytest.param("batch_start", 2, id="mid epoch 0"),
+        pytest.param("batch_start", 10, id="mid epoch 2"),
+        pytest.param("validation_start", 8, id="last batch of an epoch"),
+        pytest.param("epoch_start", 8, id="end of an epoch"),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resume_is_bit_equal(straight, fit, hook, step, num_workers):
+    flags = [*EXTRA, f"--data.num_workers={num_workers}"]
+    with pytest.raises(Crash):
+        fit(*flags, *crash_flags("batches", hook, step))
+    # The last step of an epoch is saved with the epoch, after validation.
+    saved = read_checkpoint("runs/default/version_0/checkpoints/last.ckpt")["global_step"]
+    assert saved == (step - 1 if hook == "validation_start" else step)
+    # No other flag: the checkpoint knows its run.
+    cli = fit("--ckpt_path=last", *crash_flags("batches"), base=False)
+    assert cli.trainer.log_dir.endswith("version_0")
+    assert batches(Path("batches.0")) == batches(straight / "batches.0")
+    assert_equal(final(Path("runs/default/version_0")), final(straight / "runs/default/version_0"))
+
+
+@pytest.mark.parametrize("hook", ["validation_start", "epoch_start"])
+def test_every_epoch_is_validated_and_logged_once(straight, fit, hook):
+    with pytest.raises(Crash):
+        fit(*EXTRA, *crash_flags("batches", hook, 4))
+    fit("--ckpt_path=last", *crash_flags("batches"), base=False)
+    expected = scalars(straight / "runs/default/version_0", "val/loss")
+    assert scalars(Path("runs/default/version_0"), "val/loss") == expected
+    assert len(expected) == 3
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+@pytest.mark.slow
+def test_kill_9(straight, models, tmp_path):
+    path = {"PYTHONPATH": str(Path(__file__).parent)}
+    flags = [*tiny.arguments(models, probe=False), *EXTRA]
+    killed = run_cli("fit", *flags, *crash_flags("batches", "batch_start", 6, kill=True), env=path)
+    assert killed.returncode == -9, killed.stdout
+    resumed = run_cli("fit", "--ckpt_path=last", *crash_flags("batches"), env=path)
+    assert resumed.returncode == 0, resumed.stdout
+    assert batches(Path("batches.0")) == batches(straight / "batches.0")
+    assert_equal(final(Path("runs/default/version_0")), final(straight / "runs/default/version_0"))
+
+
+@pytest.mark.slow
+def test_kill_9_of_two_processes(models, tmp_path):
+    path = {"PYTHONPATH": str(Path(__file__).parent)}
+    flags = [*tiny.arguments(models, probe=True), *EXTRA]
+    flags += ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.num_workers=1"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    done = run_cli("fit", *flags, *crash_flags("batches"), env=path, cwd=tmp_path / "a")
+    assert done.returncode == 0, done.stdout
+    crash = crash_flags("batches", "batch_start", 6, kill=True)
+    killed = run_cli("fit", *flags, *crash, env=path, cwd=tmp_path / "b")
+    assert killed.returncode != 0, killed.stdout
+    flags = ["--ckpt_path=last", *crash_flags("batches")]
+    resumed = run_cli("fit", *flags, env=path, cwd=tmp_path / "b")
+    assert resumed.returncode == 0, resumed.stdout
+    for rank in (0, 1):
+        a, b = (batches(tmp_path / run / f"batches.{rank}") for run in "ab")
+        assert a == b
+    runs = [tmp_path / run / "runs/default/version_0" for run in "ab"]
+    assert_equal(final(runs[1]), final(runs[0]))
+
+
+def test_checkpoint_is_small_and_plain(straight):
+    path = straight / "runs/default/version_0/checkpoints/last.ckpt"
+    assert path.stat().st_size < 300_000  # The tiny LLM alone has more; the adapter has 800 weights.
+    checkpoint = torch.load(path, weights_only=True)
+    assert set(checkpoint["state_dict"]) == {
+        "adapter.calibrated",
+        "adapter.input_norm.mean",
+        "adapter.input_norm.std",
+        "adapter.project.weight",
+        "adapter.project.bias",
+    }
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "epoch_1.ckpt",
+        "epoch_2.ckpt",
+        "epoch_3.ckpt",
+        "last.ckpt",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--model.optimizer.lr=0.5", "model.optimizer.lr: 0.02 in the checkpoint, 0.5 now"),
+        ("--data.batch_size=8", "data.batch_size: 4 in the checkpoint, 8 now"),
+        ("--trainer.gradient_clip_val=7", "trainer.gradient_clip_val: 1.0 in the checkpoint, 7 now"),
+        ("--model.prompt={image}{caption}", "model.prompt"),
+        ("--seed_everything=5", "trainer.seed_everything: '0' in the checkpoint, '5' now"),
+    ],
+)
+def test_a_changed_setting_stops_the_resume(straight, fit, flag, message):
+    path = straight / "runs/default/version_0/checkpoints/epoch_1.ckpt"
+    with pytest.raises(ValueError, match=r"belongs to another run") as error:
+        fit(f"--ckpt_path={path}", flag, base=False)
+    assert message in str(error.value)
+
+
+def test_other_backbones_stop_the_resume(straight, fit, tmp_path):
+    """The same names, other weights behind them."""
+    from transformers import AutoModelForCausalLM
+
+    other = tiny.write_llm(tmp_path / "llm")
+    model = AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    model.save_pretrained(other)
+    path = straight / "runs/default/version_0/checkpoints/epoch_1.ckpt"
+    with pytest.raises(ValueError, match=r"weights\.llm: '\w+' in the checkpoint, '\w+' now"):
+        fit(f"--ckpt_path={path}", f"--model.llm={other}", base=False)
+
+
+def test_last_without_a_run_stops(fit):
+    with pytest.raises(FileNotFoundError, match="no run in 'runs/default' has saved a checkpoint"):
+        fit("--ckpt_path=last")
+
+
+def test_a_file_that_is_no_checkpoint_stops(fit, tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="was not written by lightning_limber"):
+        fit(f"--ckpt_path={tmp_path / 'other.ckpt'}")
+
+
+def test_a_new_run_starts_from_a_finished_adapter(straight, fit):
+    path = straight / "runs/default/version_0/checkpoints/last.ckpt"
+    cli = fit(f"--model.adapter_weights={path}", "--trainer.max_steps=1", "--model.optimizer.lr=0")
+    assert_equal(
+        {f"adapter.{key}": value for key, value in cli.model.adapter.state_dict().items()}, final(path.parents[1])
+    )
+
+
+def test_adapter_weights_of_another_shape_stop(straight, fit):
+    path = straight / "runs/default/version_0/checkpoints/last.ckpt"
+    with pytest.raises(ValueError, match="the adapter there is"):
+        fit(f"--model.adapter_weights={path}", "--model.adapter.kind=mlp")
