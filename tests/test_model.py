@@ -1,0 +1,178 @@
+"""The module: its loss against the LLM's own, what is frozen, what learns, what is never counted."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import tiny
+import torch
+
+from lightning_limber.adapters import AdapterConfig
+from lightning_limber.backbones import VisionConfig
+from lightning_limber.data.scenes import SceneSet
+from lightning_limber.model import Limber, OptimizerConfig, lr_factor
+
+
+@pytest.fixture
+def model(models) -> Limber:
+    vision = VisionConfig(str(models / "vision"), image_size=32, pool=2)
+    module = Limber(vision=vision, llm=str(models / "llm"), max_caption_tokens=20)
+    module.configure_model()
+    return module
+
+
+def batch_of(model: Limber, count: int = 4, captions: int = 1):
+    records = [SceneSet("train", 100, 112, 0)[i] for i in range(count)]
+    chosen = [[record.captions[0], "a red cat ."][:captions] for record in records]
+    return model.collator()(records, chosen)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_loss_is_the_llms_own_on_the_caption(models, tmp_path, architecture):
+    """Against transformers' full forward and loss, a sequence at a time, without padding."""
+    name = tiny.write_llm(tmp_path, architecture)
+    model = Limber(vision=VisionConfig(str(models / "vision"), image_size=32, pool=2), llm=name)
+    model.configure_model()
+    batch = batch_of(model)
+    image_tokens, losses, correct = model(batch)
+    assert len(losses) == len(correct) == len(batch.target_index)
+    expected = []
+    for row in range(4):
+        columns = batch.target_index[batch.target_index[:, 0] == row, 1]
+        length = int(columns.max()) + 1
+        embeds = model.llm.embed(torch.cat([batch.prefix_ids, batch.text_ids[row, :length]]))
+        start = len(batch.prefix_ids)
+        embeds = torch.cat([embeds[:start], image_tokens[row], embeds[start:]])
+        labels = torch.full((len(embeds),), -100)
+        labels[start + image_tokens.shape[1] + columns] = batch.text_ids[row, columns]
+        output = model.llm.model(inputs_embeds=embeds[None], labels=labels[None])
+        expected.append(output.loss * len(columns))
+    torch.testing.assert_close(losses.sum(), torch.stack(expected).sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_several_captions_of_an_image_are_sequences_of_their_own(model):
+    whole = batch_of(model, 3, captions=2)
+    assert whole.image_index.tolist() == [0, 0, 1, 1, 2, 2]
+    _, losses, _ = model(whole)
+    rows = whole.target_index[:, 0]
+    _, single, _ = model(batch_of(model, 3))
+    torch.testing.assert_close(losses[rows % 2 == 0], single, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_does_not_change_a_sequence(model):
+    batch = batch_of(model, 4)
+    _, losses, _ = model(batch)
+    for row in range(4):
+        alone = model.collator()([SceneSet("train", 100, 112, 0)[row]], [batch.captions[row]])
+        _, expected, _ = model(alone)
+        mine = losses[batch.target_index[:, 0] == row]
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_groups_hold_image_and_caption_tokens_only(model):
+    batch = batch_of(model, 2)
+    sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
+    image, caption = sequences.groups["image"], sequences.groups["caption"]
+    assert image[0].nonzero()[:, 0].tolist() == [1, 2, 3, 4]  # After BOS; a 2x2 grid.
+    words = len(batch.captions[0][0].replace(".", " .").split())
+    assert caption[0].nonzero()[:, 0].tolist() == list(range(5, 5 + words))  # Without the end token.
+    text = model.sequences(batch, None)
+    assert text.groups["image"].sum() == 0
+    assert text.groups["caption"].sum() == caption.sum()
+
+
+def test_the_first_position_is_never_counted(models):
+    vision = VisionConfig(str(models / "vision"), image_size=32, pool=2)
+    model = Limber(vision=vision, llm=str(models / "llm"), prompt="{image}{caption}{eos}")
+    model.configure_model()
+    batch = batch_of(model, 2)
+    sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
+    assert sequences.groups["image"][0].nonzero()[:, 0].tolist() == [1, 2, 3]
+    assert not model.sequences(batch, None).groups["caption"][:, 0].any()
+
+
+def test_frozen_parts_are_outside_the_module_tree(model):
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"adapter"}
+    assert {name.split(".")[0] for name in model.state_dict()} == {"adapter"}
+    model.train()
+    assert not model.vision.training
+    assert not model.llm.model.training
+    optimizer = model.configure_optimizers()["optimizer"]
+    optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in model.adapter.parameters()}
+    model.double()  # But they move with the module.
+    assert next(model.llm.parameters()).dtype == torch.float64
+
+
+def test_gradient_reaches_the_adapter_only(model):
+    _, losses, _ = model(batch_of(model))
+    losses.mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.adapter.parameters())
+    assert all(p.grad is None for part in (model.vision, model.llm) for p in part.parameters())
+
+
+def weights_hash(*modules: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_frozen_weights_are_bit_identical_after_training(fit, models):
+    fresh = Limber(vision=VisionConfig(str(models / "vision"), image_size=32), llm=str(models / "llm"))
+    fresh.configure_model()
+    before = weights_hash(fresh.vision, fresh.llm)
+    cli = fit()
+    assert weights_hash(cli.model.vision, cli.model.llm) == before
+
+
+def test_adapter_does_not_depend_on_what_loading_draws(models, monkeypatch):
+    def built(draws: int) -> torch.Tensor:
+        torch.manual_seed(7)
+        module = Limber(vision=VisionConfig(str(models / "vision"), image_size=32), llm=str(models / "llm"))
+        load = module.llm.load
+        monkeypatch.setattr(module.llm, "load", lambda: (torch.rand(draws), load())[1])
+        module.configure_model()
+        return module.adapter.project.weight
+
+    assert torch.equal(built(1), built(5))
+
+
+def test_learning_rate_schedule():
+    config = OptimizerConfig(warmup_steps=4, total_steps=12, min_lr_ratio=0.1)
+    factors = [lr_factor(step, config) for step in range(14)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[8] == pytest.approx(0.55)
+    assert factors[12:] == pytest.approx([0.1, 0.1])
+
+
+def test_image_must_fit_the_context(models, tmp_path):
+    vision = VisionConfig(str(models / "vision"), image_size=96)
+    model = Limber(vision=vision, llm=str(models / "llm"))  # 144 image tokens, 128 positions.
+    with pytest.raises(ValueError, match="144 image tokens and captions of 64 do not fit the 128"):
+        model.configure_model()
+
+
+def test_generation_is_the_llms_own_greedy_continuation(model):
+    batch = batch_of(model, 2)
+    written = model.generate(batch.pixel_values, max_new_tokens=5)
+    embeds = torch.cat(
+        [model.llm.embed(batch.prefix_ids).expand(2, -1, -1), model.image_tokens(batch.pixel_values)], dim=1
+    )
+    for row in range(2):
+        sequence, ids = embeds[row : row + 1], []
+        for _ in range(5):
+            token = model.llm.model(inputs_embeds=sequence).logits[0, -1].argmax()
+            if token == model.llm.tokenizer.eos_token_id:
+                break
+            ids.append(int(token))
+            sequence = torch.cat([sequence, model.llm.embed(token[None, None])], dim=1)
+        assert written[row] == model.llm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_adapter_config_survives_the_hyper_parameters(model):
+    again = Limber(**model.hparams)
+    assert again.adapter_config == AdapterConfig()
+    assert again.vision.config == model.vision.config
