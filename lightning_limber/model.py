@@ -144,7 +144,7 @@ class Limber(pl.LightningModule):
         if self.hparams["adapter_weights"] is not None:
             self._load_adapter(self.hparams["adapter_weights"])
         if self._trainer is not None and self.trainer.precision == "bf16-mixed":
-            self.llm.cast_matmuls(torch.bfloat16)
+            self.llm.prepare_autocast(torch.bfloat16)
         hparams = self.hparams
         rank_zero_info(f"[frozen]    vision  {_millions(self.vision)}  {hparams['vision']['name']}")
         rank_zero_info(f"[frozen]    llm     {_millions(self.llm)}  {hparams['llm']}")

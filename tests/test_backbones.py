@@ -74,12 +74,13 @@ def test_unknown_head_is_refused(models, monkeypatch):
         LLM(str(models / "llm")).load()
 
 
-def test_casting_the_matmuls_changes_nothing_under_autocast(models):
+def test_prepared_weights_are_those_that_autocast_would_use(models):
     llm = LLM(str(models / "llm")).load()
+    llm.model.set_attn_implementation("eager")
     embeds = llm.embed(torch.arange(4, 16).view(2, 6))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = llm.decode(embeds)
-        llm.cast_matmuls(torch.bfloat16)
+        llm.prepare_autocast(torch.bfloat16)
         assert torch.equal(llm.decode(embeds), before)
 
 
