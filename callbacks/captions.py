@@ -69,9 +69,7 @@ class CaptionSamples(pl.Callback):
         print(f"[captions] step {trainer.global_step}: right slots (chance): {', '.join(parts)}")
 
 
-def slot_shares(
-    data: CaptionData, written: list[str], scenes: list[Any], prefix: str
-) -> dict[str, float]:
+def slot_shares(data: CaptionData, written: list[str], scenes: list[Any], prefix: str) -> dict[str, float]:
     """Share of right slots by kind of slot, and over ``all`` of them; empty without ground truth."""
     right: dict[str, int] = {}
     total: dict[str, int] = {}

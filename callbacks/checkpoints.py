@@ -47,10 +47,10 @@ class Checkpoints(Checkpoint):
     ) -> None:
         # Not after the last batch of an epoch: validation and probe come first, then the epoch is saved.
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        accumulating = trainer.fit_loop._should_accumulate()
-        if self.every_n_steps and not last and not accumulating:
-            if trainer.global_step % self.every_n_steps == 0:
-                self._save(trainer, "last.ckpt")
+        if last or not self.every_n_steps or trainer.fit_loop._should_accumulate():
+            return
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer, "last.ckpt")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._between_epochs = True

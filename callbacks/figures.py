@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import textwrap
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = {
     "image": "#D55E00",
@@ -34,7 +37,7 @@ Results = dict[str, dict[str, list[float]]]
 
 def probe_figure(layers: list[int], now: Results, untrained: Results | None, title: str) -> Figure:
     """Every metric by layer: a line for each group, and the untrained adapter's image tokens."""
-    figure = Figure(figsize=(15, 7.2), layout="constrained")
+    figure = _figure(15, 7.2)
     axes = figure.subplots(2, 4).flat
     for axis, metric in zip(axes, DRAWN, strict=True):
         curves = {group: values[metric] for group, values in now.items() if metric in values}
@@ -59,7 +62,7 @@ def heatmap_figure(layers: list[int], history: dict[int, Results], title: str) -
     """Image tokens, layer by epoch, for the metrics that show alignment at a glance."""
     epochs = sorted(history)
     metrics = ("fvu", "cosine", "l0", "shared")
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    figure = _figure(15, 4.2)
     for axis, metric in zip(figure.subplots(1, len(metrics)), metrics, strict=True):
         values = np.array([history[epoch]["image"][metric] for epoch in epochs]).T
         image = axis.imshow(values, aspect="auto", origin="lower", cmap="viridis")
@@ -77,7 +80,7 @@ def caption_figure(images: list[torch.Tensor], references: list[str], written: l
     """Pictures [3, H, W] (as the encoder sees them, colours stretched back) with both captions."""
     columns = 4
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(15, 4.2 * rows), layout="constrained")
+    figure = _figure(15, 4.2 * rows)
     for axis, image, reference, caption in zip(
         np.atleast_1d(figure.subplots(rows, columns)).flat, images, references, written, strict=False
     ):
@@ -89,9 +92,13 @@ def caption_figure(images: list[torch.Tensor], references: list[str], written: l
     return figure
 
 
-def _wrap(text: str, width: int = 52) -> str:
-    import textwrap
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # Not at start-up: --help does not draw.
 
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _wrap(text: str, width: int = 52) -> str:
     return "\n".join(textwrap.wrap(text, width)[:4])
 
 

@@ -23,6 +23,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PREFIX = "wheel:"
 
@@ -146,7 +147,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, file = str(source.parent), source.name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     # The weights are plain floats now; without this transformers refuses to save them.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -165,9 +166,7 @@ def _convert_dinov2_onnx(source: Path, target: Path) -> None:
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
     graph = onnx.load(str(source)).graph
-    constants = {
-        i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in graph.initializer
-    }
+    constants = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in graph.initializer}
     state = {
         name.removeprefix("backbone."): tensor
         for name, tensor in constants.items()

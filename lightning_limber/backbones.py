@@ -121,9 +121,7 @@ class VisionEncoder(nn.Module):
 
     @cached_property
     def transform(self) -> ImageTransform:
-        return ImageTransform(
-            resolve(self.config.name), self.config.image_size, self.config.pad_to_square
-        )
+        return ImageTransform(resolve(self.config.name), self.config.image_size, self.config.pad_to_square)
 
     def load(self) -> VisionEncoder:
         """Reads the weights (float32) and freezes them. Of a two-tower model only the vision part."""
@@ -299,7 +297,8 @@ class LLM(nn.Module):
                 if match is None or int(match[1]) >= len(self.layers):
                     raise ValueError(
                         f"Hook '{name}' does not fit {self.name}: allowed are "
-                        f"blocks.0 ... blocks.{len(self.layers) - 1} with .hook_resid_pre or .hook_resid_post."
+                        f"blocks.0 ... blocks.{len(self.layers) - 1} with .hook_resid_pre or "
+                        ".hook_resid_post."
                     )
                 layer = self.layers[int(match[1])]
                 register = _hook_pre if match[2] == "pre" else _hook_post

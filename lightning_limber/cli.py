@@ -63,7 +63,8 @@ def default_precision(accelerator: str) -> str:
 class LimberCLI(LightningCLI):
     """LightningCLI with the probe, the caption samples and the checkpoints as config groups of their
     own (``probe``, ``captions``, ``checkpoint``), and with a resume that never changes a setting
-    silently."""
+    silently.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(SAEProbe, "probe")

@@ -27,9 +27,7 @@ from torchmetrics import Metric
 SUMS = ("tokens", "outliers", "squares", "errors", "cosines", "norm_ratios", "norms", "actives")
 
 
-def token_sums(
-    x: Tensor, reconstruction: Tensor, latents: Tensor, keep: Tensor
-) -> dict[str, Tensor]:
+def token_sums(x: Tensor, reconstruction: Tensor, latents: Tensor, keep: Tensor) -> dict[str, Tensor]:
     """The float64 sums over one batch of tokens that all the metrics are quotients of.
 
     Args:

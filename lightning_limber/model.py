@@ -109,8 +109,10 @@ class Limber(pl.LightningModule):
         self.__dict__["llm"] = LLM(llm)
         self.run_config: str | None = None
         """The run's whole config as YAML, set by the CLI; travels in the checkpoint."""
-        self.val_loss = MeanMetric().set_dtype(torch.float64)
-        self.val_accuracy = MeanMetric().set_dtype(torch.float64)
+        # Held-out images with their own captions, and with another image's.
+        self.val_loss, self.val_loss_shuffled, self.val_accuracy = (
+            MeanMetric().set_dtype(torch.float64) for _ in range(3)
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Limber:
         for frozen in (self.vision, self.llm):
@@ -290,18 +292,31 @@ class Limber(pl.LightningModule):
         gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]
         self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         _, losses, correct = self(batch)
         # Sums are kept apart from counts and added over processes: no image counts twice.
-        self.val_loss.update(losses)
-        self.val_accuracy.update(correct.double())
+        if dataloader_idx == 1:
+            self.val_loss_shuffled.update(losses)
+        else:
+            self.val_loss.update(losses)
+            self.val_accuracy.update(correct.double())
 
     def on_validation_epoch_end(self) -> None:
         loss = self.val_loss.compute()
-        values = {"loss": loss, "perplexity": loss.exp(), "accuracy": self.val_accuracy.compute()}
+        values = {
+            "loss": loss,
+            # If this is no higher, the model does not look at the image.
+            "loss_shuffled": self.val_loss_shuffled.compute(),
+            "perplexity": loss.exp(),
+            "accuracy": self.val_accuracy.compute(),
+        }
         self.log_dict({f"val/{name}": value.float() for name, value in values.items()}, prog_bar=True)
-        self.val_loss.reset()
-        self.val_accuracy.reset()
+        rank_zero_info(
+            f"[val] step {self.global_step}: "
+            + ", ".join(f"{name} {float(value):.3f}" for name, value in values.items())
+        )
+        for metric in (self.val_loss, self.val_loss_shuffled, self.val_accuracy):
+            metric.reset()
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end

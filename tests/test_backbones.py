@@ -55,7 +55,10 @@ def test_hook_can_replace_the_residual_stream(models):
 @pytest.mark.parametrize("name", ["blocks.3.hook_resid_post", "blocks.0.hook_mlp_out", "layer_0"])
 def test_wrong_hook_names(models, name):
     llm = LLM(str(models / "llm")).load()
-    with pytest.raises(ValueError, match=r"allowed are blocks\.0 \.\.\. blocks\.2"), llm.residual_hooks({name: print}):
+    with (
+        pytest.raises(ValueError, match=r"allowed are blocks\.0 \.\.\. blocks\.2"),
+        llm.residual_hooks({name: print}),
+    ):
         pass
 
 
@@ -122,7 +125,10 @@ def test_of_two_towers_only_the_vision_weights_are_read(tmp_path):
     name = tiny.write_vision(tmp_path, "clip")
     encoder = VisionEncoder(VisionConfig(name)).load()
     whole = CLIPModel.from_pretrained(name).vision_model.state_dict()
-    own = {key.removeprefix("model.").removeprefix("vision_model."): v for key, v in encoder.state_dict().items()}
+    own = {
+        key.removeprefix("model.").removeprefix("vision_model."): v
+        for key, v in encoder.state_dict().items()
+    }
     assert own.keys() == whole.keys()
     assert all(torch.equal(own[key], whole[key]) for key in whole)
 

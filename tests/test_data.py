@@ -43,7 +43,9 @@ class Numbers:
 
 
 def loader(count: int = 22, rank: int = 0, world_size: int = 1, **kwargs) -> BatchLoader:
-    source = _BatchSource(Numbers(count), lambda records, captions: ([r.id for r in records], captions), 1, 0)
+    source = _BatchSource(
+        Numbers(count), lambda records, captions: ([r.id for r in records], captions), 1, 0
+    )
     kwargs = {"shuffle": True, "num_workers": 0, **kwargs}
     return BatchLoader(source, 4, rank=rank, world_size=world_size, **kwargs)
 
@@ -104,6 +106,17 @@ def test_captions_are_drawn_anew_each_epoch():
         chosen.append({i: tuple(c) for ids_, captions in a for i, c in zip(ids_, captions, strict=True)})
     assert all(len(set(captions)) == 2 for epoch in chosen for captions in epoch.values())
     assert len({epoch[i] for i in chosen[0] for epoch in chosen if i in epoch}) > 1
+
+
+def test_shuffled_captions_are_the_next_images_in_any_batch():
+    expected = [f"{(i + 1) % 22}" for i in range(22)]
+    for size in (4, 7):
+        a = loader(shuffle=False)
+        a.source.shuffled, a.batch_size = True, size
+        drawn = [
+            (i, caption[0][:-1]) for ids_, captions in a for i, caption in zip(ids_, captions, strict=True)
+        ]
+        assert drawn == list(enumerate(expected))
 
 
 # -- scenes -----------------------------------------------------------------------------------------

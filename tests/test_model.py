@@ -159,7 +159,8 @@ def test_generation_is_the_llms_own_greedy_continuation(model):
     batch = batch_of(model, 2)
     written = model.generate(batch.pixel_values, max_new_tokens=5)
     embeds = torch.cat(
-        [model.llm.embed(batch.prefix_ids).expand(2, -1, -1), model.image_tokens(batch.pixel_values)], dim=1
+        [model.llm.embed(batch.prefix_ids).expand(2, -1, -1), model.image_tokens(batch.pixel_values)],
+        dim=1,
     )
     for row in range(2):
         sequence, ids = embeds[row : row + 1], []

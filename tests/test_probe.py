@@ -43,9 +43,22 @@ def test_every_metric_by_layer_group_and_epoch_is_in_the_event_file(run):
                 assert steps == [0, 4, 8]  # The untrained adapter, then each epoch.
     for tag in ("probe/by_layer", "probe/by_epoch", "captions"):
         assert tag in log.Tags()["images"]
-    for tag in ("val/loss", "val/perplexity", "val/accuracy", "train/grad_norm", "train/lr", "captions/all"):
+    for tag in (
+        "val/loss",
+        "val/perplexity",
+        "val/accuracy",
+        "train/grad_norm",
+        "train/lr",
+        "captions/all",
+    ):
         assert tag in log.Tags()["scalars"]
-    for tag in ("train/loss", "train/accuracy", "train/perplexity", "train/adapter_norm", "captions_chance/all"):
+    for tag in (
+        "train/loss",
+        "train/accuracy",
+        "train/perplexity",
+        "train/adapter_norm",
+        "captions_chance/all",
+    ):
         assert tag in log.Tags()["scalars"]
 
 
@@ -85,7 +98,9 @@ def test_against_a_second_computation(fit, models):
             rows = residuals(torch.cat([prefix, image, text]), hook_name)
             tokens["image"].append(rows[1:5])
             tokens["caption"].append(rows[5:][torch.tensor(is_caption)])
-            tokens["text"].append(residuals(torch.cat([prefix, text]), hook_name)[1:][torch.tensor(is_caption)])
+            tokens["text"].append(
+                residuals(torch.cat([prefix, text]), hook_name)[1:][torch.tensor(is_caption)]
+            )
         norms = []
         for caption in captions:
             ids, is_caption, _ = prompt.text(caption)
@@ -131,7 +146,10 @@ def test_does_not_depend_on_the_batch(fit):
     for other in results[1:]:
         for group, metrics in results[0].items():
             for metric, values in metrics.items():
-                assert other[group][metric] == pytest.approx(values, rel=1e-4, abs=1e-3), (group, metric)
+                assert other[group][metric] == pytest.approx(values, rel=1e-4, abs=1e-3), (
+                    group,
+                    metric,
+                )
 
 
 @pytest.mark.slow

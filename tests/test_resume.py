@@ -190,7 +190,8 @@ def test_a_new_run_starts_from_a_finished_adapter(straight, fit):
     path = straight / "runs/default/version_0/checkpoints/last.ckpt"
     cli = fit(f"--model.adapter_weights={path}", "--trainer.max_steps=1", "--model.optimizer.lr=0")
     assert_equal(
-        {f"adapter.{key}": value for key, value in cli.model.adapter.state_dict().items()}, final(path.parents[1])
+        {f"adapter.{key}": value for key, value in cli.model.adapter.state_dict().items()},
+        final(path.parents[1]),
     )
 
 

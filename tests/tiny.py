@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 WORDS = (
-    "a small large red green blue yellow orange purple brown cyan circle square triangle star cross diamond "
-    "left of above on white black gray pink background . the picture describe cat dog one two three user "
-    "assistant"
+    "a small large red green blue yellow orange purple brown cyan circle square triangle star "
+    "cross diamond left of above on white black gray pink background . the picture describe cat dog "
+    "one two three user assistant"
 ).split()
 
 

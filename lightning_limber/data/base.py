@@ -27,19 +27,29 @@ class _BatchSource:
     """Makes a batch from (epoch, indices); what a worker process runs."""
 
     def __init__(
-        self, records: RecordSet, collate: Collator, captions_per_image: int, seed: int
+        self,
+        records: RecordSet,
+        collate: Collator,
+        captions_per_image: int,
+        seed: int,
+        shuffled: bool = False,
     ) -> None:
         self.records = records
         self.collate = collate
         self.captions_per_image = captions_per_image
         self.seed = seed
+        self.shuffled = shuffled
 
     def __getitem__(self, spec: tuple[int, list[int]]) -> Batch:
         epoch, indices = spec
         records = [self.records[i] for i in indices]
+        # The control: every image with the captions of the next one, whatever the batches are.
+        next_ones = (
+            [self.records[(i + 1) % len(self.records)] for i in indices] if self.shuffled else records
+        )
         captions = [
             choose_captions(record.captions, self.captions_per_image, (self.seed, epoch, i))
-            for i, record in zip(indices, records, strict=True)
+            for i, record in zip(indices, next_ones, strict=True)
         ]
         return self.collate(records, captions)
 
@@ -96,9 +106,7 @@ class BatchLoader:
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.source.seed * 1_000_003 + epoch)
             order = torch.randperm(self.count, generator=generator)
-        batches = [
-            chunk[self.rank :: self.world_size].tolist() for chunk in order.split(self.batch_size)
-        ]
+        batches = [chunk[self.rank :: self.world_size].tolist() for chunk in order.split(self.batch_size)]
         return batches[: len(self)]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -186,11 +194,16 @@ class CaptionData(pl.LightningDataModule):
         return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
     def _loader(
-        self, records: RecordSet, batch_size: int, shuffle: bool, limit: int | None = None
+        self,
+        records: RecordSet,
+        batch_size: int,
+        shuffle: bool,
+        limit: int | None = None,
+        shuffled_captions: bool = False,
     ) -> BatchLoader:
         rank, world_size = self._world
         return BatchLoader(
-            _BatchSource(records, self.collate, self.captions_per_image, self.seed),
+            _BatchSource(records, self.collate, self.captions_per_image, self.seed, shuffled_captions),
             batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,
@@ -203,10 +216,16 @@ class CaptionData(pl.LightningDataModule):
         return self._loader(self.train_set, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> Any:
-        return self._loader(self.val_set, self.val_batch_size, shuffle=False)
+        """Held-out images with their own captions, and (the control) with another image's."""
+        return [
+            self._loader(self.val_set, self.val_batch_size, shuffle=False, shuffled_captions=shuffled)
+            for shuffled in (False, True)
+        ]
 
     test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> Any:
+        return self._loader(self.val_set, self.val_batch_size, shuffle=False)
 
     def probe_dataloader(self, num_images: int) -> BatchLoader:
         """The first `num_images` held-out images, always the same, in this process' share."""

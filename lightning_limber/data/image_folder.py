@@ -190,7 +190,9 @@ class ImageFolder(CaptionData):
         if new:
             with ThreadPoolExecutor() as pool:
                 reasons = pool.map(lambda name: _reason(self.folder / name), new)
-                bar = tqdm(zip(new, reasons, strict=True), "Checking images", len(new), disable=len(new) < 100)
+                bar = tqdm(
+                    zip(new, reasons, strict=True), "Checking images", len(new), disable=len(new) < 100
+                )
                 known |= {stamps[name]: reason for name, reason in bar}
             ledger.parent.mkdir(parents=True, exist_ok=True)
             scratch = ledger.with_suffix(f".{hashlib.sha256(str(new).encode()).hexdigest()[:8]}")
