@@ -148,6 +148,11 @@ class VisionEncoder(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         output = self.model(pixel_values, **self._kwargs)
         layer = self.config.layer
+        if layer != -1 and not -len(output.hidden_states) <= layer < len(output.hidden_states):
+            raise ValueError(
+                f"vision.layer={layer}: {self.config.name} has hidden states 0 to "
+                f"{len(output.hidden_states) - 1}; negative numbers count from the end."
+            )
         features = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
         if features.ndim == 4:  # A CNN's feature map [B, D_v, h, w].
             grid, cls = features, features.new_zeros(features.shape[0], 0, features.shape[1])

@@ -115,6 +115,8 @@ def test_vision_features(architecture, tmp_path):
     torch.testing.assert_close(pooled[0, 0], last[0, [0, 1, 4, 5]].mean(0))  # Neighbours in the picture.
     if architecture != "beit":  # BEiT's relative positions are bound to its grid.
         assert tokens(image_size=64).shape == (1, 64, 24)
+    with pytest.raises(ValueError, match=r"vision\.layer=9: .* has hidden states 0 to 2"):
+        tokens(layer=9)
     with pytest.raises(ValueError, match=r"vision\.pool=3 does not divide the 4x4"):
         tokens(pool=3)
 

@@ -152,6 +152,7 @@ def arguments(root: Path, probe: bool = True) -> list[str]:
         "model.llm": root / "llm",
         "model.vision.name": root / "vision",
         "model.vision.image_size": 32,
+        "model.vision.layer": -1,
         "model.vision.pool": 2,
         "model.optimizer.lr": 0.02,
         "model.optimizer.warmup_steps": 2,

@@ -31,7 +31,7 @@ COLOURS = {
     "cyan": (60, 210, 225),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
-SIZES = {"small": 9, "large": 15}  # Radius in pixels on a 112 px canvas.
+SIZES = {"small": 10, "large": 16}  # Radius in pixels on a 112 px canvas.
 RELATIONS = {"left of": (1, 0), "above": (0, 1)}  # Step on the grid to the next object.
 BACKGROUNDS = {
     "white": (250, 250, 250),
@@ -46,7 +46,7 @@ OBJECT = re.compile(r"an? (\w+) (\w+) (\w+)(?: (left of|above) (?=an? ))?")
 
 def make_scene(rng: random.Random, held_out: bool) -> dict[str, Any]:
     """Draws the truth of one scene: background, objects (attributes, cell) and relations."""
-    count = rng.choices((1, 2, 3), weights=(3, 4, 3))[0]
+    count = rng.choices((1, 2, 3), weights=(5, 4, 1))[0]
     relations = [rng.choice(list(RELATIONS)) for _ in range(count - 1)]
     steps = [RELATIONS[relation] for relation in relations]
     cells = [(0, 0)]

@@ -3,7 +3,7 @@
 Only words and rules: no picture, caption file or data set was looked at, and none is read.
 """
 
-# ruff: noqa: SIM905, E501 (word lists read better as text)
+
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ _PLACES = """in a field|on the beach|in the snow|at the edge of a forest|beside 
 |on a shelf|at the market|in the park|on the floor|behind a fence|on the roof of a house
 |at night|in a museum|on a cobbled street|in the fog""".replace("\n", "").split("|")
 _ACTS = """standing|sitting|sleeping|running|walking|jumping|looking at the camera|eating|drinking
-|playing|resting|waiting|swimming|climbing|lying down|hiding|turning around""".replace("\n", "").split(
-    "|"
-)
+|playing|resting|waiting|swimming|climbing|lying down|hiding|turning around""".replace("\n", "").split("|")
 _DOES = """riding a {t}|holding a {t}|carrying a {t}|looking at a {t}|painting a {t}
 |standing next to a {t}|sitting on a {t}|pushing a {t}|pointing at a {t}|buying a {t}
 |repairing a {t}|reaching for a {t}""".replace("\n", "").split("|")
@@ -70,9 +68,9 @@ _COUNTS = "two three four five several many a-pair-of a-row-of a-pile-of".split(
 
 def caption(rng: random.Random) -> str:
     """One sentence such as could stand under a picture."""
-    body = rng.choices((_scene, _person, _still, _shapes, _many, _parts), weights=(4, 4, 3, 3, 2, 2))[
-        0
-    ](rng)
+    body = rng.choices((_scene, _person, _still, _shapes, _many, _parts), weights=(4, 4, 3, 3, 2, 2))[0](
+        rng
+    )
     if rng.random() < 0.15:
         body = rng.choice(_FRAMES) + body
     if rng.random() < 0.6:

@@ -102,9 +102,7 @@ def build(out: Path, seed: int = 0) -> Path:
                 kept.append(document)
                 n_chars += len(document.text)
             taken += kept
-            mix.append(
-                {**source.__dict__, "version": version, "documents": len(kept), "chars": n_chars}
-            )
+            mix.append({**source.__dict__, "version": version, "documents": len(kept), "chars": n_chars})
             print(f"{source.package} {version}: {len(kept)} documents, {n_chars:,} characters")
     rng.shuffle(taken)
     path = out / "corpus.jsonl"
