@@ -49,7 +49,8 @@ class CaptionSamples(pl.Callback):
                 written += pl_module.generate(batch.pixel_values, self.max_new_tokens)
             references += [captions[0] for captions in batch.captions]
             scenes += batch.scenes
-            shown += list(batch.pixel_values[: self.num_shown - len(shown)].float().cpu())
+            pixels = batch.pixel_values[: self.num_shown - len(shown)].float().cpu()
+            shown += list(pl_module.vision.transform.undo(pixels))
         figure = caption_figure(shown, references, written)
         log_figure(trainer, "captions", figure)
         values = slot_shares(data, written, scenes, "captions") | slot_shares(

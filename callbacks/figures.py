@@ -77,15 +77,14 @@ def heatmap_figure(layers: list[int], history: dict[int, Results], title: str) -
 
 
 def caption_figure(images: list[torch.Tensor], references: list[str], written: list[str]) -> Figure:
-    """Pictures [3, H, W] (as the encoder sees them, colours stretched back) with both captions."""
+    """Pictures [3, H, W] in 0..1, as the encoder sees them, with both captions."""
     columns = 4
     rows = -(-len(images) // columns)
     figure = _figure(15, 4.2 * rows)
     for axis, image, reference, caption in zip(
         np.atleast_1d(figure.subplots(rows, columns)).flat, images, references, written, strict=False
     ):
-        pixels = image.permute(1, 2, 0).numpy()
-        axis.imshow((pixels - pixels.min()) / max(np.ptp(pixels), 1e-6))
+        axis.imshow(image.permute(1, 2, 0).numpy())
         axis.set_title(f"true: {_wrap(reference)}\nmodel: {_wrap(caption)}", fontsize=8.5, loc="left")
     for axis in figure.axes:
         axis.axis("off")

@@ -78,6 +78,13 @@ class ImageTransform:
             image = self._pad(image)
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
+    def undo(self, pixels: Tensor) -> Tensor:
+        """Pixel values [..., 3, H, W] back to colours in 0..1, to be looked at."""
+        mean, std = (
+            torch.tensor(v)[:, None, None] for v in (self.processor.image_mean, self.processor.image_std)
+        )
+        return (pixels * std + mean).clamp(0, 1)
+
     def _pad(self, image: Image) -> Image:
         """Centres the image on a square of the mean colour, as LLaVA 1.5 does: nothing is cropped."""
         from PIL import Image as PILImage

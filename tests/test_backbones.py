@@ -146,6 +146,13 @@ def test_preprocessing_is_the_encoders_own(tmp_path):
     assert resized.shape == (3, 48, 48)
 
 
+def test_pixels_can_be_looked_at(tmp_path):
+    transform = VisionEncoder(VisionConfig(tiny.write_vision(tmp_path, "clip"), image_size=32)).transform
+    square = PICTURE.resize((32, 32))
+    colours = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
+    torch.testing.assert_close(transform.undo(transform(square)), colours, atol=1e-5, rtol=0)
+
+
 def test_padding_keeps_the_whole_picture(tmp_path):
     name = tiny.write_vision(tmp_path, "clip")
     wide = Image.new("RGB", (90, 30), "white")

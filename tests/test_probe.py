@@ -257,4 +257,5 @@ def test_memory_does_not_grow_with_the_images(models, fit):
         probe._collect = compute
         return peak
 
-    assert live_bytes(8) == live_bytes(64)
+    # One image's tokens at one layer are 512 bytes; the last batch's indices may differ by a few.
+    assert live_bytes(64) - live_bytes(8) < 512

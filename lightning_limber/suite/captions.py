@@ -3,8 +3,6 @@
 Only words and rules: no picture, caption file or data set was looked at, and none is read.
 """
 
-
-
 from __future__ import annotations
 
 import random
