@@ -268,22 +268,31 @@ class Limber(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         image_tokens, losses, correct = self(batch)
-        # The mean over the tokens of the whole batch, also when it is split over processes that hold
-        # captions of different lengths (DDP averages the processes' gradients).
-        count = torch.tensor(float(len(losses)), device=self.device)
+        norms = image_tokens.detach().float().norm(dim=-1)  # [B, P]
+        sums = torch.stack(
+            [
+                losses.detach().sum(),
+                correct.sum().float(),
+                torch.tensor(float(len(losses)), device=self.device),
+                norms.sum(),
+                torch.tensor(float(norms.numel()), device=self.device),
+            ]
+        )
         world_size = self.trainer.world_size
         if world_size > 1:
-            torch.distributed.all_reduce(count)
+            torch.distributed.all_reduce(sums)
+        loss_sum, correct_sum, count, norm_sum, image_count = sums
+        # The mean over the tokens of the whole batch, also when it is split over processes that hold
+        # captions of different lengths (DDP averages the processes' gradients).
         loss = losses.sum() * world_size / count
-        values = {
-            "loss": loss.detach(),
-            "accuracy": correct.sum() * world_size / count,
+        log = {
+            "train/loss": loss_sum / count,
+            "train/perplexity": (loss_sum / count).exp(),
+            "train/accuracy": correct_sum / count,
             # Mean norm of the image tokens, in units of the LLM's own token embeddings.
-            "adapter_norm": image_tokens.detach().float().norm(dim=-1).mean() / self.token_norm,
+            "train/adapter_norm": norm_sum / image_count / self.token_norm,
         }
-        log = {f"train/{name}": value for name, value in values.items()}
-        log["train/perplexity"] = log["train/loss"].exp()
-        self.log_dict(log, sync_dist=world_size > 1, batch_size=len(batch.ids))
+        self.log_dict(log, batch_size=len(batch.ids))
         self.log("loss", log["train/loss"], prog_bar=True, logger=False, batch_size=len(batch.ids))
         self.log("train/lr", cast(Any, self.lr_schedulers()).get_last_lr()[0])
         return loss

@@ -71,7 +71,7 @@ def test_the_adapter_learns(fit, tmp_path):
     """On random tiny models, too: held-out loss falls, and more with the right image than another."""
     fit("--trainer.max_steps=60", "--model.optimizer.lr=0.1", "--checkpoint.every_n_steps=0")
     losses = [e.value for e in events(tmp_path / "runs/default/version_0").Scalars("val/loss")]
-    assert losses[-1] < losses[0] - 0.1
+    assert losses[-1] < 0.99 * losses[0]
 
 
 def test_text_does_not_change_while_the_adapter_trains(run):
