@@ -183,8 +183,11 @@ def test_two_processes_are_one(models, tmp_path):
         assert [step for step, _ in a] == [step for step, _ in b], tag
         # 1e-3: the second epoch starts from weights that differ by the rounding of a split sum.
         assert [v for _, v in b] == pytest.approx([v for _, v in a], rel=1e-3, abs=1e-3), tag
-    tokens = [e.value for e in two.Scalars("tokens/image/layer_00")]
-    assert tokens == [40, 40, 40]  # 10 images of 4 tokens.
+    tokens, outliers = (
+        [e.value for e in two.Scalars(f"{name}/image/layer_00")] for name in ("tokens", "outliers")
+    )
+    seen = [count / (1 - share) for count, share in zip(tokens, outliers, strict=True)]
+    assert seen == pytest.approx([40, 40, 40])  # 10 images of 4 tokens, none twice.
 
 
 def test_validate_probes_a_checkpoint(run, fit):
