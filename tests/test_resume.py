@@ -104,10 +104,9 @@ def test_kill_9(straight, models, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="not yet seen to pass: batches and weights are to be equal")
 def test_kill_9_of_two_processes(models, tmp_path):
     path = {"PYTHONPATH": str(Path(__file__).parent)}
-    flags = [*tiny.arguments(models, probe=True), *EXTRA]
+    flags = [*tiny.arguments(models, probe=False), *EXTRA]
     flags += ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.num_workers=1"]
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
