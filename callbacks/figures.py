@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+
+from lightning_limber.convergence import published_curves
+from lightning_limber.probing import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,65 +18,159 @@ COLOURS = {
     "image": "#D55E00",
     "caption": "#0072B2",
     "text": "#009E73",
-    "untrained": "#999999",
+    "noise": "#CC79A7",
+    "control": "#999999",
 }
-LABELS = {
+PANELS = {
     "fvu": "fvu: unexplained variance",
+    "fvu_text": "fvu_text: error / variance of plain text",
     "mse": "mse",
     "cosine": "cosine(x, x')",
-    "norm_ratio": "norm ratio |x'| / |x|",
     "norm": "norm |x|",
     "l0": "l0: active latents per token",
-    "sparsity": "sparsity: l0 / d_sae",
-    "alive": "alive: latents that fire",
     "shared": "shared: latents also alive in text",
-    "outliers": "outliers: tokens left out",
+    "loss_recovered": "loss recovered by the SAE's x'",
+    "match": "match: descriptions agree with caption",
+    "lens_hit": "lens_hit: caption word in logit lens",
+    "knn": "knn: neighbours shared with text",
+    "detectors": "detectors: attributes with a latent",
 }
-LOG_SCALE = {"mse", "norm", "l0", "sparsity"}
-DRAWN = ("fvu", "cosine", "norm_ratio", "mse", "l0", "alive", "shared", "norm")
-Results = dict[str, dict[str, list[float]]]
-"""group -> metric -> value by probed layer."""
+"""The metrics that are drawn, with their titles; all others are in the table."""
+LOG_SCALE = {"mse", "norm", "l0", "fvu_text"}
+GROUPS = ("image", "caption", "text", "noise")
+PAPER_NAME = "Venhoff et al., Gemma 2 2B"
+History = dict[int, list[Row]]
+"""Rows of each probed epoch."""
+Curve = tuple[list[int], list[float], list[float], list[float]]
+"""Layers, values, lower and upper ends of their intervals."""
 
 
-def probe_figure(layers: list[int], now: Results, untrained: Results | None, title: str) -> Figure:
-    """Every metric by layer: a line for each group, and the untrained adapter's image tokens."""
-    figure = _figure(15, 7.2)
-    axes = figure.subplots(2, 4).flat
-    for axis, metric in zip(axes, DRAWN, strict=True):
-        curves = {group: values[metric] for group, values in now.items() if metric in values}
-        if untrained is not None:
-            curves["untrained"] = untrained["image"][metric]
-        for group, values in curves.items():
-            label = "image, untrained adapter" if group == "untrained" else group
-            style = "--" if group == "untrained" else "-"
-            axis.plot(layers, values, style, color=COLOURS[group], marker="o", ms=3.5, label=label)
-        if metric in LOG_SCALE:
+def curve(rows: list[Row], group: str, metric: str) -> Curve | None:
+    """One metric of one group by layer."""
+    found = [row for row in rows if (row.group, row.metric) == (group, metric) and row.layer is not None]
+    if not found:
+        return None
+    return (
+        [cast(int, row.layer) for row in found],
+        [row.value for row in found],
+        [row.low for row in found],
+        [row.high for row in found],
+    )
+
+
+def probe_figure(history: History, epoch: int, title: str, control: str, published: bool = False) -> Figure:
+    """Every metric by layer: groups and controls with their 95 % intervals, and chance levels.
+
+    Args:
+        history: Rows of all probed epochs.
+        epoch: The one to draw.
+        title: Of the figure.
+        control: What the adapter of epoch 0 is called, which is drawn beside later epochs.
+        published: Also draw the curves of Venhoff et al., by relative depth.
+    """
+    now, start = history[epoch], history.get(0) if epoch else None
+    figure = _figure(16, 10.5)
+    for axis, (metric, label) in zip(figure.subplots(3, 4).flat, PANELS.items(), strict=True):
+        for group in GROUPS:
+            _draw(axis, curve(now, group, metric), COLOURS[group], group)
+        if start is not None:
+            _draw(axis, curve(start, "image", metric), COLOURS["control"], f"image, {control}", "--")
+        chance = curve(now, "image", f"{metric}_chance")
+        _draw(axis, chance, COLOURS["image"], "image, chance (other images' captions)", ":")
+        if metric == "detectors":
+            same = curve(now, "image", "detectors_same")
+            _draw(axis, same, "black", "image, by the latents that detect the word in text", "-.")
+        if published:
+            _draw_published(axis, metric, [row.layer for row in now if row.layer is not None])
+        if metric in LOG_SCALE and any(line.get_ydata().max() > 0 for line in axis.lines):
             axis.set_yscale("log")
-        axis.set_title(LABELS[metric], fontsize=11)
-        axis.set_xlabel("layer of the LLM")
+        axis.set_title(label, fontsize=11)
+        axis.set_xlabel("layer of the LLM (residual stream behind it)")
         axis.grid(alpha=0.25)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
+    labels: dict[str, Any] = {}
+    for axis in figure.axes:
+        handles, names = axis.get_legend_handles_labels()
+        labels = {**dict(zip(names, handles, strict=True)), **labels}
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
-def heatmap_figure(layers: list[int], history: dict[int, Results], title: str) -> Figure:
+def _draw(axis: Any, found: Curve | None, colour: str, label: str, style: str = "-") -> None:
+    if found is None:
+        return
+    layers, values, low, high = found
+    axis.plot(layers, values, style, color=colour, marker="o" if style == "-" else None, ms=3, label=label)
+    axis.fill_between(layers, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _draw_published(axis: Any, metric: str, layers: list[int]) -> None:
+    """The paper's curves, stretched over the layers that are probed here."""
+    paper = published_curves()
+    depth = np.array(paper["layers"]) / max(paper["layers"]) * max(layers)
+    for group, values in paper["curves"].get(metric, {}).items():
+        axis.plot(depth, values, ":", color=COLOURS[group], lw=1, alpha=0.9, label=f"{group}, {PAPER_NAME}")
+
+
+def heatmap_figure(history: History, title: str) -> Figure:
     """Image tokens, layer by epoch, for the metrics that show alignment at a glance."""
     epochs = sorted(history)
-    metrics = ("fvu", "cosine", "l0", "shared")
-    figure = _figure(15, 4.2)
-    for axis, metric in zip(figure.subplots(1, len(metrics)), metrics, strict=True):
-        values = np.array([history[epoch]["image"][metric] for epoch in epochs]).T
-        image = axis.imshow(values, aspect="auto", origin="lower", cmap="viridis")
+    metrics = [
+        m for m in ("fvu", "cosine", "shared", "loss_recovered") if curve(history[epochs[0]], "image", m)
+    ]
+    figure = _figure(4 * len(metrics), 4.2)
+    axes = np.atleast_1d(figure.subplots(1, len(metrics)))
+    for axis, metric in zip(axes, metrics, strict=True):
+        curves = [cast(Curve, curve(history[epoch], "image", metric)) for epoch in epochs]
+        image = axis.imshow(
+            np.array([of[1] for of in curves]).T, aspect="auto", origin="lower", cmap="viridis"
+        )
         axis.set_xticks(range(len(epochs)), [str(epoch) for epoch in epochs])
-        axis.set_yticks(range(len(layers)), [str(layer) for layer in layers])
-        axis.set_xlabel("epoch (0: untrained)")
+        axis.set_yticks(range(len(curves[0][0])), [str(layer) for layer in curves[0][0]])
+        axis.set_xlabel("epoch (0: before training)")
         axis.set_ylabel("layer of the LLM")
-        axis.set_title(LABELS[metric], fontsize=11)
+        axis.set_title(PANELS[metric], fontsize=11)
         figure.colorbar(image, ax=axis)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
+
+
+def cross_layer_figure(layers: list[int], tables: dict[str, list[list[float]]], title: str) -> Figure:
+    """Image tokens of each layer (rows) through the SAE of each layer (columns).
+
+    Where in the LLM's depth does an image token look most like text? The darkest cell of its row.
+    """
+    figure = _figure(14, 6.2)
+    names = [str(layer) for layer in layers]
+    for axis, (metric, values) in zip(figure.subplots(1, 2), tables.items(), strict=True):
+        table = np.array(values)
+        image = axis.imshow(
+            np.log10(np.maximum(table, 1e-3)), cmap="viridis", origin="lower", aspect="auto"
+        )
+        middle = image.norm.vmin + 0.6 * (image.norm.vmax - image.norm.vmin)
+        for (i, j), value in np.ndenumerate(table):
+            dark = np.log10(max(value, 1e-3)) < middle
+            axis.text(
+                j, i, f"{value:.2g}", ha="center", va="center", fontsize=7, color="w" if dark else "k"
+            )
+        best = table.argmin(1) if metric == "fvu" else None
+        for i, j in enumerate(best if best is not None else []):
+            axis.add_patch(_box(j, i))
+        axis.set_xticks(range(len(names)), names)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_xlabel("layer of the SAE")
+        axis.set_ylabel("layer of the image tokens")
+        axis.set_title(
+            f"{metric} (box: the SAE that explains most)" if metric == "fvu" else metric, fontsize=11
+        )
+    figure.suptitle(f"Image tokens through the SAEs of other layers. {title}", x=0.01, ha="left")
+    return figure
+
+
+def _box(column: int, row: int) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#D55E00", lw=2)
 
 
 def caption_figure(images: list[torch.Tensor], references: list[str], written: list[str]) -> Figure:

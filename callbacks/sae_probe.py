@@ -1,41 +1,36 @@
 """The SAE probe: how far the image tokens look like text to each layer of the LLM, as it trains.
 
 As Venhoff et al. (arXiv 2506.11976) did once, after training; here before the first step and after
-every epoch, over the same held-out images.
+every epoch, over the same held-out images. This file says when it runs and where its numbers go; what
+is measured is in lightning_limber/probing.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
-from lightning_limber.metrics import SAEAlignment, shared_latents
-from lightning_limber.model import Limber, Sequences
-from lightning_limber.sae import hook_layer, load_saes
+from lightning_limber import gate
+from lightning_limber.model import Limber
+from lightning_limber.probing import EXTRAS, Descriptions, Probe, ProbeConfig, Row
+from lightning_limber.prompt import Batch
+from lightning_limber.sae import find_saes, load_saes
 
-from .figures import Results, heatmap_figure, log_figure, probe_figure
-
-GROUPS = ("image", "caption", "text")
+from .figures import History, cross_layer_figure, heatmap_figure, log_figure, probe_figure
 
 
 class SAEProbe(pl.Callback):
     """Runs pretrained SAEs over held-out images and logs layer-wise alignment metrics.
 
-    Three groups of tokens are compared: ``image`` (image positions), ``caption`` (caption positions
-    after the image) and ``text`` (the same captions through the LLM without the image). The metrics
-    are those of metrics.py and ``shared``, the overlap of a group's live latents with those of text.
-    They are logged as ``{metric}/{group}/layer_{l}``, with two figures.
-
-    Never counted: the first position of a sequence (an attention sink in every LLM) and tokens whose
-    norm at a layer is more than `outlier_factor` times the median of caption tokens there (sinks that
-    form elsewhere). Their share is logged as ``outliers``.
-
-    Nothing outlives its batch: each layer's hook encodes, decodes, adds to its sums and lets go.
+    Numbers go to every logger as ``{metric}/{group}/layer_{l}``, with their 95 % bootstrap intervals to
+    ``probe.csv`` and ``probe.parquet`` in the run's folder (run, epoch, layer, group, metric, value,
+    low, high), and as figures to TensorBoard.
 
     Args:
         sae_release: A SAELens release, a folder of SAELens folders, or ``suite:NAME``.
@@ -43,7 +38,25 @@ class SAEProbe(pl.Callback):
         layers: Which layers; null takes every layer that has an SAE.
         num_images: Held-out images (the first ones, always the same).
         every_n_epochs: Epochs between two probes; 0 switches the probe off.
-        outlier_factor: See above.
+        text_gate: What happens when the SAEs do not do on plain text what is known of them (see
+            gate.py): ``stop``, ``warn`` or ``off``.
+        extras: Metrics beside reconstruction and sparsity, each of which costs its own time (printed
+            after every probe): noise, match, lens_hit, knn, detectors, loss_recovered, cross_layer.
+        costly_images: Images for loss_recovered and cross_layer, which need many forwards.
+        outlier_factor: Tokens of more than this many times the median norm of plain text are left out
+            (attention sinks); their share is logged as ``outliers``.
+        bootstrap_samples: Samples over images that the intervals rest on.
+        descriptions: Folder or URL of each SAE's explanations in Neuronpedia's export format, with
+            ``{layer}`` or ``{hook}`` in it; null takes those that ship with a suite.
+        top_latents: Latents of an image whose descriptions `match` looks at.
+        max_image_share: `match` leaves out latents that fire on a larger share of the images.
+        max_text_density: `match` leaves out latents that fire on a larger share of text tokens.
+        lens_top_k: Tokens of the logit lens that `lens_hit` looks at, at each image position.
+        knn: Neighbours of `knn`.
+        detector_auroc: AUROC from which a latent counts as a detector of an attribute.
+        published_curves: Draws the curves of Venhoff et al. (Gemma 2 2B) beside the run's own, by
+            relative depth.
+        seed: Of bootstrap and chance levels.
     """
 
     def __init__(
@@ -53,22 +66,54 @@ class SAEProbe(pl.Callback):
         layers: list[int] | None = None,
         num_images: int = 256,
         every_n_epochs: int = 1,
+        text_gate: gate.Policy = "stop",
+        extras: tuple[str, ...] = EXTRAS,
+        costly_images: int = 64,
         outlier_factor: float = 10.0,
+        bootstrap_samples: int = 1000,
+        descriptions: str | None = None,
+        top_latents: int = 3,
+        max_image_share: float = 0.05,
+        max_text_density: float = 0.005,
+        lens_top_k: int = 5,
+        knn: int = 10,
+        detector_auroc: float = 0.8,
+        published_curves: bool = False,
+        seed: int = 0,
     ) -> None:
+        unknown = sorted(set(extras) - set(EXTRAS))
+        if unknown:
+            raise ValueError(f"probe.extras: {unknown} are not among {list(EXTRAS)}.")
+        if bootstrap_samples < 1:
+            raise ValueError(f"probe.bootstrap_samples={bootstrap_samples}: at least 1 is needed.")
         self.sae_release = sae_release
         self.sae_id = sae_id
         self.layers = layers
         self.num_images = num_images
         self.every_n_epochs = every_n_epochs
-        self.outlier_factor = outlier_factor
-        self.history: dict[int, Results] = {}
-        self._saes: dict[str, Any] = {}
-        self._norm_limit: dict[str, Tensor] = {}
+        self.text_gate: gate.Policy = text_gate
+        self.costly_images = min(costly_images, num_images)
+        self.descriptions = descriptions
+        self.published_curves = published_curves
+        self.config = ProbeConfig(
+            extras=tuple(extras),
+            outlier_factor=outlier_factor,
+            bootstrap_samples=bootstrap_samples,
+            top_latents=top_latents,
+            max_image_share=max_image_share,
+            max_text_density=max_text_density,
+            lens_top_k=lens_top_k,
+            knn=knn,
+            detector_auroc=detector_auroc,
+            seed=seed,
+        )
+        self.history: History = {}
+        self._probe: Probe | None = None
 
     # -- when -------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Loads the SAEs before anything is trained: a wrong release is found at once."""
+        """Loads the SAEs and runs the text gate before anything is trained: an error comes at once."""
         if self.every_n_epochs:
             self._prepare(trainer, pl_module)
 
@@ -83,136 +128,132 @@ class SAEProbe(pl.Callback):
             self._run_and_log(trainer, pl_module, epoch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """`validate` probes the checkpoint that it is given."""
+        """`validate` probes the checkpoint that it is given, as the last epoch that it finished."""
         if self.every_n_epochs and trainer.state.fn == "validate":
             self._prepare(trainer, pl_module)
-            self._run_and_log(trainer, pl_module, epoch=0)
+            self._run_and_log(trainer, pl_module, epoch=max(self.history, default=0))
 
     @property
     def state_key(self) -> str:
         return "SAEProbe"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
+        return {"history": {epoch: [list(row) for row in rows] for epoch, rows in self.history.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = state_dict["history"]
+        self.history = {epoch: [Row(*row) for row in rows] for epoch, rows in state_dict["history"].items()}
 
     # -- what -------------------------------------------------------------------------------------
 
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """SAEs, descriptions, and the text gate, which also measures the probe's yardsticks."""
         assert isinstance(module, Limber)
-        if self._saes:
+        if self._probe is not None:
             return
-        saes = load_saes(self.sae_release, self.sae_id, self.layers, module.llm)
-        self._saes = {hook_name: sae.to(module.device) for hook_name, sae in saes.items()}
-        # The yardstick for outliers: median norm of caption tokens at each layer, over one fixed batch
-        # of training captions that every process reads whole.
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        batch = trainer.strategy.batch_to_device(data.calibration_batch())
-        sequences = module.sequences(batch, None)
-        index = _index(sequences.groups["caption"])
-
-        def measure(hook_name: str) -> Callable[[Tensor], None]:
-            def hook(residual: Tensor) -> None:
-                norms = residual.flatten(0, 1).index_select(0, index).float().norm(dim=-1)
-                self._norm_limit[hook_name] = self.outlier_factor * norms.median()
-
-            return hook
-
-        with (
-            torch.no_grad(),
-            trainer.precision_plugin.val_step_context(),
-            module.llm.residual_hooks({name: measure(name) for name in self._saes}),
-        ):
-            module.llm.decode(sequences.embeds)
-
-    @torch.no_grad()
-    def run(self, trainer: pl.Trainer, module: Limber) -> Results:
-        """One pass over the held-out images: group -> metric -> value by layer."""
-        metrics = {
-            (group, hook_name): SAEAlignment(sae.cfg.d_in, sae.cfg.d_sae).to(module.device)
-            for hook_name, sae in self._saes.items()
-            for group in GROUPS
+        if self.num_images < trainer.world_size:
+            raise ValueError(
+                f"probe.num_images={self.num_images}: each of {trainer.world_size} processes needs one."
+            )
+        folder, sae_ids = find_saes(self.sae_release, self.sae_id, self.layers)
+        saes = {
+            name: sae.to(module.device)
+            for name, sae in load_saes(self.sae_release, self.sae_id, self.layers, module.llm).items()
         }
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        loader = data.probe_dataloader(self.num_images)
+        ids = dict(zip(saes, sae_ids, strict=True))
+        prefix = module.collator().prompt.prefix_ids
+        bos = module.llm.tokenizer.bos_token_id
+        text = gate.measure(
+            module.llm,
+            saes,
+            [bos] if prefix[:1] == [bos] else [],
+            self.config.outlier_factor,
+            trainer.precision_plugin.val_step_context,
+        )
+        gate.check(text, gate.expected(self.sae_release, folder, ids), self.text_gate)
+        numbers = [f"{name.split('.')[1]}: {stats.fvu:.2f}, {stats.l0:.0f}" for name, stats in text.items()]
+        rank_zero_info(f"[text gate] fvu and l0 of plain text by layer: {'; '.join(numbers)}")
+        descriptions = {}
+        if "match" in self.config.extras:
+            pattern = self.descriptions or (f"{folder}/descriptions/{{hook}}" if folder else None)
+            if pattern is not None and (self.descriptions or Path(pattern).parent.is_dir()):
+                descriptions = {
+                    name: Descriptions.read(
+                        pattern.format(hook=name, layer=name.split(".")[1]), sae.cfg.d_sae
+                    )
+                    for name, sae in saes.items()
+                }
+
+        def gather(items: list) -> list:
+            if trainer.world_size == 1:
+                return items
+            parts: list[list] = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(parts, items)
+            return [item for part in parts for item in part]
+
+        self._probe = Probe(
+            module, saes, text, self.config, descriptions, trainer.precision_plugin.val_step_context, gather
+        )
+
+    def _batches(self, trainer: pl.Trainer, num_images: int, label: str) -> Iterator[Batch]:
         hidden = not trainer.is_global_zero or not trainer.progress_bar_callback
-        training = module.training
-        module.eval()
-        for batch in tqdm(loader, "Probing", leave=False, disable=hidden):
-            batch = trainer.strategy.batch_to_device(batch)
-            with trainer.precision_plugin.val_step_context():
-                with_image = module.sequences(batch, module.image_tokens(batch.pixel_values))
-                self._pass(module, with_image, {"image": "image", "caption": "caption"}, metrics)
-                self._pass(module, module.sequences(batch, None), {"text": "caption"}, metrics)
-        module.train(training)
-        return self._collect({key: metric.compute() for key, metric in metrics.items()})
-
-    def _pass(
-        self,
-        module: Limber,
-        sequences: Sequences,
-        groups: dict[str, str],
-        metrics: dict[tuple[str, str], SAEAlignment],
-    ) -> None:
-        """One forward of the LLM that feeds the metrics of all layers."""
-        indices = {group: _index(sequences.groups[where]) for group, where in groups.items()}
-
-        def hook(hook_name: str) -> Callable[[Tensor], None]:
-            def update(residual: Tensor) -> None:
-                sae, rows = self._saes[hook_name], residual.flatten(0, 1)  # [N * S, D_l]
-                for group, index in indices.items():
-                    x = rows.index_select(0, index).float()  # [n, D_l]
-                    with torch.autocast(x.device.type, enabled=False):
-                        latents = sae.encode(x)  # [n, K]
-                        reconstruction = sae.decode(latents)  # [n, D_l]
-                    keep = x.norm(dim=-1) <= self._norm_limit[hook_name]  # [n]
-                    metrics[group, hook_name].update(x, reconstruction, latents, keep)
-
-            return update
-
-        with module.llm.residual_hooks({name: hook(name) for name in self._saes}):
-            module.llm.decode(sequences.embeds)
-
-    def _collect(self, values: dict[tuple[str, str], dict[str, Tensor]]) -> Results:
-        results: Results = {group: {} for group in GROUPS}
-        for hook_name in self._saes:
-            fired = values["text", hook_name]["fired"]
-            for group in GROUPS:
-                of_layer = dict(values[group, hook_name])
-                of_layer["shared"] = shared_latents(of_layer.pop("fired"), fired)
-                for metric, value in of_layer.items():
-                    results[group].setdefault(metric, []).append(float(value))
-        return results
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        for batch in tqdm(data.probe_dataloader(num_images), label, leave=False, disable=hidden):
+            yield trainer.strategy.batch_to_device(batch)
 
     def _run_and_log(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
-        assert isinstance(module, Limber)
-        results = self.run(trainer, module)
-        self.history[epoch] = results
+        assert self._probe is not None
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        costly = {"loss_recovered", "cross_layer"} & set(self.config.extras)
+        report = self._probe.run(
+            self._batches(trainer, self.num_images, "Probing"),
+            self._batches(trainer, self.costly_images, "Probing layer by layer") if costly else (),
+            data.attributes,
+        )
+        self.history[epoch] = report.rows
         if not trainer.is_global_zero:
             return
-        layers = [hook_layer(name) for name in self._saes]
         scalars = {
-            f"{metric}/{group}/layer_{layer:02d}": value
-            for group, metrics in results.items()
-            for metric, values in metrics.items()
-            for layer, value in zip(layers, values, strict=True)
+            f"{row.metric}/{row.group}"
+            + ("" if row.layer is None else f"/layer_{row.layer:02d}"): row.value
+            for row in report.rows
+            if not row.metric.endswith("_p") and abs(row.value) != float("inf")
         }
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
+        fresh = module.hparams["adapter_weights"] is None
+        control = "untrained adapter" if fresh else "adapter at the start"
         title = f"SAE probe of {self.num_images} held-out images, epoch {epoch}"
-        untrained = self.history.get(0) if epoch else None
-        log_figure(trainer, "probe/by_layer", probe_figure(layers, results, untrained, title))
-        log_figure(trainer, "probe/by_epoch", heatmap_figure(layers, self.history, "Image tokens"))
-        print(f"[probe] epoch {epoch}: fvu by layer, image {_row(results['image']['fvu'])}, ", end="")
-        print(f"text {_row(results['text']['fvu'])}")
+        figure = probe_figure(self.history, epoch, title, control, self.published_curves)
+        log_figure(trainer, "probe/by_layer", figure)
+        log_figure(trainer, "probe/by_epoch", heatmap_figure(self.history, "Image tokens"))
+        if report.cross_layer:
+            layers = list(self._probe.layers.values())
+            log_figure(trainer, "probe/cross_layer", cross_layer_figure(layers, report.cross_layer, title))
+        if not trainer.fast_dev_run and trainer.log_dir:  # type: ignore[attr-defined]
+            self._write_tables(Path(trainer.log_dir), epoch, report.detectors)
+        total = sum(report.seconds.values())
+        parts = ", ".join(f"{name} {spent:.1f}" for name, spent in report.seconds.items())
+        print(f"[probe] epoch {epoch}: {total:.1f} s ({parts})")
+        for group in ("image", "text"):
+            values = [row.value for row in report.rows if (row.group, row.metric) == (group, "fvu")]
+            print(f"[probe] fvu of {group:5} by layer: {' '.join(f'{value:.2f}' for value in values)}")
 
+    def _write_tables(self, folder: Path, epoch: int, detectors: list[tuple]) -> None:
+        """All epochs so far as one tidy table, and this probe's detectors."""
+        import pandas as pd
 
-def _index(mask: Tensor) -> Tensor:
-    """[N, S] mask -> flat positions of its true entries; once per pass, not once per layer."""
-    return mask.flatten().nonzero()[:, 0]
-
-
-def _row(values: list[float]) -> str:
-    return " ".join(f"{value:.2f}" for value in values)
+        folder.mkdir(parents=True, exist_ok=True)
+        run = f"{folder.parent.name}/{folder.name}"
+        table = pd.DataFrame(
+            [(run, at, *row) for at, rows in sorted(self.history.items()) for row in rows],
+            columns=["run", "epoch", *Row._fields],
+        ).astype({"layer": "Int64"})
+        table.to_csv(folder / "probe.csv", index=False)
+        table.to_parquet(folder / "probe.parquet", index=False)
+        if detectors:
+            columns = (
+                "layer attribute latent auroc_image text_latent auroc_text text_latent_auroc_image".split()
+            )
+            frame = pd.DataFrame(detectors, columns=columns)
+            frame.insert(0, "epoch", epoch)
+            frame.to_csv(folder / f"detectors_epoch_{epoch}.csv", index=False)

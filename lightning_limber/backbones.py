@@ -2,7 +2,7 @@
 
 Shape legend, used in the whole package:
     B images in a batch    N sequences in a batch (a caption each; N >= B)
-    P image tokens         T text tokens         S = T + P - 1 (one text slot holds the image)
+    P image tokens         T0, T prefix and text tokens     S = T0 + P + T
     D_v, D_l widths of the encoder and the LLM   V vocabulary   L layers   K latents (d_sae)
 
 Both classes are cheap to construct: names and numbers only. The tokenizer and the image transform
@@ -197,6 +197,7 @@ class LLM(nn.Module):
         self.name = name
         self.model: Any = None
         self.layers = nn.ModuleList()
+        self._first_layer = 0  # Of the forward that is under way: no hook fires before it.
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -234,8 +235,20 @@ class LLM(nn.Module):
     def _check_steps(self) -> None:
         ids = torch.arange(1, 5)[None] % self.vocab_size
         expected = self.model(input_ids=ids).logits[0]
-        got = self.logits(self.decode(self.embed(ids))[0])
-        if not torch.allclose(got, expected, rtol=1e-3, atol=1e-3):
+        kept: list[Any] = []
+        middle = len(self.layers) // 2
+        handle = self.layers[middle].register_forward_hook(lambda _m, _a, output: kept.append(output))
+        whole = self.decode(self.embed(ids))[0]
+        handle.remove()
+        # Some architectures' layers return a bare tensor, others a tuple that starts with it.
+        self._layers_return_tuples = isinstance(kept[0], tuple)
+        residual = kept[0][0] if self._layers_return_tuples else kept[0]
+        part = self.decode(residual, first_layer=middle + 1)[0]
+        got = self.logits(whole)
+        if not (
+            torch.allclose(got, expected, rtol=1e-3, atol=1e-3)
+            and torch.allclose(part, whole, rtol=1e-3, atol=1e-3)
+        ):
             raise ValueError(
                 f"{self.name} ({type(self.model).__name__}): embeddings, decoder and output head do "
                 "not add up to the model's own logits. Its head does something this project does not "
@@ -261,12 +274,29 @@ class LLM(nn.Module):
         """Token ids [N, T] -> embeddings [N, T, D_l], scaled as the model scales them."""
         return self.embedding(input_ids)
 
-    def decode(self, inputs_embeds: Tensor) -> Tensor:
+    def decode(self, inputs_embeds: Tensor, first_layer: int = 0) -> Tensor:
         """Embeddings [N, S, D_l] -> last hidden states after the final norm.
 
         Sequences are padded on the right only: a causal model needs no mask for that.
+
+        Args:
+            inputs_embeds: Or, where `first_layer` is not 0, the residual stream entering that layer.
+            first_layer: Where to begin; the number of layers leaves the final norm alone (the logit
+                lens).
         """
-        output = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False)
+        skipped = list(self.layers)[:first_layer]
+        for layer in skipped:
+            # Whatever the model does to its input before the layers (positions, scales) is passed by.
+            layer.forward = lambda *_args, **_kwargs: (  # type: ignore[method-assign]
+                (inputs_embeds,) if self._layers_return_tuples else inputs_embeds
+            )
+        outer, self._first_layer = self._first_layer, first_layer
+        try:
+            output = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False)
+        finally:
+            self._first_layer = outer
+            for layer in skipped:
+                del layer.forward
         return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -293,7 +323,8 @@ class LLM(nn.Module):
 
     @contextmanager
     def residual_hooks(self, hooks: dict[str, ResidualHook]) -> Iterator[None]:
-        """Calls ``fn(residual [N, S, D_l])`` at each named place of every forward inside the context.
+        """Calls ``fn(residual [N, S, D_l])`` at each named place of every forward inside the context
+        (in layers that `decode` does not skip).
 
         Names are TransformerLens': ``blocks.{l}.hook_resid_pre`` is the residual stream entering
         layer l, ``blocks.{l}.hook_resid_post`` the one leaving it (for the last layer: before the
@@ -312,13 +343,16 @@ class LLM(nn.Module):
                         f"blocks.0 ... blocks.{len(self.layers) - 1} with .hook_resid_pre or "
                         ".hook_resid_post."
                     )
-                layer = self.layers[int(match[1])]
+                number = int(match[1])
                 register = _hook_pre if match[2] == "pre" else _hook_post
-                handles.append(register(layer, fn))
+                handles.append(register(self.layers[number], self._from_first_layer(number, fn)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _from_first_layer(self, number: int, fn: ResidualHook) -> ResidualHook:
+        return lambda residual: fn(residual) if number >= self._first_layer else None
 
 
 def _hook_pre(layer: nn.Module, fn: ResidualHook):
@@ -334,8 +368,7 @@ def _hook_pre(layer: nn.Module, fn: ResidualHook):
 
 def _hook_post(layer: nn.Module, fn: ResidualHook):
     def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        # Some architectures return a bare tensor, others a tuple that starts with it.
-        if isinstance(output, tuple):
+        if isinstance(output, tuple):  # See `LLM._check_steps`.
             new = fn(output[0])
             return None if new is None else (new, *output[1:])
         return fn(output)

@@ -1,24 +1,34 @@
-"""Alignment of a group of tokens with an SAE's features at one layer: pure functions and a Metric.
+"""Alignment of a group of tokens with an SAE's features at one layer: sums by image, then quotients.
 
 For residual-stream vectors x [n, D] and their reconstructions x' by the SAE of that layer (on the raw
 scale), with latents [n, K]:
 
     fvu         sum |x - x'|^2 / sum |x - mean|^2, the mean over all tokens of the group
+    fvu_text    sum |x - x'|^2 / (tokens x variance of general text at that layer): one yardstick for
+                all groups and data sets (gate.py measures it)
     mse         mean over tokens and dimensions of (x - x')^2 (Venhoff et al., arXiv 2506.11976)
+    rel_error   sum |x - x'|^2 / sum |x|^2
     cosine      mean of cos(x, x')
     norm_ratio  mean of |x'| / |x|
     norm        mean of |x|
+    variance    mean of |x - mean|^2
     l0          mean number of active latents of a token; sparsity is l0 / K
     alive       share of latents that fire on at least one token of the group
+    shared      Jaccard index of the group's latents that fire with another group's (`jaccard`)
     outliers    share of tokens left out because their norm is an outlier's (attention sinks)
     tokens      number of tokens counted
 
-Everything is a quotient of sums. The sums are kept in float64 and added over batches and processes, so
-no result depends on batch size, batch order or the number of processes (beyond float64 rounding), on
-bfloat16 input, or on a mean that is large against the spread.
+Everything is a quotient of sums. The sums are kept by image, in float64, and put in the order of the
+held-out set before they are added: no result depends on batch size, batch order or the number of
+processes (beyond rounding inside one image), on bfloat16 input, or on a mean that is large against the
+spread. Sums by image are also what a bootstrap over images needs (`resamples`): metrics come with a 95 %
+interval for (8 D + 2 K) bytes an image, layer and group. `alive` and `shared` have none: they count
+latents that fire at least once, and a resample, which holds two thirds of the images, has fewer.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,111 +37,181 @@ from torchmetrics import Metric
 SUMS = ("tokens", "outliers", "squares", "errors", "cosines", "norm_ratios", "norms", "actives")
 
 
-def token_sums(x: Tensor, reconstruction: Tensor, latents: Tensor, keep: Tensor) -> dict[str, Tensor]:
-    """The float64 sums over one batch of tokens that all the metrics are quotients of.
+@dataclass
+class ImageSums:
+    """What one group of tokens adds up to at one layer, I images in the order of the held-out set."""
+
+    image: Tensor
+    """[I] place of each image in the held-out set."""
+    sums: Tensor
+    """[I, 8] float64, in the order of `SUMS`."""
+    total: Tensor
+    """[I, D] float64: sum of x."""
+    strength: Tensor
+    """[I, K] bfloat16: sum of each latent's activations; positive where it fires at all."""
+
+    def rows(self, weights: Tensor) -> dict[str, Tensor]:
+        """Weighted sums over images by name: weights [R, I] -> [R] each."""
+        return dict(zip(SUMS, (weights @ self.sums).unbind(-1), strict=True))
+
+    @property
+    def fires(self) -> Tensor:
+        """Which latents fire on at least one image: [K]."""
+        return (self.strength > 0).any(0)
+
+    @property
+    def means(self) -> Tensor:
+        """[I, D] mean token of each image; NaN for an image without tokens."""
+        return self.total / self.sums[:, :1]
+
+
+def resamples(images: int, count: int, seed: int) -> Tensor:
+    """Weights [1 + count, images] of a bootstrap over images: the first row is the sample itself.
+
+    The other rows say how often each image is drawn when as many are drawn with replacement.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(images, (count, images), generator=generator)
+    weights = torch.zeros(count, images, dtype=torch.float64)
+    weights.scatter_add_(1, drawn, torch.ones_like(weights))
+    return torch.cat([torch.ones(1, images, dtype=torch.float64), weights])
+
+
+UNIONS = ("alive", "shared")
+"""Metrics of a union over images, which a bootstrap cannot resample."""
+
+
+def interval(values: Tensor) -> tuple[float, float, float]:
+    """Values [1 + R] of `resamples` -> (value, low, high): the sample's, and the 95 % percentiles."""
+    low, high = values[1:].double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return float(values[0]), float(low), float(high)
+
+
+def alignment(
+    group: ImageSums, weights: Tensor | None = None, text_variance: float = float("nan")
+) -> dict[str, Tensor]:
+    """The metrics of a group of tokens for each row of weights over images, [R] each.
 
     Args:
-        x: [n, D] residual stream.
-        reconstruction: [n, D] the SAE's output on the same scale.
-        latents: [n, K] the SAE's latents; a latent is active where it is positive.
-        keep: [n] false at tokens that are left out (only counted, as `outliers`).
+        group: Its sums by image.
+        weights: [R, I], from `resamples`; None is one row of ones.
+        text_variance: Mean of |x - mean|^2 of general text at that layer, for `fvu_text`.
 
     Returns:
-        The scalars of `SUMS` by name, `total` [D] and `fired` [K].
+        Metrics by name. NaN where the group has no token (or no variance, for `fvu`).
     """
-    weight = keep.double()
-    x, reconstruction = x.double() * weight[:, None], reconstruction.double() * weight[:, None]
-    active = (latents > 0) & keep[:, None]
-    norm, norm_reconstruction = x.norm(dim=-1), reconstruction.norm(dim=-1)
-    dots = (x * reconstruction).sum(-1)
+    if weights is None:
+        weights = group.sums.new_ones(1, len(group.sums))
+    of = group.rows(weights)
+    tokens, total = of["tokens"], weights @ group.total  # [R], [R, D]
+    variance = of["squares"] - (total**2).sum(-1) / tokens
+    # A group that does not vary has no FVU; what is left there is rounding.
+    variance = torch.where(variance > 1e-12 * of["squares"], variance, torch.nan)
+    l0 = of["actives"] / tokens
+    latents = group.strength.shape[-1]
     return {
-        "tokens": weight.sum(),
-        "outliers": (1 - weight).sum(),
-        "squares": (norm**2).sum(),
-        "errors": ((x - reconstruction) ** 2).sum(),
-        # A zero vector has no direction: its cosine counts as 0.
-        "cosines": (dots / (norm * norm_reconstruction).clamp_min(1e-300)).sum(),
-        "norm_ratios": (norm_reconstruction / norm.clamp_min(1e-300)).sum(),
-        "norms": norm.sum(),
-        "actives": active.sum().double(),
-        "total": x.sum(0),
-        "fired": active.sum(0).double(),
-    }
-
-
-def alignment(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The metrics as quotients of sums; NaN where the group has no token (or no variance, for fvu)."""
-    tokens, total, fired = sums["tokens"], sums["total"], sums["fired"]
-    variance = sums["squares"] - (total**2).sum() / tokens
-    l0 = sums["actives"] / tokens
-    return {
-        "fvu": sums["errors"] / torch.where(variance > 0, variance, torch.nan),
-        "mse": sums["errors"] / (tokens * len(total)),
-        "cosine": sums["cosines"] / tokens,
-        "norm_ratio": sums["norm_ratios"] / tokens,
-        "norm": sums["norms"] / tokens,
+        "fvu": of["errors"] / variance,
+        "fvu_text": of["errors"] / (tokens * text_variance),
+        "mse": of["errors"] / (tokens * total.shape[-1]),
+        "rel_error": of["errors"] / of["squares"],
+        "cosine": of["cosines"] / tokens,
+        "norm_ratio": of["norm_ratios"] / tokens,
+        "norm": of["norms"] / tokens,
+        "variance": variance / tokens,
         "l0": l0,
-        "sparsity": l0 / len(fired),
-        "alive": (fired > 0).double().mean(),
-        "outliers": sums["outliers"] / (tokens + sums["outliers"]),
+        "sparsity": l0 / latents,
+        "alive": group.fires.double().mean().expand_as(l0),
+        "outliers": of["outliers"] / (tokens + of["outliers"]),
         "tokens": tokens,
     }
 
 
-def shared_latents(fired: Tensor, other: Tensor) -> Tensor:
-    """Jaccard index of the latents that fire in two groups: |both| / |either|.
-
-    Args:
-        fired: [K] number of tokens of the first group that each latent fires on.
-        other: [K] the same for the second group.
-    """
-    both, either = (fired > 0) & (other > 0), (fired > 0) | (other > 0)
-    return both.sum().double() / either.sum()
+def jaccard(fires: Tensor, other: Tensor) -> Tensor:
+    """Jaccard index of the latents that fire in two groups: |both| / |either|, [..., K] each -> [...]."""
+    return (fires & other).sum(-1).double() / (fires | other).sum(-1)
 
 
 class SAEAlignment(Metric):
-    """`alignment` of one group of tokens at one layer, streamed.
+    """Streams tokens of one group at one layer into `ImageSums`; `alignment` makes metrics of them.
 
-    Args:
-        d_in: Width D of the residual stream.
-        d_sae: Number of latents K.
+    An image's tokens must come in one call: what is kept is a row for each image of each call.
 
     Example:
         >>> import torch
-        >>> metric = SAEAlignment(d_in=2, d_sae=3)
+        >>> metric = SAEAlignment()
         >>> x = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
-        >>> metric.update(x, x.mean(0).expand(2, 2), torch.tensor([[0.0, 1.0, 0.0], [0.0, 2.0, 5.0]]))
-        >>> values = metric.compute()
+        >>> latents = torch.tensor([[0.0, 1.0, 0.0], [0.0, 2.0, 5.0]])
+        >>> metric.update(x, x.mean(0).expand(2, 2), latents, row=torch.tensor([0, 1]), image=[0, 1])
+        >>> values = alignment(metric.compute())
         >>> [round(float(values[name]), 3) for name in ("fvu", "mse", "l0", "alive")]
         [1.0, 0.5, 1.5, 0.667]
     """
 
     full_state_update = False
     is_differentiable = False
+    image: list[Tensor]
+    sums: list[Tensor]
+    total: list[Tensor]
+    strength: list[Tensor]
 
-    def __init__(self, d_in: int, d_sae: int, **kwargs) -> None:
+    def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
-        for name in SUMS:
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros(d_in, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("fired", torch.zeros(d_sae, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("image", "sums", "total", "strength"):
+            self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(
-        self, x: Tensor, reconstruction: Tensor, latents: Tensor, keep: Tensor | None = None
+        self,
+        x: Tensor,
+        reconstruction: Tensor,
+        latents: Tensor,
+        row: Tensor,
+        image: Tensor | list[int],
+        keep: Tensor | None = None,
     ) -> None:
-        """Adds n tokens: x [n, D], reconstruction [n, D], latents [n, K]; n may be 0.
+        """Adds n tokens of B images; n may be 0.
 
         Args:
-            x: Residual stream.
-            reconstruction: Of the SAE, on the same scale.
-            latents: Of the SAE.
+            x: [n, D] residual stream.
+            reconstruction: [n, D] of the SAE, on the same scale.
+            latents: [n, K] of the SAE; a latent is active where it is positive.
+            row: [n] which of the B images each token belongs to.
+            image: [B] places of these images in the held-out set.
             keep: [n] false at tokens to leave out and count as outliers; None keeps all.
         """
+        image = torch.as_tensor(image, device=x.device)
         keep = torch.ones(len(x), dtype=torch.bool, device=x.device) if keep is None else keep
-        for name, value in token_sums(x, reconstruction, latents, keep).items():
-            setattr(self, name, getattr(self, name) + value)
+        left_out, weight = ~keep[:, None], keep.double()
+        x, reconstruction = (t.double().masked_fill(left_out, 0) for t in (x, reconstruction))
+        latents = latents.float().masked_fill(left_out, 0)
+        norm, norm_reconstruction = x.norm(dim=-1), reconstruction.norm(dim=-1)
+        by_token = torch.stack(
+            [
+                weight,
+                1 - weight,
+                norm**2,
+                ((x - reconstruction) ** 2).sum(-1),
+                # A zero vector has no direction and no length to compare with: it counts as 0.
+                (x * reconstruction).sum(-1) / (norm * norm_reconstruction).clamp_min(1e-300),
+                torch.where(norm > 0, norm_reconstruction / norm, 0.0),
+                norm,
+                (latents > 0).sum(-1).double(),
+            ],
+            dim=-1,
+        )
 
-    def compute(self) -> dict[str, Tensor]:
-        """All metrics as float64 scalars, and `fired` [K], the tokens that each latent fired on."""
-        sums = {name: getattr(self, name) for name in (*SUMS, "total", "fired")}
-        return alignment(sums) | {"fired": sums["fired"]}
+        def by_image(values: Tensor) -> Tensor:
+            return values.new_zeros(len(image), values.shape[-1]).index_add_(0, row, values)
+
+        self.image.append(image)
+        self.sums.append(by_image(by_token))
+        self.total.append(by_image(x))
+        self.strength.append(by_image(latents.clamp_min(0)).bfloat16())
+
+    def compute(self) -> ImageSums:
+        """All images' sums, on the CPU, in the order of the held-out set."""
+        image, sums, total, strength = (
+            torch.cat(state).cpu() if isinstance(state, list) else state.cpu()
+            for state in (self.image, self.sums, self.total, self.strength)
+        )
+        order = image.argsort()
+        return ImageSums(image[order], sums[order], total[order], strength[order])

@@ -20,8 +20,9 @@ from torchmetrics import MeanMetric
 from lightning_limber import __version__
 from lightning_limber.adapters import Adapter, AdapterConfig
 from lightning_limber.backbones import LLM, VisionConfig, VisionEncoder, fingerprint
+from lightning_limber.projectors import read_projector
 from lightning_limber.prompt import Batch, Collator, Prompt, Template
-from lightning_limber.resume import differences, read_checkpoint, training_settings
+from lightning_limber.resume import differences, training_settings
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ class Limber(pl.LightningModule):
         prompt: Template string or chat messages, see prompt.py.
         optimizer: Learning rate and schedule.
         max_caption_tokens: Longer captions are cut there (the end token stays).
-        adapter_weights: Start from the adapter of this checkpoint, as a new run. To continue a run
-            where it stopped, use ``--ckpt_path`` instead.
+        adapter_weights: Start from the adapter in this file, as a new run: a checkpoint of this project,
+            or a projector of LLaVA or LiMBeR (see projectors.py). To continue a run where it stopped,
+            use ``--ckpt_path`` instead.
     """
 
     vision: VisionEncoder
@@ -166,15 +168,14 @@ class Limber(pl.LightningModule):
             )
 
     def _load_adapter(self, path: str) -> None:
-        state = {
-            key.removeprefix("adapter."): value
-            for key, value in read_checkpoint(path)["state_dict"].items()
-        }
+        state = read_projector(path)
         own = {key: value.shape for key, value in self.adapter.state_dict().items()}
         given = {key: value.shape for key, value in state.items()}
         if own != given:
             raise ValueError(
-                f"model.adapter_weights={path}: the adapter there is {given}, this config builds {own}."
+                f"model.adapter_weights={path}: the adapter there is {given}, this config builds {own}. "
+                "Set model.adapter.kind, model.adapter.input_norm (none for another project's adapter), "
+                "model.vision and model.llm to those it was trained with."
             )
         self.adapter.load_state_dict(state)
 
@@ -219,12 +220,17 @@ class Limber(pl.LightningModule):
         is_image[:, 0] = is_caption[:, 0] = False
         return Sequences(embeds, text_start, {"image": is_image, "caption": is_caption})
 
-    def token_losses(self, batch: Batch, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Cross-entropy in nats and correctness of each of the n target tokens: two tensors [n]."""
-        hidden = self.llm.decode(sequences.embeds)  # [N, S, D_l]
+    def token_losses(self, batch: Batch, text_start: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy in nats and correctness of each of the n target tokens: two tensors [n].
+
+        Args:
+            batch: Has the targets.
+            text_start: Position of the first text token.
+            hidden: [N, S, D_l] last hidden states.
+        """
         row, column = batch.target_index.unbind(1)  # [n]
         # A token is predicted one position before it stands. Only target rows reach the vocabulary.
-        position = row * hidden.shape[1] + sequences.text_start + column - 1
+        position = row * hidden.shape[1] + text_start + column - 1
         logits = self.llm.logits(hidden.flatten(0, 1).index_select(0, position)).float()  # [n, V]
         targets = batch.text_ids[row, column]  # [n]
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -233,7 +239,9 @@ class Limber(pl.LightningModule):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Image tokens [B, P, D_l], losses [n] and correctness [n] of the target tokens."""
         image_tokens = self.image_tokens(batch.pixel_values)
-        return (image_tokens, *self.token_losses(batch, self.sequences(batch, image_tokens)))
+        sequences = self.sequences(batch, image_tokens)
+        hidden = self.llm.decode(sequences.embeds)  # [N, S, D_l]
+        return (image_tokens, *self.token_losses(batch, sequences.text_start, hidden))
 
     @torch.no_grad()
     def generate(self, pixel_values: Tensor, max_new_tokens: int = 48) -> list[str]:

@@ -66,6 +66,8 @@ class Batch:
     captions: list[list[str]] = field(default_factory=list)
     """All captions of each image, B."""
     scenes: list[dict[str, Any] | None] = field(default_factory=list)
+    index: list[int] = field(default_factory=list)
+    """Places of the images in their data set, B."""
 
     def pin_memory(self) -> Batch:
         for name, value in vars(self).items():

@@ -18,22 +18,19 @@ SUITE_PREFIX = "suite:"
 SUITES = Path(__file__).parent / "suites"
 
 
-def load_saes(release: str, sae_id: str, layers: list[int] | None, llm: LLM) -> dict[str, Any]:
-    """Loads the SAEs of a release by hook name (``blocks.3.hook_resid_post``), float32 and frozen.
+def find_saes(release: str, sae_id: str, layers: list[int] | None) -> tuple[Path | None, list[str]]:
+    """The release's folder (None: SAELens' registry) and the id of each layer's SAE, in order of layers.
 
     Args:
         release: A SAELens release, a folder of SAELens folders, or ``suite:NAME`` for one that ships
             with this package.
         sae_id: Id (or folder) of each SAE with ``{layer}`` in it: ``layer_{layer}/width_16k/canonical``.
         layers: Which layers; null takes every layer that has an SAE.
-        llm: The loaded LLM that they will be run on.
 
     Raises:
         FileNotFoundError: the folder or the suite does not exist.
-        ValueError: no such release or id, or the SAEs do not fit the LLM.
+        ValueError: no such release or id.
     """
-    from sae_lens import SAE
-
     if "{layer}" not in sae_id:
         raise ValueError(f"probe.sae_id={sae_id!r} needs {{layer}} in it.")
     folder = suite_folder(release)
@@ -47,14 +44,27 @@ def load_saes(release: str, sae_id: str, layers: list[int] | None, llm: LLM) -> 
             f"probe.sae_id={sae_id!r} of {release!r} has no SAE for layers {missing or 'at all'}. "
             f"There are: {', '.join(sorted(ids)[:20])}{' ...' if len(ids) > 20 else ''}."
         )
+    return folder, [matches[layer] for layer in wanted]
+
+
+def load_saes(release: str, sae_id: str, layers: list[int] | None, llm: LLM) -> dict[str, Any]:
+    """Loads what `find_saes` finds, by hook name (``blocks.3.hook_resid_post``), float32 and frozen.
+
+    Raises:
+        FileNotFoundError: see `find_saes`.
+        ValueError: see `find_saes`; or the SAEs do not fit `llm`, the loaded LLM they will run on.
+    """
+    from sae_lens import SAE
+
+    folder, ids = find_saes(release, sae_id, layers)
     saes = {}
-    for layer in wanted:
+    for name in ids:
         if folder:
-            sae: Any = SAE.load_from_disk(folder / matches[layer], device="cpu")
+            sae: Any = SAE.load_from_disk(folder / name, device="cpu")
         else:
-            sae = SAE.from_pretrained(release, matches[layer], device="cpu")
+            sae = SAE.from_pretrained(release, name, device="cpu")
         hook_name = sae.cfg.metadata.hook_name
-        _check_fit(sae, hook_name, f"{release} {matches[layer]}", llm)
+        _check_fit(sae, hook_name, f"{release} {name}", llm)
         saes[hook_name] = sae.to(torch.float32).eval().requires_grad_(False)
     return saes
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import tiny
@@ -60,6 +62,25 @@ def test_wrong_hook_names(models, name):
         llm.residual_hooks({name: print}),
     ):
         pass
+
+
+@pytest.mark.parametrize("architecture", list(tiny.llm_configs()))
+def test_a_forward_can_begin_at_any_layer(architecture, tmp_path):
+    """From a layer's own input the forward ends as it would have, and no hook before it fires."""
+    llm = LLM(tiny.write_llm(tmp_path, architecture)).load()
+    embeds = llm.embed(torch.arange(4, 16).view(2, 6))
+    kept: dict[str, torch.Tensor] = {}
+    names = [f"blocks.{i}.hook_resid_post" for i in range(3)]
+    with torch.no_grad():
+        with llm.residual_hooks({name: partial(kept.__setitem__, name) for name in names}):
+            whole = llm.decode(embeds)
+        for i, name in enumerate(names):
+            fired: list[str] = []
+            with llm.residual_hooks({n: lambda x, n=n, to=fired: to.append(n) for n in names}):
+                part = llm.decode(kept[name], first_layer=i + 1)
+            torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5)
+            assert fired == names[i + 1 :]
+        torch.testing.assert_close(llm.decode(embeds), whole)  # And nothing is left behind.
 
 
 def test_unknown_head_is_refused(models, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,30 @@ def events(folder: str | Path):
     return accumulator
 
 
-METRICS = "fvu mse cosine norm_ratio norm l0 sparsity alive shared outliers tokens".split()
+METRICS = (
+    "fvu fvu_text mse rel_error cosine norm_ratio norm l0 sparsity alive shared outliers tokens".split()
+)
+
+
+def values(cli, epoch: int, group: str, metric: str) -> list[float]:
+    """One metric by layer, from the probe's history."""
+    rows = cli.trainer.callbacks[0].history[epoch]
+    return [row.value for row in rows if (row.group, row.metric) == (group, metric)]
+
+
+@pytest.fixture(scope="module")
+def probed(models, tmp_path_factory):
+    """The CLI object of a short run in this process, with its model, data and probe, to be asked more."""
+    from lightning_limber.cli import main
+
+    flags = [*tiny.arguments(models), "--trainer.max_steps=4", "--probe.outlier_factor=1e9"]
+    flags += ["--probe.costly_images=3", "--probe.lens_top_k=2", "--probe.bootstrap_samples=200"]
+    flags += ["--data.val_size=60"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("probed"))
+        patch.setenv("LIGHTNING_LIMBER_TRACEBACK", "1")
+        patch.setattr("sys.argv", ["lightning_limber"])
+        return main(["fit", *flags])
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +61,14 @@ def run(models, tmp_path_factory) -> Path:
 def test_every_metric_by_layer_group_and_epoch_is_in_the_event_file(run):
     log = events(run)
     for metric in METRICS:
-        for group in ("image", "caption", "text"):
+        for group in ("image", "caption", "text", "noise"):
             for layer in (0, 2):
                 steps = [e.step for e in log.Scalars(f"{metric}/{group}/layer_{layer:02d}")]
                 assert steps == [0, 4, 8]  # The untrained adapter, then each epoch.
-    for tag in ("probe/by_layer", "probe/by_epoch", "captions"):
+    for metric in ("loss_recovered", "lens_hit", "lens_hit_chance", "knn", "knn_chance"):
+        steps = [e.step for e in log.Scalars(f"{metric}/image/layer_02")]
+        assert steps == [0, 4, 8], metric
+    for tag in ("probe/by_layer", "probe/by_epoch", "probe/cross_layer", "captions"):
         assert tag in log.Tags()["images"]
     for tag in (
         "val/loss",
@@ -90,7 +117,6 @@ def test_against_a_second_computation(fit, models):
     model, probe = cli.model, cli.trainer.callbacks[0]
     assert type(probe).__name__ == "SAEProbe"
     saes = load_saes(str(models / "saes"), "layer_{layer}", None, model.llm)
-    captions = [r.captions[0] for r in (SceneSet("train", 16, 112, 0)[i] for i in range(16))]
 
     def residuals(embeds: torch.Tensor, hook_name: str) -> torch.Tensor:
         kept: list[torch.Tensor] = []
@@ -113,12 +139,8 @@ def test_against_a_second_computation(fit, models):
             tokens["text"].append(
                 residuals(torch.cat([prefix, text]), hook_name)[1:][torch.tensor(is_caption)]
             )
-        norms = []
-        for caption in captions:
-            ids, is_caption, _ = prompt.text(caption)
-            embeds = model.llm.embed(torch.tensor(prompt.prefix_ids + ids))
-            norms.append(residuals(embeds, hook_name)[1:][torch.tensor(is_caption)].norm(dim=-1))
-        limit = 10 * torch.cat(norms).median()
+        text = probe._probe.text[hook_name]
+        limit = 10 * text.median_norm
         fired = {}
         for group, rows in tokens.items():
             x = torch.cat(rows)
@@ -131,7 +153,9 @@ def test_against_a_second_computation(fit, models):
             errors = ((x - reconstruction) ** 2).sum()
             expected = {
                 "fvu": errors / ((x - x.mean(0)) ** 2).sum(),
+                "fvu_text": errors / len(x) / text.variance,
                 "mse": errors / x.numel(),
+                "rel_error": errors / (x**2).sum(),
                 "cosine": torch.cosine_similarity(x, reconstruction).mean(),
                 "norm_ratio": (reconstruction.norm(dim=-1) / x.norm(dim=-1)).mean(),
                 "norm": x.norm(dim=-1).mean(),
@@ -142,26 +166,26 @@ def test_against_a_second_computation(fit, models):
                 "tokens": float(keep.sum()),
             }
             for metric, value in expected.items():
-                got = probe.history[1][group][metric][(0, 2).index(layer)]
+                got = values(cli, 1, group, metric)[(0, 2).index(layer)]
                 assert got == pytest.approx(float(value), rel=1e-4, abs=1e-9), (group, metric)
         for group in tokens:
             both = (fired[group] & fired["text"]).sum() / (fired[group] | fired["text"]).sum()
-            got = probe.history[1][group]["shared"][(0, 2).index(layer)]
+            got = values(cli, 1, group, "shared")[(0, 2).index(layer)]
             assert got == pytest.approx(float(both), abs=0.01)
 
 
-def test_does_not_depend_on_the_batch(fit):
-    results = []
+def test_does_not_depend_on_the_batch(probed, monkeypatch):
+    """All rows, intervals and chance levels too."""
+    callback, data = probed.trainer.callbacks[0], probed.trainer.datamodule
+    found = []
     for size in (1, 4, 10):
-        cli = fit("--trainer.max_steps=4", f"--data.val_batch_size={size}", probe=True)
-        results.append(cli.trainer.callbacks[0].history[0])
-    for other in results[1:]:
-        for group, metrics in results[0].items():
-            for metric, values in metrics.items():
-                assert other[group][metric] == pytest.approx(values, rel=1e-4, abs=1e-3), (
-                    group,
-                    metric,
-                )
+        monkeypatch.setattr(data, "val_batch_size", size)
+        batches = (callback._batches(probed.trainer, count, "") for count in (20, 6))
+        found.append(callback._probe.run(*batches, data.attributes).rows)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert a[:3] == b[:3]
+            assert b[3:] == pytest.approx(a[3:], rel=1e-4, abs=1e-3, nan_ok=True), a
 
 
 @pytest.mark.slow
@@ -192,8 +216,8 @@ def test_two_processes_are_one(models, tmp_path):
 
 def test_validate_probes_a_checkpoint(run, fit):
     cli = fit(f"--ckpt_path={run / 'checkpoints/last.ckpt'}", base=False, command="validate")
-    values = [e.value for e in events(cli.trainer.log_dir).Scalars("fvu/image/layer_02")]
-    assert values == [e.value for e in events(run).Scalars("fvu/image/layer_02")][-1:]
+    found = [e.value for e in events(cli.trainer.log_dir).Scalars("fvu/image/layer_02")]
+    assert found == [e.value for e in events(run).Scalars("fvu/image/layer_02")][-1:]
 
 
 def test_resid_pre_saes_read_the_stream_before_the_layer(fit, models, tmp_path):
@@ -206,9 +230,11 @@ def test_resid_pre_saes_read_the_stream_before_the_layer(fit, models, tmp_path):
     sae.save_model(tmp_path / "pre/layer_1")
     results = []
     for place in ("post", "pre"):
-        flag = f"--probe.sae_release={tmp_path / place}"
-        results.append(fit(flag, "--trainer.max_steps=1", probe=True).trainer.callbacks[0].history[0])
-    assert results[0] == results[1]
+        flags = [f"--probe.sae_release={tmp_path / place}", "--captions.num_images=0"]
+        results.append(fit(*flags, "--trainer.max_steps=1", probe=True).trainer.callbacks[0].history[0])
+    # All but the layer's number, which convergence_layer has for its value.
+    post, pre = ([row[1:] for row in rows if row.layer is not None] for rows in results)
+    assert str(pre) == str(post)  # As text: NaN is NaN.
 
 
 @pytest.mark.parametrize(
@@ -239,38 +265,245 @@ def test_the_probe_can_be_rare_or_off(fit):
     assert not fit("--probe.every_n_epochs=0").trainer.callbacks[0].history
 
 
-def test_noise_far_from_text_is_left_out_as_outliers(fit):
+def test_tokens_far_from_text_are_left_out_as_outliers(fit):
     """A probe must not be swamped by attention sinks: tokens over 10 median norms are only counted."""
     cli = fit("--trainer.max_steps=1", "--probe.outlier_factor=0.001", probe=True)
-    values = cli.trainer.callbacks[0].history[0]["image"]
-    assert values["outliers"] == [1.0, 1.0]
-    assert values["tokens"] == [0.0, 0.0]
-    assert all(math.isnan(value) for value in values["fvu"])  # Not a number made up.
+    assert values(cli, 0, "image", "outliers") == [1.0, 1.0]
+    assert values(cli, 0, "image", "tokens") == [0.0, 0.0]
+    assert all(math.isnan(value) for value in values(cli, 0, "image", "fvu"))  # Not a number made up.
 
 
-def test_memory_does_not_grow_with_the_images(models, fit):
-    """No tensor of the probe outlives its batch: the sums are all that is kept."""
+def test_memory_by_image(fit):
+    """No activation outlives its batch: what is kept of an image are its sums, layer by layer."""
     import gc
 
-    cli = fit("--trainer.max_steps=1", probe=True)
-    probe, trainer, model = cli.trainer.callbacks[0], cli.trainer, cli.model
+    cli = fit("--trainer.max_steps=1", "--probe.extras=[noise]", probe=True)
+    callback, trainer = cli.trainer.callbacks[0], cli.trainer
+    probe = callback._probe
 
     def live_bytes(images: int) -> int:
-        peak = 0
-        probe.num_images = images
         trainer.datamodule.val_set = SceneSet("val", images, 112, 0)
-        compute = probe._collect
+        peak = 0
+        geometry = probe._geometry
 
-        def collect(values):
+        def at_the_end_of_the_passes(*args):
             nonlocal peak
             gc.collect()
             peak = sum(x.nbytes for x in gc.get_objects() if isinstance(x, torch.Tensor))
-            return compute(values)
 
-        probe._collect = collect
-        probe.run(trainer, model)
-        probe._collect = compute
+        probe._geometry = at_the_end_of_the_passes
+        probe.run(callback._batches(trainer, images, ""))
+        probe._geometry = geometry
         return peak
 
-    # One image's tokens at one layer are 512 bytes; the last batch's indices may differ by a few.
-    assert live_bytes(64) - live_bytes(8) < 512
+    by_image = (live_bytes(64) - live_bytes(8)) / 56
+    # D = 32, K = 64: sums of 8 and total in float64, strength in bfloat16, the place; 4 groups, 2 layers.
+    kept = (8 * 8 + 32 * 8 + 64 * 2 + 8) * 4 * 2
+    # Twice: the batches' parts, and the whole in the order of the held-out set.
+    assert by_image == pytest.approx(2 * kept, rel=0.05)
+
+
+class Identity(torch.nn.Module):
+    """An SAE that reconstructs perfectly, or (with a constant) always says the same."""
+
+    def __init__(self, sae, constant=None):
+        super().__init__()
+        self.cfg, self.constant = sae.cfg, constant
+
+    def encode(self, x):
+        self.x = x
+        return torch.zeros(len(x), self.cfg.d_sae)
+
+    def decode(self, latents):
+        return self.x if self.constant is None else self.constant.expand_as(self.x)
+
+
+def report(cli, saes, monkeypatch):
+    callback, trainer = cli.trainer.callbacks[0], cli.trainer
+    monkeypatch.setattr(callback._probe, "saes", saes)
+    return callback._probe.run(callback._batches(trainer, 10, ""), callback._batches(trainer, 10, ""))
+
+
+def test_loss_recovered_is_one_for_a_perfect_sae_and_zero_for_the_mean(probed, monkeypatch):
+    cli = probed
+    probe = cli.trainer.callbacks[0]._probe
+    real = probe.saes
+    perfect = report(cli, {name: Identity(sae) for name, sae in real.items()}, monkeypatch)
+    recovered = [row.value for row in perfect.rows if row.metric == "loss_recovered"]
+    assert recovered == pytest.approx([1, 1], abs=1e-4)
+    # The group's mean over all images, which is what the ablation puts there.
+    kept = {name: [] for name in real}
+    index = None
+    with torch.no_grad():
+        for batch in cli.trainer.callbacks[0]._batches(cli.trainer, 10, ""):
+            sequences = cli.model.sequences(batch, cli.model.image_tokens(batch.pixel_values))
+            index = sequences.groups["image"]
+            hooks = {name: lambda x, n=name, i=index: kept[n].append(x[i]) for name in real}
+            with cli.model.llm.residual_hooks(hooks):
+                cli.model.llm.decode(sequences.embeds)
+    means = {name: torch.cat(parts).double().mean(0).float() for name, parts in kept.items()}
+    blind = report(cli, {name: Identity(sae, means[name]) for name, sae in real.items()}, monkeypatch)
+    recovered = [row.value for row in blind.rows if row.metric == "loss_recovered"]
+    assert recovered == pytest.approx([0, 0], abs=1e-3)
+
+
+def test_loss_recovered_against_a_second_computation(probed):
+    """Residual stream replaced by a hook in a whole forward, one image at a time."""
+    cli = probed
+    callback, model = cli.trainer.callbacks[0], cli.model
+    probe = callback._probe
+    found = [row.value for row in callback.history[1] if row.metric == "loss_recovered"]
+    tokens = {name: [] for name in probe.saes}
+    batches = [b for b in callback._batches(cli.trainer, 10, "")]
+    single = [model.trainer.datamodule._loader(model.trainer.datamodule.val_set, 1, False, limit=10)]
+
+    def loss(batch, hooks) -> float:
+        sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
+        with model.llm.residual_hooks(hooks):
+            hidden = model.llm.decode(sequences.embeds)
+        return float(model.token_losses(batch, sequences.text_start, hidden)[0].double().sum())
+
+    with torch.no_grad():
+        for batch in batches:
+            for name in tokens:
+                loss(batch, {name: lambda x, n=name: tokens[n].append(x[:, 1:5].flatten(0, 1))})
+        for name, got in zip(probe.saes, found, strict=True):
+            mean, sae = torch.cat(tokens[name]).mean(0), probe.saes[name]
+
+            def replace(by):
+                def hook(x):
+                    x = x.clone()
+                    x[:, 1:5] = by(x[:, 1:5])
+                    return x
+
+                return hook
+
+            clean = spliced = ablated = 0.0
+            for batch in list(single[0])[:3]:
+                clean += loss(batch, {})
+                spliced += loss(batch, {name: replace(lambda x, s=sae: s.decode(s.encode(x)))})
+                ablated += loss(batch, {name: replace(lambda x, m=mean: m.expand_as(x))})
+            assert got == pytest.approx((ablated - spliced) / (ablated - clean), rel=1e-3, abs=1e-3)
+
+
+def test_the_diagonal_of_the_cross_layer_matrix_is_the_probe(probed, monkeypatch):
+    found = report(probed, probed.trainer.callbacks[0]._probe.saes, monkeypatch)
+    for metric in ("fvu", "l0"):
+        own = [row.value for row in found.rows if (row.group, row.metric) == ("image", metric)]
+        table = found.cross_layer[metric]
+        assert [table[i][i] for i in range(2)] == pytest.approx(own, rel=1e-5)
+        assert table[0][1] != pytest.approx(table[0][0], rel=1e-3)
+
+
+def test_planted_caption_embeddings_look_like_text(probed, monkeypatch):
+    """Image tokens that ARE the caption's first embeddings give the `text` curve, within the interval."""
+    cli = probed
+    model, callback = cli.model, cli.trainer.callbacks[0]
+    ids = []
+    monkeypatch.setattr(model, "image_tokens", lambda pixels: model.llm.embed(ids.pop(0)[:, :4]))
+
+    def batches():
+        for batch in callback._batches(cli.trainer, 60, ""):
+            ids.append(batch.text_ids)
+            # The text group: the same four tokens.
+            batch.is_caption[:, 4:] = False
+            yield batch
+
+    rows = callback._probe.run(batches()).rows
+    for metric in ("fvu", "mse", "cosine", "l0", "norm", "rel_error"):
+        image, text = (
+            [row for row in rows if (row.group, row.metric) == (group, metric)]
+            for group in ("image", "text")
+        )
+        for a, b in zip(image, text, strict=True):
+            assert a.value == pytest.approx(b.value, rel=1e-5), metric
+            assert a.low <= b.value <= a.high
+
+
+def test_planted_noise_gives_the_noise_curve(probed, monkeypatch):
+    """Ten other draws of the same noise: the control is one more of them, real image tokens are not."""
+    model, callback = probed.model, probed.trainer.callbacks[0]
+    own = model.image_tokens
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(pixels):
+        tokens = own(pixels)
+        random = torch.randn(tokens.shape, generator=generator)
+        return random * (tokens.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True))
+
+    def curves(group: str) -> torch.Tensor:
+        rows = callback._probe.run(callback._batches(probed.trainer, 60, "")).rows
+        metrics = ("fvu", "cosine", "l0", "rel_error")
+        return torch.tensor([row.value for row in rows if row.group == group and row.metric in metrics])
+
+    real, control = curves("image"), curves("noise")
+    monkeypatch.setattr(model, "image_tokens", noise)
+    draws = torch.stack([curves("image") for _ in range(10)])
+    assert ((control - draws.mean(0)).abs() < 4 * draws.std(0)).all()
+    assert ((real - draws.mean(0)).abs() > 4 * draws.std(0)).any()
+
+
+def test_lens_hit_against_a_second_computation(probed):
+    """A word of the caption among the top tokens at some image position, from the model's own parts."""
+    from lightning_limber import words
+
+    cli = probed
+    model, callback = cli.model, cli.trainer.callbacks[0]
+    base = model.llm.model.base_model
+    hits = {0: [], 2: []}
+    with torch.no_grad():
+        for batch in callback._batches(cli.trainer, 10, ""):
+            kept = {}
+            sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
+            hooks = {f"blocks.{i}.hook_resid_post": partial(kept.__setitem__, i) for i in hits}
+            with model.llm.residual_hooks(hooks):
+                model.llm.decode(sequences.embeds)
+            for layer, found in hits.items():
+                logits = model.llm.model.lm_head(base.norm(kept[layer][:, 1:5]))
+                top = logits.topk(2, dim=-1).indices.flatten(1)
+                for ids, captions in zip(top, batch.captions, strict=True):
+                    said = {words.stem(t) for t in model.llm.tokenizer.convert_ids_to_tokens(ids.tolist())}
+                    wanted = {words.stem(w) for w in words.content_words(captions[0])}
+                    found.append(bool(said & wanted))
+    for layer, got in zip(hits, values(cli, 1, "image", "lens_hit"), strict=True):
+        assert got == sum(hits[layer]) / 10
+    assert any(hits[0] + hits[2])
+
+
+def test_tidy_table(run):
+    import pandas as pd
+
+    table = pd.read_csv(run / "probe.csv")
+    assert list(table.columns) == "run epoch layer group metric value low high".split()
+    assert set(table.epoch) == {0, 1, 2}
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(run / "probe.parquet").astype(table.dtypes.to_dict()), table, rtol=1e-12
+    )
+    assert not table.duplicated(["epoch", "layer", "group", "metric"]).any()
+    fvu = table[(table.metric == "fvu") & (table.group == "image")]
+    assert ((fvu.low <= fvu.value) & (fvu.value <= fvu.high)).all()
+
+
+def test_extras_can_be_left_out(fit):
+    cli = fit("--trainer.max_steps=1", "--probe.extras=[knn]", probe=True)
+    found = {(row.group, row.metric) for row in cli.trainer.callbacks[0].history[0]}
+    assert ("image", "knn") in found
+    assert not {group for group, _ in found} & {"noise"}
+    assert not {metric for _, metric in found} & {"loss_recovered", "lens_hit", "detectors", "match"}
+    with pytest.raises(ValueError, match=r"probe.extras: \['kn'\] are not among"):
+        fit("--probe.extras=[kn]", probe=True)
+
+
+def test_detectors_of_scenes(models, fit):
+    """Attributes of the truth; a random tiny LLM has text latents for words, and the table says which."""
+    flags = ["--trainer.max_steps=1", "--data.val_size=60", "--probe.extras=[detectors]"]
+    cli = fit(*flags, "--probe.num_images=60", "--captions.num_images=0", probe=True)
+    for group in ("image", "text"):
+        assert all(0 <= value <= 1 for value in values(cli, 0, group, "detectors"))
+    # A colour's embedding alone tells which captions have it.
+    assert values(cli, 0, "text", "detectors_auroc")[0] > values(cli, 0, "image", "detectors_auroc")[0]
+    import pandas as pd
+
+    table = pd.read_csv(Path(cli.trainer.log_dir) / "detectors_epoch_0.csv")
+    assert {"red", "circle", "small", "pink background"} & set(table.attribute)
+    assert set(table.layer) == {0, 2}

@@ -51,7 +51,9 @@ class _BatchSource:
             choose_captions(record.captions, self.captions_per_image, (self.seed, epoch, i))
             for i, record in zip(indices, next_ones, strict=True)
         ]
-        return self.collate(records, captions)
+        batch = self.collate(records, captions)
+        batch.index = indices
+        return batch
 
 
 class BatchLoader:
@@ -169,6 +171,10 @@ class CaptionData(pl.LightningDataModule):
 
     def score_caption(self, caption: str, scene: Any) -> dict[str, tuple[int, int]] | None:
         """Right and total slots of a written caption by kind, where the truth is known exactly."""
+        return None
+
+    def attributes(self, scene: Any) -> set[str] | None:
+        """What is true of an image, in words ("red", "star"), where the truth is known exactly."""
         return None
 
     def setup(self, stage: str | None = None) -> None:

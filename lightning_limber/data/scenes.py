@@ -143,6 +143,13 @@ def score_caption(caption: str, scene: dict[str, Any]) -> dict[str, tuple[int, i
     return {name: (sum(values), len(values)) for name, values in slots.items()}
 
 
+def attributes(scene: dict[str, Any]) -> set[str]:
+    """Colours, shapes, sizes and relations that occur in the scene, and its background."""
+    items = scene["objects"]
+    words = {item[key] for item in items for key in ("colour", "shape", "size")}
+    return words | set(scene["relations"]) | {f"{scene['background']} background"}
+
+
 class SceneSet:
     """Scene number i of a split is a pure function of (seed, split, i)."""
 
@@ -188,3 +195,6 @@ class Scenes(CaptionData):
 
     def score_caption(self, caption: str, scene: Any) -> dict[str, tuple[int, int]]:
         return score_caption(caption, scene)
+
+    def attributes(self, scene: Any) -> set[str]:
+        return attributes(scene)

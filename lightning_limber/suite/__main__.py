@@ -47,17 +47,22 @@ def evaluate(
         saelens_tokens: Tokens for SAELens' evals; 0 leaves them out.
         write: Put the scores into the suite's card.
     """
+    from lightning_limber import gate
+    from lightning_limber.suite import activations
     from lightning_limber.suite import evaluate as ev
-    from lightning_limber.suite.activations import contexts, first_tokens
 
     folder, card, llm, saes, texts = _load(suite, text, bf16, max_tokens)
-    pieces = list(contexts(texts, llm.tokenizer, context_size))
-    pieces = first_tokens(pieces, max_tokens)
+    pieces = list(activations.contexts(texts, llm.tokenizer, context_size))
+    pieces = activations.first_tokens(pieces, max_tokens)
     print(f"{len(pieces):,} held-out contexts, {sum(map(len, pieces)):,} tokens")
     scores = ev.evaluate(llm, saes, card, pieces, ce_tokens, saelens_tokens)
     print(ev.table(scores))
     if write:
-        ev.write_scores(folder, scores)
+        bos = llm.tokenizer.bos_token_id
+        text_stats = gate.measure(
+            llm, saes, [] if bos is None else [bos], context=lambda: activations.autocast(llm)
+        )
+        ev.write_scores(folder, scores, text_stats)
 
 
 def describe(

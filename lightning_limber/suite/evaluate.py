@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lightning_limber import gate
 from lightning_limber.backbones import LLM
-from lightning_limber.metrics import SAEAlignment
+from lightning_limber.metrics import SAEAlignment, alignment
 from lightning_limber.suite import activations
 from lightning_limber.suite.train import CARD
 
@@ -50,7 +52,7 @@ def reconstruction(
     Besides the metrics: `variance`, the mean of |x - mean|^2 of text at that layer, raw scale, which
     is the yardstick of `fvu_text`; and `mean`, the mean vector [D], for ablation.
     """
-    metrics = {name: SAEAlignment(sae.cfg.d_in, sae.cfg.d_sae) for name, sae in saes.items()}
+    metrics = {name: SAEAlignment() for name in saes}
     for ids, mask, _ in tqdm(
         list(activations.batches(contexts, batch_tokens)), desc="Reconstruction", unit=" batches"
     ):
@@ -60,17 +62,17 @@ def reconstruction(
             keep = activations.counted(hidden, mask, median_norm[name])[inner]
             x = hidden[inner].float()
             latents = saes[name].encode(x)
-            metrics[name].update(x, saes[name].decode(latents), latents, keep)
+            row = torch.zeros(len(x), dtype=torch.long)  # All text is one "image".
+            metrics[name].update(x, saes[name].decode(latents), latents, row, [0], keep)
     scores = {}
     for name, metric in metrics.items():
-        score = {k: float(v) for k, v in metric.compute().items() if k != "fired"}
-        tokens, squares, total = (getattr(metric, key) for key in ("tokens", "squares", "total"))
+        sums = metric.compute()
+        score = {key: float(value[0]) for key, value in alignment(sums).items() if key != "fvu_text"}
         scores[name] = {
             "explained_variance": 1 - score["fvu"],
             "dead": 1 - score.pop("alive"),
             **score,
-            "variance": float(squares / tokens - (total / tokens).pow(2).sum()),
-            "mean": (total / tokens).float(),
+            "mean": (sums.total.sum(0) / score["tokens"]).float(),
         }
     return scores
 
@@ -283,10 +285,11 @@ def rounded(scores: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_scores(folder: Path, scores: dict[str, dict[str, Any]]) -> None:
-    """Puts the scores of each layer into the suite's card."""
+def write_scores(folder: Path, scores: dict[str, dict[str, Any]], text: dict[str, gate.TextStats]) -> None:
+    """Puts the scores of each layer, and what the text gate is to find again, into the suite's card."""
     path = folder / CARD
     card = json.loads(path.read_text())
     for name, score in scores.items():
         card["layers"][name]["scores"] = rounded(score)
+        card["layers"][name]["gate"] = rounded(asdict(text[name]))
     path.write_text(json.dumps(card, indent=1) + "\n")

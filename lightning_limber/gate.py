@@ -1,0 +1,185 @@
+"""The text gate: do these SAEs, on this LLM as it is loaded here, do on plain text what they should?
+
+An SAE on the wrong layer, a hook that is off by one, a BOS that is missing or embeddings on another
+scale spoil every number of the probe without a word. So before anything is trained, a few pages of
+plain English (`gate_text.txt`, held-out documents of the shipped suite's corpus) go through the LLM and
+the SAEs, and `fvu` and `l0` are held against what is known of each SAE:
+
+    a suite with a card      the same two numbers on the same text, written into the card when it was
+                             scored (`python -m lightning_limber.suite evaluate --write true`)
+    a SAELens release        the l0 that it publishes
+    anything else            nothing is known but that an SAE must beat half of the variance
+
+The same pass measures the yardsticks of the probe: text's median norm (outliers) and variance
+(`fvu_text`) at each layer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_limber.backbones import LLM
+from lightning_limber.metrics import SAEAlignment, alignment
+from lightning_limber.suite import activations
+
+TEXT = Path(__file__).parent / "gate_text.txt"
+CONTEXT_SIZE = 128
+Policy = Literal["stop", "warn", "off"]
+
+L0_RATIO_OWN, FVU_RATIO_OWN = 1.15, 1.15
+"""Allowed against a card: bf16 and another processor move both by less than a hundredth."""
+L0_RATIO_PUBLISHED = 3.0
+"""Published l0 is of other text: Venhoff et al. (arXiv 2506.11976) read up to 2.4 times Gemma Scope's
+canonical l0 on their text."""
+FVU_UNKNOWN = 0.5
+
+
+@dataclass(frozen=True)
+class TextStats:
+    """Plain text at one layer.
+
+    Attributes:
+        median_norm: Median of |x| over tokens, without the first of each sequence.
+        variance: Mean of |x - mean|^2 over tokens that are no outliers.
+        fvu: The SAE's unexplained variance on them.
+        l0: The SAE's active latents per token.
+    """
+
+    median_norm: float
+    variance: float
+    fvu: float
+    l0: float
+
+
+@torch.no_grad()
+def measure(
+    llm: LLM,
+    saes: dict[str, Any],
+    prefix_ids: list[int],
+    outlier_factor: float = activations.SINK_FACTOR,
+    context: Callable[[], AbstractContextManager] = nullcontext,
+) -> dict[str, TextStats]:
+    """Runs the gate's text through LLM and SAEs, by hook name.
+
+    Args:
+        llm: The loaded LLM.
+        saes: SAEs by hook name.
+        prefix_ids: What opens every sequence: BOS where the prompt has one.
+        outlier_factor: Tokens with more than this many times the median norm are left out.
+        context: Makes the context of each forward (autocast).
+    """
+    device = llm.embedding.weight.device
+    ids_of = partial(llm.tokenizer, add_special_tokens=False)
+    passages = [
+        activations.array("i", [*prefix_ids, *ids_of(line)["input_ids"]][:CONTEXT_SIZE])
+        for line in TEXT.read_text().splitlines()
+    ]
+    batches = list(activations.batches(passages, batch_tokens=2048))
+    # Two passes: what an outlier is must be known before anything is summed.
+    norms: dict[str, list[Tensor]] = {name: [] for name in saes}
+    # Every process reads the whole text.
+    metrics = {name: SAEAlignment(sync_on_compute=False).to(device) for name in saes}
+    limits: dict[str, float] = {}
+
+    def read(name: str, index: Tensor, residual: Tensor) -> None:
+        x = residual.flatten(0, 1).index_select(0, index).float()  # [n, D]
+        norm = x.norm(dim=-1)
+        if name not in limits:
+            norms[name].append(norm)
+            return
+        with torch.autocast(device.type, enabled=False):
+            latents = saes[name].encode(x)
+            reconstruction = saes[name].decode(latents)
+        row = torch.zeros(len(x), dtype=torch.long, device=device)
+        metrics[name].update(x, reconstruction, latents, row, [0], norm <= limits[name])
+
+    for _ in range(2):
+        for ids, mask, _places in batches:
+            mask[:, 0] = 0  # The first position is an attention sink in every LLM.
+            index = mask.flatten().nonzero()[:, 0].to(device)
+            with context(), llm.residual_hooks({name: partial(read, name, index) for name in saes}):
+                llm.decode(llm.embed(ids.to(device)))
+        medians = {name: float(torch.cat(norms[name]).median()) for name in saes}
+        limits = {name: outlier_factor * median for name, median in medians.items()}
+    stats = {}
+    for name, metric in metrics.items():
+        values = {key: float(value[0]) for key, value in alignment(metric.compute()).items()}
+        stats[name] = TextStats(medians[name], values["variance"], values["fvu"], values["l0"])
+    return stats
+
+
+def expected(release: str, folder: Path | None, sae_ids: dict[str, str]) -> dict[str, dict[str, float]]:
+    """What is known of each SAE: a suite's card, or SAELens' registry; {} where nothing is.
+
+    Args:
+        release: As in `load_saes`.
+        folder: The release's folder, or None for a name in SAELens' registry.
+        sae_ids: Id of each SAE by hook name.
+    """
+    if folder is not None:
+        path = folder / "card.json"
+        layers = json.loads(path.read_text())["layers"] if path.exists() else {}
+        return {name: dict(layers.get(name, {}).get("gate", {})) for name in sae_ids}
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    entry = get_pretrained_saes_directory()[release]
+    known = {}
+    for name, sae_id in sae_ids.items():
+        # The registry's own number is 0 where nobody filled it in; Gemma Scope has it in the path.
+        in_path = re.search(r"average_l0_(\d+)", entry.saes_map[sae_id])
+        l0 = (entry.expected_l0 or {}).get(sae_id) or (float(in_path[1]) if in_path else 0)
+        known[name] = {"published_l0": float(l0)} if l0 else {}
+    return known
+
+
+def complaints(measured: dict[str, TextStats], known: dict[str, dict[str, float]]) -> list[str]:
+    """One line for each layer and number that is not as it should be."""
+    lines = []
+    for name, stats in measured.items():
+        of = known[name]
+        if "fvu" in of:
+            bounds = [
+                ("fvu", stats.fvu, of["fvu"] / FVU_RATIO_OWN, of["fvu"] * FVU_RATIO_OWN, of["fvu"]),
+                ("l0", stats.l0, of["l0"] / L0_RATIO_OWN, of["l0"] * L0_RATIO_OWN, of["l0"]),
+            ]
+        else:
+            bounds = [("fvu", stats.fvu, 0.0, FVU_UNKNOWN, 0.0)]
+            if l0 := of.get("published_l0"):
+                bounds.append(("l0", stats.l0, l0 / L0_RATIO_PUBLISHED, l0 * L0_RATIO_PUBLISHED, l0))
+        for metric, value, low, high, wanted in bounds:
+            if not low <= value <= high:
+                source = "nothing is published" if not wanted else f"known: {wanted:.3g}"
+                allowed = f"allowed {low:.3g} to {high:.3g} ({source})"
+                lines.append(f"{name}: {metric} on plain text {value:.3g}, {allowed}")
+    return lines
+
+
+def check(measured: dict[str, TextStats], known: dict[str, dict[str, float]], policy: Policy) -> None:
+    """Stops, warns, or says nothing.
+
+    Raises:
+        ValueError: policy is ``stop`` and some number is not as it should be.
+    """
+    lines = complaints(measured, known)
+    if not lines or policy == "off":
+        return
+    message = (
+        "The text gate: these SAEs do not do on plain text what is known of them.\n  "
+        + "\n  ".join(lines)
+        + "\nLikely causes: SAEs of another layer or hook point, or of another model (base or instruct); "
+        "a model.prompt without {bos} where the SAEs were trained with it; embeddings on another scale. "
+        "Set probe.text_gate to warn or off to go on all the same."
+    )
+    if policy == "stop":
+        raise ValueError(message)
+    print(f"[warning] {message}")
