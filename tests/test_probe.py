@@ -507,3 +507,20 @@ def test_detectors_of_scenes(models, fit):
     table = pd.read_csv(Path(cli.trainer.log_dir) / "detectors_epoch_0.csv")
     assert {"red", "circle", "small", "pink background"} & set(table.attribute)
     assert set(table.layer) == {0, 2}
+
+
+def test_validate_probes_a_published_projector(fit, tmp_path):
+    """LLaVA's file, no checkpoint of ours: its weights are used as they are, and probed."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(32, 24), torch.randn(32)
+    path = tmp_path / "mm_projector.bin"
+    torch.save({"model.mm_projector.weight": weight, "model.mm_projector.bias": bias}, path)
+    flags = [f"--model.adapter_weights={path}", "--model.adapter.input_norm=none"]
+    cli = fit(*flags, "--probe.published_curves=true", command="validate", probe=True)
+    pixels = next(iter(cli.datamodule.probe_dataloader(2))).pixel_values
+    with torch.no_grad():
+        expected = cli.model.vision(pixels) @ weight.T + bias
+        torch.testing.assert_close(cli.model.image_tokens(pixels), expected)
+    log = events(cli.trainer.log_dir)
+    assert log.Scalars("fvu/image/layer_02")
+    assert "probe/by_layer" in log.Tags()["images"]
