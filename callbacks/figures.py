@@ -69,7 +69,8 @@ def probe_figure(history: History, epoch: int, title: str, control: str, publish
         published: Also draw the curves of Venhoff et al., by relative depth.
     """
     now, start = history[epoch], history.get(0) if epoch else None
-    figure = _figure(16, 10.5)
+    figure = _figure(16, 11)
+    figure.subplots_adjust(left=0.035, right=0.99, top=0.93, bottom=0.115, hspace=0.36, wspace=0.17)
     for axis, (metric, label) in zip(figure.subplots(3, 4).flat, PANELS.items(), strict=True):
         for group in GROUPS:
             _draw(axis, curve(now, group, metric), COLOURS[group], group)
@@ -91,7 +92,7 @@ def probe_figure(history: History, epoch: int, title: str, control: str, publish
     for axis in figure.axes:
         handles, names = axis.get_legend_handles_labels()
         labels = {**dict(zip(names, handles, strict=True)), **labels}
-    figure.legend(labels.values(), labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(labels.values(), labels, loc="lower center", ncols=4, frameon=False)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
@@ -119,6 +120,7 @@ def heatmap_figure(history: History, title: str) -> Figure:
         m for m in ("fvu", "cosine", "shared", "loss_recovered") if curve(history[epochs[0]], "image", m)
     ]
     figure = _figure(4 * len(metrics), 4.2)
+    figure.subplots_adjust(left=0.05, right=0.99, top=0.83, bottom=0.13, wspace=0.25)
     axes = np.atleast_1d(figure.subplots(1, len(metrics)))
     for axis, metric in zip(axes, metrics, strict=True):
         curves = [cast(Curve, curve(history[epoch], "image", metric)) for epoch in epochs]
@@ -141,6 +143,7 @@ def cross_layer_figure(layers: list[int], tables: dict[str, list[list[float]]], 
     Where in the LLM's depth does an image token look most like text? The darkest cell of its row.
     """
     figure = _figure(14, 6.2)
+    figure.subplots_adjust(left=0.05, right=0.99, top=0.87, bottom=0.09, wspace=0.12)
     names = [str(layer) for layer in layers]
     for axis, (metric, values) in zip(figure.subplots(1, 2), tables.items(), strict=True):
         table = np.array(values)
@@ -178,6 +181,7 @@ def caption_figure(images: list[torch.Tensor], references: list[str], written: l
     columns = 4
     rows = -(-len(images) // columns)
     figure = _figure(15, 4.2 * rows)
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.45 / (4.2 * rows), bottom=0.01, hspace=0.2)
     for axis, image, reference, caption in zip(
         np.atleast_1d(figure.subplots(rows, columns)).flat, images, references, written, strict=False
     ):
@@ -191,7 +195,8 @@ def caption_figure(images: list[torch.Tensor], references: list[str], written: l
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # Not at start-up: --help does not draw.
 
-    return Figure(figsize=(width, height), layout="constrained")
+    # Margins are given, not solved for: constrained layout took a second a figure.
+    return Figure(figsize=(width, height))
 
 
 def _wrap(text: str, width: int = 52) -> str:

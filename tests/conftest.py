@@ -45,10 +45,19 @@ def run_cli(*args: str, **kwargs) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def fit(models, monkeypatch):
-    """Runs the CLI in this process on the tiny models; returns the CLI object."""
+    """Runs the CLI in this process on the tiny models; returns the CLI object.
+
+    Without `figures` none is drawn: they are most of a tiny run's time.
+    """
+    from lightning_limber.callbacks import captions, sae_probe
     from lightning_limber.cli import main
 
-    def run(*args: str, command: str = "fit", base: bool = True, probe: bool = False):
+    def run(
+        *args: str, command: str = "fit", base: bool = True, probe: bool = False, figures: bool = False
+    ):
+        for module in (captions, sae_probe):
+            for name in [] if figures else [n for n in vars(module) if n.endswith("_figure")]:
+                monkeypatch.setattr(module, name, lambda *args: None)
         flags = tiny.arguments(models, probe) if base else []
         monkeypatch.setattr(sys, "argv", ["lightning_limber"])
         return main([command, *flags, *map(str, args)])

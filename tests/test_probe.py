@@ -516,7 +516,7 @@ def test_validate_probes_a_published_projector(fit, tmp_path):
     path = tmp_path / "mm_projector.bin"
     torch.save({"model.mm_projector.weight": weight, "model.mm_projector.bias": bias}, path)
     flags = [f"--model.adapter_weights={path}", "--model.adapter.input_norm=none"]
-    cli = fit(*flags, "--probe.published_curves=true", command="validate", probe=True)
+    cli = fit(*flags, "--probe.published_curves=true", command="validate", probe=True, figures=True)
     pixels = next(iter(cli.datamodule.probe_dataloader(2))).pixel_values
     with torch.no_grad():
         expected = cli.model.vision(pixels) @ weight.T + bias
