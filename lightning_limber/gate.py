@@ -36,8 +36,9 @@ TEXT = Path(__file__).parent / "gate_text.txt"
 CONTEXT_SIZE = 128
 Policy = Literal["stop", "warn", "off"]
 
-L0_RATIO_OWN, FVU_RATIO_OWN = 1.15, 1.15
-"""Allowed against a card: bf16 and another processor move both by less than a hundredth."""
+L0_RATIO_OWN, FVU_RATIO_OWN = 1.1, 1.1
+"""Allowed against a card. On the shipped suite bf16 moves both by less than a hundredth, a missing BOS
+takes fvu up to 1.18 times its value (layer 3), and a layer off by one to at least 1.39 times."""
 L0_RATIO_PUBLISHED = 3.0
 """Published l0 is of other text: Venhoff et al. (arXiv 2506.11976) read up to 2.4 times Gemma Scope's
 canonical l0 on their text."""

