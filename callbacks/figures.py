@@ -84,7 +84,7 @@ def probe_figure(history: History, epoch: int, title: str, control: str, publish
         if published:
             _draw_published(axis, metric, [row.layer for row in now if row.layer is not None])
         if metric in LOG_SCALE and any(line.get_ydata().max() > 0 for line in axis.lines):
-            axis.set_yscale("log")
+            _log_scale(axis)
         axis.set_title(label, fontsize=11)
         axis.set_xlabel("layer of the LLM (residual stream behind it)")
         axis.grid(alpha=0.25)
@@ -95,6 +95,16 @@ def probe_figure(history: History, epoch: int, title: str, control: str, publish
     figure.legend(labels.values(), labels, loc="lower center", ncols=4, frameon=False)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
+
+
+def _log_scale(axis: Any) -> None:
+    """Logarithmic, with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw(axis: Any, found: Curve | None, colour: str, label: str, style: str = "-") -> None:

@@ -228,6 +228,7 @@ class SAEProbe(pl.Callback):
         log_figure(trainer, "probe/by_epoch", heatmap_figure(self.history, "Image tokens"))
         if report.cross_layer:
             layers = list(self._probe.layers.values())
+            title = f"{self.costly_images} held-out images, epoch {epoch}"
             log_figure(trainer, "probe/cross_layer", cross_layer_figure(layers, report.cross_layer, title))
         if not trainer.fast_dev_run and trainer.log_dir:  # type: ignore[attr-defined]
             self._write_tables(Path(trainer.log_dir), epoch, report.detectors)
