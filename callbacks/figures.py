@@ -85,6 +85,8 @@ def probe_figure(history: History, epoch: int, title: str, control: str, publish
             _draw_published(axis, metric, [row.layer for row in now if row.layer is not None])
         if metric in LOG_SCALE and any(line.get_ydata().max() > 0 for line in axis.lines):
             _log_scale(axis)
+        if metric == "loss_recovered":
+            axis.set_ylim(-0.5, 1.1)  # Where ablation does little harm, the quotient runs away.
         axis.set_title(label, fontsize=11)
         axis.set_xlabel("layer of the LLM (residual stream behind it)")
         axis.grid(alpha=0.25)

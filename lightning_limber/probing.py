@@ -535,6 +535,9 @@ class Probe:
             clean, *others = (weights @ table).unbind(-1)
             for name, spliced, ablated in zip(self.saes, others[::2], others[1::2], strict=True):
                 value = (ablated - spliced) / (ablated - clean)
+                if interval(ablated - clean)[1] <= 0:
+                    # The mean in place of image tokens does no certain harm: there is nothing to recover.
+                    value = torch.full_like(value, torch.nan)
                 report.rows.append(Row(self.layers[name], "image", "loss_recovered", *interval(value)))
         if cross:
             total = torch.stack([table for _, table in cross]).sum(0)  # [L, L, 3]

@@ -41,7 +41,7 @@ def probed(models, tmp_path_factory):
     from lightning_limber.cli import main
 
     flags = [*tiny.arguments(models), "--trainer.max_steps=4", "--probe.outlier_factor=1e9"]
-    flags += ["--probe.costly_images=3", "--probe.lens_top_k=2", "--probe.bootstrap_samples=200"]
+    flags += ["--probe.costly_images=10", "--probe.lens_top_k=2", "--probe.bootstrap_samples=200"]
     flags += ["--data.val_size=60"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("probed"))
@@ -343,7 +343,8 @@ def test_loss_recovered_is_one_for_a_perfect_sae_and_zero_for_the_mean(probed, m
     real = probe.saes
     perfect = report(cli, {name: Identity(sae) for name, sae in real.items()}, monkeypatch)
     recovered = [row.value for row in perfect.rows if row.metric == "loss_recovered"]
-    assert recovered == pytest.approx([1, 1], abs=1e-4)
+    # Behind the last layer hardly anything reads image tokens: no harm done, and nothing to recover.
+    assert recovered == pytest.approx([1, math.nan], abs=1e-4, nan_ok=True)
     # The group's mean over all images, which is what the ablation puts there.
     kept = {name: [] for name in real}
     index = None
@@ -357,7 +358,7 @@ def test_loss_recovered_is_one_for_a_perfect_sae_and_zero_for_the_mean(probed, m
     means = {name: torch.cat(parts).double().mean(0).float() for name, parts in kept.items()}
     blind = report(cli, {name: Identity(sae, means[name]) for name, sae in real.items()}, monkeypatch)
     recovered = [row.value for row in blind.rows if row.metric == "loss_recovered"]
-    assert recovered == pytest.approx([0, 0], abs=1e-3)
+    assert recovered == pytest.approx([0, math.nan], abs=1e-3, nan_ok=True)
 
 
 def test_loss_recovered_against_a_second_computation(probed):
@@ -392,11 +393,15 @@ def test_loss_recovered_against_a_second_computation(probed):
                 return hook
 
             clean = spliced = ablated = 0.0
-            for batch in list(single[0])[:3]:
+            for batch in single[0]:
                 clean += loss(batch, {})
                 spliced += loss(batch, {name: replace(lambda x, s=sae: s.decode(s.encode(x)))})
                 ablated += loss(batch, {name: replace(lambda x, m=mean: m.expand_as(x))})
-            assert got == pytest.approx((ablated - spliced) / (ablated - clean), rel=1e-3, abs=1e-3)
+            if name == "blocks.0.hook_resid_post":
+                assert got == pytest.approx((ablated - spliced) / (ablated - clean), rel=1e-3, abs=1e-3)
+            else:
+                assert math.isnan(got)
+                assert ablated - clean < 0.01 * clean
 
 
 def test_the_diagonal_of_the_cross_layer_matrix_is_the_probe(probed, monkeypatch):
