@@ -210,6 +210,7 @@ class SAEProbe(pl.Callback):
             data.attributes,
         )
         self.history[epoch] = report.rows
+        folder = trainer.log_dir  # Asks all processes.
         if not trainer.is_global_zero:
             return
         scalars = {
@@ -230,8 +231,8 @@ class SAEProbe(pl.Callback):
             layers = list(self._probe.layers.values())
             title = f"{self.costly_images} held-out images, epoch {epoch}"
             log_figure(trainer, "probe/cross_layer", cross_layer_figure(layers, report.cross_layer, title))
-        if not trainer.fast_dev_run and trainer.log_dir:  # type: ignore[attr-defined]
-            self._write_tables(Path(trainer.log_dir), epoch, report.detectors)
+        if not trainer.fast_dev_run and folder:  # type: ignore[attr-defined]
+            self._write_tables(Path(folder), epoch, report.detectors)
         total = sum(report.seconds.values())
         parts = ", ".join(f"{name} {spent:.1f}" for name, spent in report.seconds.items())
         print(f"[probe] epoch {epoch}: {total:.1f} s ({parts})")

@@ -144,8 +144,16 @@ class Collator:
         self.transform = transform
         self.prompt = prompt
 
-    def __call__(self, records: Sequence[Record], captions: Sequence[Sequence[str]]) -> Batch:
-        """`captions[i]` are the captions of `records[i]` to make sequences of, at least one."""
+    def __call__(
+        self, records: Sequence[Record], captions: Sequence[Sequence[str]], index: Sequence[int] = ()
+    ) -> Batch:
+        """Makes the batch.
+
+        Args:
+            records: B images.
+            captions: Of each image those to make sequences of, at least one.
+            index: Places of the images in their data set.
+        """
         texts = [self.prompt.text(caption) for chosen in captions for caption in chosen]
         width = max(len(ids) for ids, _, _ in texts)
         text_ids = torch.zeros(len(texts), width, dtype=torch.long)
@@ -166,6 +174,7 @@ class Collator:
             target_index=is_target.nonzero(),
             captions=[record.captions for record in records],
             scenes=[record.scene for record in records],
+            index=list(index),
         )
 
 

@@ -44,7 +44,7 @@ class Numbers:
 
 def loader(count: int = 22, rank: int = 0, world_size: int = 1, **kwargs) -> BatchLoader:
     source = _BatchSource(
-        Numbers(count), lambda records, captions: ([r.id for r in records], captions), 1, 0
+        Numbers(count), lambda records, captions, index: ([r.id for r in records], captions), 1, 0
     )
     kwargs = {"shuffle": True, "num_workers": 0, **kwargs}
     return BatchLoader(source, 4, rank=rank, world_size=world_size, **kwargs)

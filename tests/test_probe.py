@@ -212,7 +212,7 @@ def test_two_processes_are_one(models, tmp_path):
         a, b = ([(e.step, e.value) for e in log.Scalars(tag)] for log in logs)
         assert [step for step, _ in a] == [step for step, _ in b], tag
         # 1e-3: the second epoch starts from weights that differ by the rounding of a split sum.
-        assert [v for _, v in b] == pytest.approx([v for _, v in a], rel=1e-3, abs=1e-3), tag
+        assert [v for _, v in b] == pytest.approx([v for _, v in a], rel=1e-3, abs=1e-3, nan_ok=True), tag
     # The untrained adapter is the same to the bit: so is its probe, intervals and chance levels included,
     # but for the rounding of forwards with fewer images in a batch.
     a, b = ([row for row in table(tmp_path / str(n)) if row["epoch"] == "0"] for n in (1, 2))

@@ -51,9 +51,7 @@ class _BatchSource:
             choose_captions(record.captions, self.captions_per_image, (self.seed, epoch, i))
             for i, record in zip(indices, next_ones, strict=True)
         ]
-        batch = self.collate(records, captions)
-        batch.index = indices
-        return batch
+        return self.collate(records, captions, indices)
 
 
 class BatchLoader:
