@@ -176,7 +176,8 @@ class Probe:
                 (place, captions, attributes(scene))
                 for place, captions, scene in zip(batch.index, batch.captions, batch.scenes, strict=True)
             ]
-        sums = {key: metric.compute() for key, metric in metrics.items()}
+        # One by one: the parts that a metric was given are let go when its whole is made.
+        sums = {key: metrics.pop(key).compute() for key in list(metrics)}
         report = Report()
         pooled: dict[str, list] = {"loss": [], "cross": []}
         for batch in costly_batches:
