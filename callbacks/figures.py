@@ -136,8 +136,15 @@ def heatmap_figure(history: History, title: str) -> Figure:
     axes = np.atleast_1d(figure.subplots(1, len(metrics)))
     for axis, metric in zip(axes, metrics, strict=True):
         curves = [cast(Curve, curve(history[epoch], "image", metric)) for epoch in epochs]
+        # Where ablation does little harm, loss_recovered runs away.
+        limits = (0.0, 1.0) if metric == "loss_recovered" else (None, None)
         image = axis.imshow(
-            np.array([of[1] for of in curves]).T, aspect="auto", origin="lower", cmap="viridis"
+            np.array([of[1] for of in curves]).T,
+            aspect="auto",
+            origin="lower",
+            cmap="viridis",
+            vmin=limits[0],
+            vmax=limits[1],
         )
         axis.set_xticks(range(len(epochs)), [str(epoch) for epoch in epochs])
         axis.set_yticks(range(len(curves[0][0])), [str(layer) for layer in curves[0][0]])

@@ -223,13 +223,14 @@ class SAEProbe(pl.Callback):
             logger.log_metrics(scalars, step=trainer.global_step)
         fresh = module.hparams["adapter_weights"] is None
         control = "untrained adapter" if fresh else "adapter at the start"
-        title = f"SAE probe of {self.num_images} held-out images, epoch {epoch}"
+        num_images = min(self.num_images, len(data.val_set))
+        title = f"SAE probe of {num_images} held-out images, epoch {epoch}"
         figure = probe_figure(self.history, epoch, title, control, self.published_curves)
         log_figure(trainer, "probe/by_layer", figure)
         log_figure(trainer, "probe/by_epoch", heatmap_figure(self.history, "Image tokens"))
         if report.cross_layer:
             layers = list(self._probe.layers.values())
-            title = f"{self.costly_images} held-out images, epoch {epoch}"
+            title = f"{min(self.costly_images, num_images)} held-out images, epoch {epoch}"
             log_figure(trainer, "probe/cross_layer", cross_layer_figure(layers, report.cross_layer, title))
         if not trainer.fast_dev_run and folder:  # type: ignore[attr-defined]
             self._write_tables(Path(folder), epoch, report.detectors)
