@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -22,7 +23,7 @@ from lightning_limber.adapters import Adapter, AdapterConfig
 from lightning_limber.backbones import LLM, VisionConfig, VisionEncoder, fingerprint
 from lightning_limber.projectors import read_projector
 from lightning_limber.prompt import Batch, Collator, Prompt, Template
-from lightning_limber.resume import differences, training_settings
+from lightning_limber.resume import differences, newest_checkpoint, training_settings
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Sequences:
 
     embeds: Tensor
     """[N, S, D_l]"""
-    text_start: int
-    """T0 + P: position of the first text token."""
+    text_start: Tensor
+    """[N] position of the first text token: T0 + P, or T0 where there is no image."""
     groups: dict[str, Tensor]
     """``image`` and ``caption``: [N, S], true at the group's tokens."""
 
@@ -72,8 +73,8 @@ class Limber(pl.LightningModule):
         optimizer: Learning rate and schedule.
         max_caption_tokens: Longer captions are cut there (the end token stays).
         adapter_weights: Start from the adapter in this file, as a new run: a checkpoint of this project,
-            or a projector of LLaVA or LiMBeR (see projectors.py). To continue a run where it stopped,
-            use ``--ckpt_path`` instead.
+            the folder of its runs (``runs/NAME``: the newest), or a projector of LLaVA or LiMBeR (see
+            projectors.py). To continue a run where it stopped, use ``--ckpt_path`` instead.
     """
 
     vision: VisionEncoder
@@ -142,6 +143,7 @@ class Limber(pl.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             self.adapter = Adapter(self.adapter_config, features.shape[-1], self.llm.hidden_size)
+        self._feature_shape = features.shape[1:]  # P, D_v
         tokens = self.adapter(features.to(next(self.adapter.parameters()).device)).shape[1]
         self._check_length(tokens)
         self.token_norm = float(self.llm.token_norm())
@@ -168,6 +170,8 @@ class Limber(pl.LightningModule):
             )
 
     def _load_adapter(self, path: str) -> None:
+        if Path(path).is_dir():
+            path = str(newest_checkpoint(Path(path)))
         state = read_projector(path)
         own = {key: value.shape for key, value in self.adapter.state_dict().items()}
         given = {key: value.shape for key, value in state.items()}
@@ -190,6 +194,13 @@ class Limber(pl.LightningModule):
         if self.adapter.calibrated:
             return
         batch = cast(Any, self.trainer).datamodule.calibration_batch()
+        if all(batch.truncated):
+            raise ValueError(
+                f"model.max_caption_tokens={self.hparams['max_caption_tokens']} cuts all of the first "
+                f"{len(batch.truncated)} captions: raise it."
+            )
+        if not len(batch.pixel_values):
+            raise ValueError(f"None of the first {len(batch.ids)} training records has an image.")
         features = self.vision(batch.pixel_values.to(self.device))
         self.adapter.calibrate(features, torch.tensor(self.token_norm, device=self.device))
 
@@ -197,7 +208,10 @@ class Limber(pl.LightningModule):
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] -> image tokens [B, P, D_l]."""
-        features = self.vision(pixel_values)  # [B, P, D_v], no gradient
+        if len(pixel_values):
+            features = self.vision(pixel_values)  # [B, P, D_v], no gradient
+        else:  # Text alone: the adapter still takes part, so that DDP gets its gradient, zero.
+            features = pixel_values.new_zeros(0, *self._feature_shape)
         return self.adapter(features)  # [B, P, D_l]
 
     def sequences(self, batch: Batch, image_tokens: Tensor | None) -> Sequences:
@@ -205,32 +219,47 @@ class Limber(pl.LightningModule):
         count = batch.text_ids.shape[0]
         prefix = self.llm.embed(batch.prefix_ids).expand(count, -1, -1)  # [N, T0, D_l]
         text = self.llm.embed(batch.text_ids)  # [N, T, D_l]
-        if image_tokens is None:
+        has_image = batch.image_index >= 0  # [N]
+        if image_tokens is None or not len(image_tokens):
             image = text[:, :0]  # [N, 0, D_l]
         else:
-            image = image_tokens.index_select(0, batch.image_index).to(text.dtype)  # [N, P, D_l]
+            image = image_tokens.index_select(0, batch.image_index.clamp_min(0))  # [N, P, D_l]
+            image = image.to(text.dtype)
         embeds = torch.cat([prefix, image, text], dim=1)  # [N, S, D_l]
-        image_start, text_start = prefix.shape[1], prefix.shape[1] + image.shape[1]
-        is_image = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)  # [N, S]
-        is_caption = torch.zeros_like(is_image)
-        is_image[:, image_start:text_start] = True
-        is_caption[:, text_start:] = batch.is_caption
+        # At each position: before, in or after the image.
+        position = torch.arange(embeds.shape[1], device=embeds.device).expand(count, -1)  # [N, S]
+        image_start, image_end = prefix.shape[1], prefix.shape[1] + image.shape[1]
+        is_image = (position >= image_start) & (position < image_end)
+        is_caption = nn.functional.pad(batch.is_caption, (image_end, 0))
+        text_start = torch.full((count,), image_end, device=embeds.device)
+        if batch.text_only and image_start < image_end:
+            # Without an image the text moves up, and what stood in the image's place becomes padding.
+            after = (position >= image_start) & ~has_image[:, None]
+            length = embeds.shape[1] - image_start
+            moved = image_start + (position - image_start + image.shape[1]) % length
+            row, source = (
+                torch.arange(count, device=embeds.device)[:, None],
+                torch.where(after, moved, position),
+            )
+            embeds, is_caption = embeds[row, source], is_caption[row, source]
+            is_image &= has_image[:, None]
+            text_start = torch.where(has_image, image_end, image_start)
         # The first position is an attention sink in every LLM, whatever token stands there: its norm
         # is tens of times the others' and it is never counted.
-        is_image[:, 0] = is_caption[:, 0] = False
-        return Sequences(embeds, text_start, {"image": is_image, "caption": is_caption})
+        counted = position > 0
+        return Sequences(embeds, text_start, {"image": is_image & counted, "caption": is_caption & counted})
 
-    def token_losses(self, batch: Batch, text_start: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def token_losses(self, batch: Batch, text_start: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy in nats and correctness of each of the n target tokens: two tensors [n].
 
         Args:
             batch: Has the targets.
-            text_start: Position of the first text token.
+            text_start: [N] position of the first text token.
             hidden: [N, S, D_l] last hidden states.
         """
         row, column = batch.target_index.unbind(1)  # [n]
         # A token is predicted one position before it stands. Only target rows reach the vocabulary.
-        position = row * hidden.shape[1] + text_start + column - 1
+        position = row * hidden.shape[1] + text_start[row] + column - 1
         logits = self.llm.logits(hidden.flatten(0, 1).index_select(0, position)).float()  # [n, V]
         targets = batch.text_ids[row, column]  # [n]
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -277,33 +306,44 @@ class Limber(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         image_tokens, losses, correct = self(batch)
         norms = image_tokens.detach().float().norm(dim=-1)  # [B, P]
-        sums = torch.stack(
+        positions = self._positions(batch, image_tokens.shape[1])
+        counts = [len(losses), norms.numel(), *positions, sum(batch.truncated), len(batch.truncated)]
+        sums = torch.cat(
             [
-                losses.detach().sum(),
-                correct.sum().float(),
-                torch.tensor(float(len(losses)), device=self.device),
-                norms.sum(),
-                torch.tensor(float(norms.numel()), device=self.device),
+                torch.stack([losses.detach().sum(), correct.sum().float(), norms.sum()]),
+                torch.tensor(counts, dtype=torch.float32, device=self.device),
             ]
         )
         world_size = self.trainer.world_size
         if world_size > 1:
             torch.distributed.all_reduce(sums)
-        loss_sum, correct_sum, count, norm_sum, image_count = sums
+        loss_sum, correct_sum, norm_sum, count, image_count, real, padded, cut, texts = sums
         # The mean over the tokens of the whole batch, also when it is split over processes that hold
-        # captions of different lengths (DDP averages the processes' gradients).
-        loss = losses.sum() * world_size / count
+        # captions of different lengths (DDP averages the processes' gradients). The image tokens are
+        # named for a share of the batch that has none.
+        loss = losses.sum() * world_size / count.clamp_min(1) + 0.0 * image_tokens[:0].sum()
         log = {
             "train/loss": loss_sum / count,
             "train/perplexity": (loss_sum / count).exp(),
             "train/accuracy": correct_sum / count,
             # Mean norm of the image tokens, in units of the LLM's own token embeddings.
             "train/adapter_norm": norm_sum / image_count / self.token_norm,
+            # Share of all positions that are padding, and of the captions that are cut.
+            "train/padding": 1 - real / padded,
+            "train/truncated": cut / texts,
         }
         self.log_dict(log, batch_size=len(batch.ids))
         self.log("loss", log["train/loss"], prog_bar=True, logger=False, batch_size=len(batch.ids))
         self.log("train/lr", cast(Any, self.lr_schedulers()).get_last_lr()[0])
         return loss
+
+    @staticmethod
+    def _positions(batch: Batch, image_tokens: int) -> tuple[int, int]:
+        """Positions of the batch's sequences: real ones, and all with padding."""
+        prefix, (count, width) = len(batch.prefix_ids), batch.text_ids.shape
+        with_image = count - batch.text_only
+        real = batch.text_tokens + prefix * count + image_tokens * with_image
+        return real, count * (prefix + width + image_tokens * bool(with_image))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]

@@ -1,23 +1,31 @@
-"""Where BOS, prompt text, image tokens and caption go, and how records become one batch.
+"""Where BOS, prompt text, image tokens and captions go, and how records become one batch.
 
-A template is a string with the markers ``{bos}``, ``{image}``, ``{caption}``, ``{eos}``:
+A prompt is a string with the markers ``{bos}``, ``{image}``, ``{caption}``, ``{eos}``:
 
     LiMBeR           "{image}{caption}{eos}"
-    Venhoff et al.   "{bos}{image}Describe the picture. {caption}{eos}"
+    captions         "{bos}{image}Describe the picture. {caption}{eos}"
 
 or a list of chat messages, rendered with the tokenizer's own chat template:
 
     [{role: user, content: "{image}Describe the picture."}, {role: assistant, content: "{caption}"}]
 
-Everything before ``{image}`` is the prefix; what follows it is the text. The loss is taken on the
-caption's tokens and on the end token: the one that directly follows the caption.
+or, for records that are conversations, their own turns in that chat template:
+
+    LLaVA            "{conversation}"              the image opens the first user turn
+    Venhoff et al.   "{bos}{image}{conversation}"  the image stands before the conversation
+
+Everything before the image is the prefix; what follows it is the text. The loss is taken on the
+caption (the assistant's turns) and on each end token: the one that directly follows a caption.
 """
 
 from __future__ import annotations
 
 import random
+import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +37,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Template = str | list[dict[str, str]]
+Turns = list[tuple[str, str]]
+"""(user, assistant) pairs, in order."""
+
+CAPTION_QUESTION = "Describe the image concisely."
+"""What a model that is trained on conversations is asked when it shall write a caption."""
 
 
 @dataclass
@@ -36,38 +49,49 @@ class Record:
     """One image with what is known about it, as a data set yields it."""
 
     id: str
-    image: Image
+    image: Image | None
+    """None: a record of text alone (training only)."""
     captions: list[str]
     scene: dict[str, Any] | None = None
     """Ground truth of a drawn scene: objects, boxes, attributes, relations, background."""
+    turns: Turns | None = None
+    """The conversation about the image; its answers are the captions then."""
 
 
 @dataclass
 class Batch:
-    """B images and N >= B sequences, each [prefix | image | text], padded on the right.
+    """B images and N sequences, each [prefix | image | text], padded on the right.
 
     No attention mask is needed: in a causal model nothing real comes after the padding.
     """
 
     ids: list[str]
-    """Names of the images, B."""
+    """Names of the records, one for each image and each text-only sequence."""
     pixel_values: Tensor
     """[B, 3, H, W]"""
     image_index: Tensor
-    """[N] which image each sequence is about."""
+    """[N] which image each sequence is about; -1 for text alone: [prefix | text]."""
     prefix_ids: Tensor
     """[T0] tokens before the image, the same in every sequence."""
     text_ids: Tensor
     """[N, T] tokens after the image."""
     is_caption: Tensor
-    """[N, T] true at caption tokens (padding, prompt text and end token are false)."""
+    """[N, T] true at caption tokens (padding, prompt text and end tokens are false)."""
     target_index: Tensor
     """[n, 2] sequence and text position of every token that the loss is taken on."""
+    text_tokens: int = 0
+    """Tokens of all texts together; the rest of [N, T] is padding."""
+    text_only: int = 0
+    """Sequences without an image."""
+    truncated: list[bool] = field(default_factory=list)
+    """N: whether a caption was cut to ``max_caption_tokens``."""
     captions: list[list[str]] = field(default_factory=list)
     """All captions of each image, B."""
     scenes: list[dict[str, Any] | None] = field(default_factory=list)
     index: list[int] = field(default_factory=list)
     """Places of the images in their data set, B."""
+    skipped: list[str] = field(default_factory=list)
+    """Records that could not be read and are not in the batch, with the reason."""
 
     def pin_memory(self) -> Batch:
         for name, value in vars(self).items():
@@ -77,18 +101,31 @@ class Batch:
 
 
 class Prompt:
-    """A template bound to a tokenizer."""
+    """A template bound to a tokenizer.
+
+    Args:
+        template: See this file's head.
+        tokenizer: Of the LLM. It needs no padding token.
+        max_caption_tokens: Longer captions are cut there (the end token stays); of a conversation, the
+            whole text.
+    """
 
     def __init__(self, template: Template, tokenizer: Any, max_caption_tokens: int) -> None:
         self.tokenizer = tokenizer
         self.max_caption_tokens = max_caption_tokens
         if not isinstance(template, str):
-            template = self._render_chat(list(template))
-        for marker in ("{image}", "{caption}"):
+            template = self._render(list(template))
+        self.is_conversation = "{conversation}" in template
+        # Alone, the conversation has the image within it: where its first user turn begins.
+        self._image_within = template == "{conversation}"
+        if self._image_within:
+            template = "{image}{conversation}"
+        caption = "{conversation}" if self.is_conversation else "{caption}"
+        for marker in ("{image}", caption):
             if template.count(marker) != 1:
                 raise ValueError(f"model.prompt needs {marker} exactly once, given: {template!r}")
-        if template.index("{caption}") < template.index("{image}"):
-            raise ValueError(f"model.prompt: {{caption}} must follow {{image}}, given: {template!r}")
+        if template.index(caption) < template.index("{image}"):
+            raise ValueError(f"model.prompt: {caption} must follow {{image}}, given: {template!r}")
         for marker, name in (("{bos}", "bos_token"), ("{eos}", "eos_token")):
             token = getattr(tokenizer, name)
             if marker in template and token is None:
@@ -98,16 +135,42 @@ class Prompt:
                 )
             template = template.replace(marker, token or "")
         prefix, text = template.split("{image}")
-        self.before, self.after = text.split("{caption}")
+        self.before, self.after = text.split(caption)
+        if self.is_conversation:
+            # Made once here, so that a tokenizer that has no chat template is met before training.
+            opening = self._between_turns(1)[0]
+            if self._image_within:
+                prefix = opening
         self.prefix_ids: list[int] = self._encode(prefix)
 
-    def _render_chat(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(
-                "model.prompt is a list of chat messages but this tokenizer has no chat template. "
-                'Write the prompt as one string, for example "{bos}{image}{caption}{eos}".'
+                "model.prompt needs a chat template, and this tokenizer has no chat template. Choose an "
+                "instruction-tuned LLM, or write the prompt as one string, for example "
+                '"{bos}{image}{caption}{eos}".'
             )
-        return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+
+    @lru_cache(maxsize=256)  # noqa: B019 (one prompt lives as long as its process)
+    def _between_turns(self, count: int, generate: bool = False) -> list[str]:
+        """The chat template's own text around `count` turns: before, between and after the contents."""
+        messages = []
+        for i in range(count):
+            messages.append({"role": "user", "content": f"⟦{2 * i}⟧"})
+            messages.append({"role": "assistant", "content": f"⟦{2 * i + 1}⟧"})
+        if generate:
+            rendered = self._render(messages[:-1], add_generation_prompt=True)
+        else:
+            rendered = self._render(messages)
+        pieces = re.split(r"⟦\d+⟧", rendered)
+        if len(pieces) != 2 * count + (not generate):
+            raise ValueError(f"This tokenizer's chat template does not keep all turns: {rendered!r}.")
+        bos = self.tokenizer.bos_token
+        if not self._image_within and bos:
+            # What stands before the image already opens the sequence.
+            pieces[0] = pieces[0].removeprefix(bos)
+        return pieces
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -115,26 +178,66 @@ class Prompt:
     @property
     def generation_ids(self) -> list[int]:
         """Tokens between image and caption: what stands there when the LLM starts to write."""
+        if self.is_conversation:
+            opening, closing = self._between_turns(1, generate=True)
+            start = "\n" if self._image_within else self.before + opening
+            return self._encode(start + CAPTION_QUESTION + closing)
         # A space that ends the prompt belongs to the caption's first token.
         return self._encode(self.before.rstrip(" "))
 
-    def text(self, caption: str) -> tuple[list[int], list[bool], list[bool]]:
-        """Tokens after the image, and which of them are caption and which are targets."""
-        encoded = self.tokenizer(
-            f"{self.before}{caption}{self.after}",
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-        )
-        start, end = len(self.before), len(self.before) + len(caption)
-        is_caption = [a < end and b > start for a, b in encoded["offset_mapping"]]
-        ids = encoded["input_ids"]
-        first = is_caption.index(True)
-        last = len(is_caption) - is_caption[::-1].index(True)  # One past the caption.
-        cut = min(last, first + self.max_caption_tokens)
-        ids = ids[:cut] + ids[last:]
-        is_caption = is_caption[:cut] + is_caption[last:]
-        is_target = [is_cap or i == cut for i, is_cap in enumerate(is_caption)]
-        return ids, is_caption, is_target
+    def text(
+        self, caption: str | Turns, has_image: bool = True
+    ) -> tuple[list[int], list[bool], list[bool], bool]:
+        """Tokens after the image, which of them are caption, which are targets; and whether any was cut."""
+        if not isinstance(caption, str) and not self.is_conversation:
+            if len(caption) > 1:
+                raise ValueError(
+                    f'model.prompt has "{{caption}}", but a record has {len(caption)} turns: use '
+                    '"{conversation}" or "{bos}{image}{conversation}".'
+                )
+            caption = caption[0][1]
+        if isinstance(caption, str):
+            if self.is_conversation:
+                raise ValueError(
+                    'model.prompt has "{conversation}", but this data set has captions without turns: use '
+                    '"{caption}", or chat messages around it.'
+                )
+            whole = f"{self.before}{caption}{self.after}"
+            spans = [(len(self.before), len(self.before) + len(caption))]
+        else:
+            whole, spans = self._conversation(caption, has_image)
+        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        is_caption = [_inside(spans, a, b) for a, b in offsets]
+        if isinstance(caption, str):
+            first = is_caption.index(True)
+            last = len(is_caption) - is_caption[::-1].index(True)  # One past the caption.
+            cut = min(last, first + self.max_caption_tokens)
+            ids = ids[:cut] + ids[last:]
+            is_caption = is_caption[:cut] + is_caption[last:]
+            is_target = [is_cap or i == cut for i, is_cap in enumerate(is_caption)]
+            return ids, is_caption, is_target, cut < last
+        # The end token of each turn is the one after its last.
+        is_target = [here or before for here, before in zip(is_caption, [False, *is_caption], strict=False)]
+        limit = self.max_caption_tokens
+        return ids[:limit], is_caption[:limit], is_target[:limit], len(ids) > limit
+
+    def _conversation(self, turns: Turns, has_image: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The text after the image, and where the assistant's turns are in it."""
+        pieces = self._between_turns(len(turns))
+        text = "\n" * has_image if self._image_within else self.before + pieces[0]
+        spans = []
+        for i, (user, assistant) in enumerate(turns):
+            text += user + pieces[2 * i + 1]
+            spans.append((len(text), len(text) + len(assistant)))
+            text += assistant + pieces[2 * i + 2]
+        return text + self.after, spans
+
+
+def _inside(spans: list[tuple[int, int]], start: int, end: int) -> bool:
+    """Whether characters [start, end) touch one of the ordered spans."""
+    i = bisect_right(spans, (end - 1, float("inf"))) - 1
+    return i >= 0 and end > start and start < spans[i][1]
 
 
 class Collator:
@@ -145,41 +248,67 @@ class Collator:
         self.prompt = prompt
 
     def __call__(
-        self, records: Sequence[Record], captions: Sequence[Sequence[str]], index: Sequence[int] = ()
+        self,
+        records: Sequence[Record],
+        captions: Sequence[Sequence[str | Turns]],
+        index: Sequence[int] = (),
+        skipped: Sequence[str] = (),
     ) -> Batch:
         """Makes the batch.
 
         Args:
-            records: B images.
-            captions: Of each image those to make sequences of, at least one.
-            index: Places of the images in their data set.
+            records: B images, and records without one.
+            captions: Of each record those to make sequences of, at least one: captions or conversations.
+            index: Places of the records in their data set.
+            skipped: Passed on to the batch.
         """
-        texts = [self.prompt.text(caption) for chosen in captions for caption in chosen]
-        width = max(len(ids) for ids, _, _ in texts)
+        has_image = [record.image is not None for record in records]
+        place = torch.tensor(has_image, dtype=torch.long).cumsum(0) - 1  # Of each record among the images.
+        texts = [
+            self.prompt.text(caption, has)
+            for has, chosen in zip(has_image, captions, strict=True)
+            for caption in chosen
+        ]
+        # A process' share of a batch of which nothing could be read: one sequence without a target.
+        texts = texts or [([0], [False], [False], False)]
+        width = max(len(ids) for ids, *_ in texts)
         text_ids = torch.zeros(len(texts), width, dtype=torch.long)
         is_caption = torch.zeros(len(texts), width, dtype=torch.bool)
         is_target = torch.zeros(len(texts), width, dtype=torch.bool)
-        for row, (ids, caption_mask, target_mask) in enumerate(texts):
+        for row, (ids, caption_mask, target_mask, _) in enumerate(texts):
             text_ids[row, : len(ids)] = torch.tensor(ids)
             is_caption[row, : len(ids)] = torch.tensor(caption_mask)
             is_target[row, : len(ids)] = torch.tensor(target_mask)
-        counts = torch.tensor([len(chosen) for chosen in captions])
+        counts = torch.tensor([len(chosen) for chosen in captions], dtype=torch.long)
+        image_index = torch.where(torch.tensor(has_image, dtype=torch.bool), place, -1)
+        image_index = image_index.repeat_interleave(counts) if records else torch.tensor([-1])
+        with_image = [record for record in records if record.image is not None]
+        pixels = [self.transform(record.image) for record in with_image]  # type: ignore[arg-type]
         return Batch(
             ids=[record.id for record in records],
-            pixel_values=torch.stack([self.transform(record.image) for record in records]),
-            image_index=torch.arange(len(records)).repeat_interleave(counts),
+            pixel_values=torch.stack(pixels) if pixels else torch.zeros(0, 3, 1, 1),
+            image_index=image_index,
             prefix_ids=torch.tensor(self.prompt.prefix_ids, dtype=torch.long),
             text_ids=text_ids,
             is_caption=is_caption,
             target_index=is_target.nonzero(),
-            captions=[record.captions for record in records],
-            scenes=[record.scene for record in records],
-            index=list(index),
+            text_tokens=sum(len(ids) for ids, *_ in texts),
+            text_only=int((image_index < 0).sum()),
+            truncated=[cut for *_, cut in texts],
+            captions=[record.captions for record in with_image],
+            scenes=[record.scene for record in with_image],
+            index=[i for i, has in zip(index, has_image, strict=False) if has],
+            skipped=list(skipped),
         )
 
 
-def choose_captions(captions: list[str], count: int, seed: tuple) -> list[str]:
-    """`count` of the captions, without repetition, as a pure function of `seed`."""
-    if len(captions) <= count:
-        return captions
-    return random.Random(repr(seed)).sample(captions, count)
+def choose_captions(record: Record, count: int, seed: tuple) -> Sequence[str | Turns]:
+    """What to make sequences of: the record's conversation, or `count` of its captions.
+
+    The captions are drawn without repetition, as a pure function of `seed`.
+    """
+    if record.turns is not None:
+        return [record.turns]
+    if len(record.captions) <= count:
+        return record.captions
+    return random.Random(repr(seed)).sample(record.captions, count)

@@ -6,7 +6,7 @@ import torch
 
 from lightning_limber.adapters import Adapter, AdapterConfig
 from lightning_limber.backbones import LLM
-from lightning_limber.prompt import Prompt, choose_captions
+from lightning_limber.prompt import Prompt, Record, choose_captions
 
 CAPTION = "a red circle ."
 
@@ -20,7 +20,7 @@ def tokenizer(tmp_path_factory):
 def layout(tokenizer, template, caption: str = CAPTION, limit: int = 64) -> tuple[str, str, str, str]:
     """Prefix, text, its caption tokens and its target tokens, as words."""
     prompt = Prompt(template, tokenizer, limit)
-    ids, is_caption, is_target = prompt.text(caption)
+    ids, is_caption, is_target, _ = prompt.text(caption)
 
     def words(chosen) -> str:
         return " ".join(tokenizer.convert_ids_to_tokens(chosen))
@@ -99,16 +99,17 @@ def test_missing_special_tokens_and_chat_templates(tmp_path):
 
 def test_generation_starts_where_the_caption_does(tokenizer):
     prompt = Prompt("{bos}{image}describe the picture . {caption}{eos}", tokenizer, 64)
-    ids, is_caption, _ = prompt.text(CAPTION)
+    ids, is_caption, *_ = prompt.text(CAPTION)
     assert prompt.generation_ids == ids[: is_caption.index(True)]
     assert Prompt("{bos}{image} {caption}{eos}", tokenizer, 64).generation_ids == []
 
 
 def test_choice_of_captions():
     captions = list("abcde")
-    assert choose_captions(captions, 5, (0,)) == captions
-    draws = [tuple(choose_captions(captions, 2, (0, epoch))) for epoch in range(50)]
-    assert draws == [tuple(choose_captions(captions, 2, (0, epoch))) for epoch in range(50)]
+    record = Record("a", None, captions)
+    assert choose_captions(record, 5, (0,)) == captions
+    draws = [tuple(choose_captions(record, 2, (0, epoch))) for epoch in range(50)]
+    assert draws == [tuple(choose_captions(record, 2, (0, epoch))) for epoch in range(50)]
     assert all(len(set(draw)) == 2 for draw in draws)
     assert {name for draw in draws for name in draw} == set(captions)
 

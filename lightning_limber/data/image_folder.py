@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -33,7 +33,7 @@ class Entry:
     captions: tuple[str, ...]
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path | BinaryIO) -> Image.Image:
     """Decodes any picture to 8-bit RGB as a viewer shows it.
 
     EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled (not clipped), and of
@@ -111,7 +111,6 @@ class ImageFolder(CaptionData):
         exclude: Regular expression on the path relative to `root`; images that match are left out.
         val_share: Share of the images held out, chosen by a hash of the file name: adding images never
             moves another image from one side to the other.
-        max_bad_share: More bad records than this stop the run.
     """
 
     def __init__(
@@ -119,14 +118,12 @@ class ImageFolder(CaptionData):
         root: str,
         exclude: str | None = None,
         val_share: float = 0.1,
-        max_bad_share: float = 0.01,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.root = Path(root).expanduser()
         self.exclude = exclude
         self.val_share = val_share
-        self.max_bad_share = max_bad_share
         self.save_hyperparameters()
 
     @property

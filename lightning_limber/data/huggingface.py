@@ -1,0 +1,159 @@
+"""Data sets of the Hugging Face hub, or saved by its library: map-style or streamed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning_limber.data.base import CaptionData, RecordSet, RecordStream
+from lightning_limber.data.image_folder import open_image
+from lightning_limber.prompt import Record
+
+SHUFFLE_BUFFER = 10_000
+
+
+class Columns:
+    """Which columns are what; makes a record of a row whose image is not decoded yet."""
+
+    def __init__(self, image: str, caption: str) -> None:
+        self.image, self.caption = image, caption
+
+    def captions(self, row: dict[str, Any]) -> list[str]:
+        value = row[self.caption]
+        texts = [value] if isinstance(value, str) else list(value or ())
+        return [" ".join(text.split()) for text in texts if text and text.strip()]
+
+    def record(self, row: dict[str, Any], name: str) -> Record:
+        captions = self.captions(row)
+        if not captions:
+            raise OSError("it has no caption")
+        image = row[self.image]
+        source = io.BytesIO(image["bytes"]) if image["bytes"] is not None else Path(image["path"])
+        return Record(name, open_image(source), captions)
+
+
+class TableSet:
+    """A map-style data set."""
+
+    def __init__(self, table: Any, columns: Columns, split: str) -> None:
+        self.table, self.columns, self.split = table, columns, split
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.columns.record(self.table[index], f"{self.split}/{index}")
+
+    @property
+    def lengths(self) -> list[int]:
+        if not hasattr(self, "_lengths"):
+            texts = self.table.select_columns([self.columns.caption])
+            self._lengths = [sum(map(len, self.columns.captions(row))) for row in texts]
+        return self._lengths
+
+
+class StreamSet:
+    """A streamed data set; rows are shuffled in a buffer, as a function of seed and epoch."""
+
+    def __init__(self, stream: Any, columns: Columns, split: str, count: int, seed: int) -> None:
+        self.stream, self.columns, self.split = stream, columns, split
+        self.count, self.seed = count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def rows(self, epoch: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        numbered = self.stream.map(lambda row, i: {**row, "_place": i}, with_indices=True)
+        shuffled = numbered.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
+        shuffled.set_epoch(epoch)
+        for row in shuffled:
+            yield row.pop("_place"), row
+
+    def length(self, row: tuple[int, dict[str, Any]]) -> int:
+        return sum(map(len, self.columns.captions(row[1])))
+
+    def decode(self, row: tuple[int, dict[str, Any]]) -> Record:
+        return self.columns.record(row[1], f"{self.split}/{row[0]}")
+
+
+class HuggingFaceCaptions(CaptionData):
+    """An image column and a caption column (a string, or a list of them) of a Hugging Face data set.
+
+    Streamed, nothing is stored: every process reads the stream and decodes its own share, and a resumed
+    run reads (without decoding) up to where it stopped. The held-out split is always map-style.
+
+    Args:
+        path: Hub name, or a folder that ``save_to_disk`` wrote, or any builder of the library
+            (``parquet``, ``imagefolder``).
+        name: Configuration of the data set.
+        data_files: Files of a builder by split: ``{train: a-*.parquet, validation: b.parquet}``.
+        image_column: Holds the image.
+        caption_column: Holds the caption or captions.
+        train_split: Split to train on.
+        val_split: Split held out; slices are allowed (``train[:1000]``).
+        streaming: Read the training split as a stream.
+        num_train: Records of a streamed split; null takes what the data set says.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        data_files: dict[str, str] | None = None,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        train_split: str = "train",
+        val_split: str = "validation",
+        streaming: bool = False,
+        num_train: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.path, self.name, self.data_files = path, name, data_files
+        self.columns = Columns(image_column, caption_column)
+        self.train_split, self.val_split = train_split, val_split
+        self.streaming = streaming
+        self.num_train = num_train
+        self.save_hyperparameters()
+
+    def prepare_data(self) -> None:
+        self._load(self.val_split, streaming=False)
+        if not self.streaming:
+            self._load(self.train_split, streaming=False)
+
+    def datasets(self) -> tuple[RecordSet | RecordStream, RecordSet]:
+        val = TableSet(self._load(self.val_split, streaming=False), self.columns, self.val_split)
+        train = self._load(self.train_split, self.streaming)
+        if not self.streaming:
+            return TableSet(train, self.columns, self.train_split), val
+        known = (train.info.splits or {}).get(self.train_split)
+        count = self.num_train or (known.num_examples if known else None)
+        if not count:
+            raise ValueError(
+                f"data.streaming=true: '{self.path}' does not say how many records '{self.train_split}' has. "
+                "Set data.num_train."
+            )
+        return StreamSet(train, self.columns, self.train_split, count, self.seed), val
+
+    def _load(self, split: str, streaming: bool) -> Any:
+        import datasets
+
+        folder = Path(self.path).expanduser()
+        if (folder / "dataset_dict.json").is_file():
+            table = datasets.load_from_disk(folder)[split]
+            table = table.to_iterable_dataset(num_shards=1) if streaming else table
+        else:
+            table = datasets.load_dataset(
+                self.path, self.name, data_files=self.data_files, split=split, streaming=streaming
+            )
+        missing = {self.columns.image, self.columns.caption} - set(table.column_names or ())
+        if missing:
+            raise ValueError(
+                f"'{self.path}' has no column {sorted(missing)}; it has {table.column_names}. Set "
+                "data.image_column and data.caption_column."
+            )
+        # Undecoded: the loader's workers decode.
+        table = table.select_columns([self.columns.image, self.columns.caption])
+        return table.cast_column(self.columns.image, datasets.Image(decode=False))
