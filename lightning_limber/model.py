@@ -237,10 +237,8 @@ class Limber(pl.LightningModule):
             after = (position >= image_start) & ~has_image[:, None]
             length = embeds.shape[1] - image_start
             moved = image_start + (position - image_start + image.shape[1]) % length
-            row, source = (
-                torch.arange(count, device=embeds.device)[:, None],
-                torch.where(after, moved, position),
-            )
+            source = torch.where(after, moved, position)  # [N, S]
+            row = torch.arange(count, device=embeds.device)[:, None]
             embeds, is_caption = embeds[row, source], is_caption[row, source]
             is_image &= has_image[:, None]
             text_start = torch.where(has_image, image_end, image_start)

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_limber.data.base import CaptionData, PackedList, RecordSet
 from lightning_limber.data.image_folder import hash_share, open_image
 from lightning_limber.prompt import Record, Turns
@@ -26,15 +29,15 @@ class AnnotationSet:
                 lengths.append(sum(map(len, texts)) if row["image"] else -sum(map(len, texts)))
                 yield row
 
-        self.rows_ = PackedList(measured())
-        self.lengths: Sequence[int] = lengths
+        self.packed = PackedList(measured())
+        self.lengths = np.array(lengths)
         self.images = images
 
     def __len__(self) -> int:
-        return len(self.rows_)
+        return len(self.packed)
 
     def __getitem__(self, index: int) -> Record:
-        row = self.rows_[index]
+        row = self.packed[index]
         turns: Turns | None = [(user, answer) for user, answer in row["turns"]] if "turns" in row else None
         captions = row.get("captions") or [answer for _, answer in turns or ()]
         image = open_image(self.images / row["image"]) if row["image"] else None
@@ -62,25 +65,33 @@ class LLaVAConversations(CaptionData):
         self.save_hyperparameters()
 
     def datasets(self) -> tuple[RecordSet, RecordSet]:
-        rows = [
-            self._row(entry, i) for i, entry in enumerate(read_json(self.annotations, "data.annotations"))
-        ]
+        entries = read_json(self.annotations, "data.annotations")
+        rows = [row for i, entry in enumerate(entries) if (row := self._row(entry, i))]
+        if bad := len(entries) - len(rows):
+            message = f"{bad} of {len(entries)} records of '{self.annotations}' are no conversation"
+            if bad > self.max_bad_share * len(entries):
+                raise ValueError(
+                    f"{message}: human and gpt must take turns. Allowed is a share of data.max_bad_share="
+                    f"{self.max_bad_share:g}."
+                )
+            rank_zero_warn(f"{message} and are left out.")
         held_out = [bool(row["image"]) and hash_share(row["image"]) < self.val_share for row in rows]
         check_images(self.images, [row["image"] for row in rows if row["image"]])
         train, val = (
-            (row for row, out in zip(rows, held_out, strict=True) if out == wanted)
-            for wanted in (False, True)
-        )
-        return AnnotationSet(train, self.images), AnnotationSet(val, self.images)
-
-    def _row(self, entry: dict[str, Any], place: int) -> dict[str, Any]:
-        said = entry.get("conversations", ())
-        speakers = [turn["from"] for turn in said]
-        if not said or speakers != ["human", "gpt"] * (len(said) // 2):
-            raise ValueError(
-                f"data.annotations: record {place} ({entry.get('id')}) of '{self.annotations}' must alternate "
-                f"human and gpt, given: {speakers}."
+            AnnotationSet(
+                (row for row, out in zip(rows, held_out, strict=True) if out == part), self.images
             )
+            for part in (False, True)
+        )
+        return train, val
+
+    def _row(self, entry: dict[str, Any], place: int) -> dict[str, Any] | None:
+        said = list(entry.get("conversations", ()))
+        # As LLaVA does: a conversation begins with the user. What no one answers is never trained on.
+        said = said[1:] if said and said[0]["from"] == "gpt" else said
+        said = said[: len(said) // 2 * 2]
+        if not said or [turn["from"] for turn in said] != ["human", "gpt"] * (len(said) // 2):
+            return None
         texts = [turn["value"].replace("<image>", "").strip() for turn in said]
         turns = list(zip(texts[::2], texts[1::2], strict=True))
         # Ids of the mixture repeat; with the place they do not.
@@ -156,6 +167,6 @@ def check_images(folder: Path, names: Sequence[str], count: int = 64) -> None:
     for name in names[:: max(1, len(names) // count)]:
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"data.images: '{folder}' has no '{name}', which data.annotations names. Give the folder that "
-                "the names are relative to, or fetch the missing images."
+                f"data.images: '{folder}' has no '{name}', which data.annotations names. Give the folder "
+                "that the names are relative to, or fetch the missing images."
             )

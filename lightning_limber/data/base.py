@@ -6,6 +6,7 @@ A data source is a subclass of `CaptionData` with one method, `datasets`. Everyt
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol, cast
@@ -32,18 +33,23 @@ class RecordSet(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
-class RecordStream(Protocol):
+class RecordStream(ABC):
     """A data set that can only be read from its start: rows are cheap to pass over, `decode` is not."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def rows(self, epoch: int) -> Iterator[Any]:
         """All rows of an epoch, undecoded, always in the same order."""
-        ...
 
-    def length(self, row: Any) -> int: ...
+    @abstractmethod
+    def length(self, row: Any) -> int:
+        """About how long the row's text is."""
 
-    def decode(self, row: Any) -> Record: ...
+    @abstractmethod
+    def decode(self, row: Any) -> Record:
+        """The row as a record."""
 
 
 class PackedList(Sequence):
@@ -205,7 +211,7 @@ class BatchLoader:
     def _items(self, epoch: int, generator: torch.Generator) -> Iterator[tuple[int, Any]]:
         """Records of an epoch in their order."""
         records = self.source.records
-        if hasattr(records, "rows"):
+        if isinstance(records, RecordStream):
             yield from enumerate(islice(records.rows(epoch), self.count))
         elif not self.shuffle:
             yield from ((i, None) for i in range(self.count))
@@ -415,5 +421,5 @@ class CaptionData(pl.LightningDataModule):
         """The first training images, the same in every process: see `Adapter.calibrate`."""
         count = min(num_images, len(self.train_set))
         source = _BatchSource(self.train_set, self.collate, 1, self.seed)
-        rows = self.train_set.rows(0) if hasattr(self.train_set, "rows") else [None] * count
+        rows = self.train_set.rows(0) if isinstance(self.train_set, RecordStream) else [None] * count
         return source[(0, list(enumerate(islice(rows, count))))]

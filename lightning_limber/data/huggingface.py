@@ -54,7 +54,7 @@ class TableSet:
         return self._lengths
 
 
-class StreamSet:
+class StreamSet(RecordStream):
     """A streamed data set; rows are shuffled in a buffer, as a function of seed and epoch."""
 
     def __init__(self, stream: Any, columns: Columns, split: str, count: int, seed: int) -> None:
@@ -132,8 +132,8 @@ class HuggingFaceCaptions(CaptionData):
         count = self.num_train or (known.num_examples if known else None)
         if not count:
             raise ValueError(
-                f"data.streaming=true: '{self.path}' does not say how many records '{self.train_split}' has. "
-                "Set data.num_train."
+                f"data.streaming=true: '{self.path}' does not say how many records "
+                f"'{self.train_split}' has. Set data.num_train."
             )
         return StreamSet(train, self.columns, self.train_split, count, self.seed), val
 

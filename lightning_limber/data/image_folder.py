@@ -88,6 +88,7 @@ class EntrySet:
     def __init__(self, folder: Path, entries: list[Entry]) -> None:
         self.folder = folder
         self.entries = entries
+        self.lengths = [sum(map(len, entry.captions)) for entry in entries]
 
     def __len__(self) -> int:
         return len(self.entries)
