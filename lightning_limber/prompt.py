@@ -143,28 +143,25 @@ class Prompt:
                 prefix = opening
         self.prefix_ids: list[int] = self._encode(prefix)
 
-    def _render(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
+    def _render(self, messages: list[dict[str, str]]) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(
                 "model.prompt needs a chat template, and this tokenizer has no chat template. Choose an "
                 "instruction-tuned LLM, or write the prompt as one string, for example "
                 '"{bos}{image}{caption}{eos}".'
             )
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        return self.tokenizer.apply_chat_template(messages, tokenize=False)
 
     @lru_cache(maxsize=256)  # noqa: B019 (one prompt lives as long as its process)
-    def _between_turns(self, count: int, generate: bool = False) -> list[str]:
+    def _between_turns(self, count: int) -> list[str]:
         """The chat template's own text around `count` turns: before, between and after the contents."""
         messages = []
         for i in range(count):
             messages.append({"role": "user", "content": f"⟦{2 * i}⟧"})
             messages.append({"role": "assistant", "content": f"⟦{2 * i + 1}⟧"})
-        if generate:
-            rendered = self._render(messages[:-1], add_generation_prompt=True)
-        else:
-            rendered = self._render(messages)
+        rendered = self._render(messages)
         pieces = re.split(r"⟦\d+⟧", rendered)
-        if len(pieces) != 2 * count + (not generate):
+        if len(pieces) != 2 * count + 1:
             raise ValueError(f"This tokenizer's chat template does not keep all turns: {rendered!r}.")
         bos = self.tokenizer.bos_token
         if not self._image_within and bos:
@@ -179,11 +176,12 @@ class Prompt:
     def generation_ids(self) -> list[int]:
         """Tokens between image and caption: what stands there when the LLM starts to write."""
         if self.is_conversation:
-            opening, closing = self._between_turns(1, generate=True)
-            start = "\n" if self._image_within else self.before + opening
-            return self._encode(start + CAPTION_QUESTION + closing)
+            text, spans = self._conversation([(CAPTION_QUESTION, "?")], has_image=True)
+            before = text[: spans[0][0]]
+        else:
+            before = self.before
         # A space that ends the prompt belongs to the caption's first token.
-        return self._encode(self.before.rstrip(" "))
+        return self._encode(before.rstrip(" "))
 
     def text(
         self, caption: str | Turns, has_image: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -177,3 +178,51 @@ def test_adapter_config_survives_the_hyper_parameters(model):
     again = Limber(**model.hparams)
     assert again.adapter_config == AdapterConfig()
     assert again.vision.config == model.vision.config
+
+
+# -- text without an image --------------------------------------------------------------------------
+
+
+def mixed_records():
+    scenes = [SceneSet("train", 100, 112, 0)[i] for i in range(4)]
+    records = [
+        replace(record, image=None if i in (1, 2) else record.image) for i, record in enumerate(scenes)
+    ]
+    return records, [record.captions[:1] for record in records]
+
+
+def test_text_alone_in_a_batch_is_the_llms_own_loss(model):
+    """Rows without an image are [prefix | text], and leave the others as they are."""
+    records, captions = mixed_records()
+    batch = model.collator()(records, captions)
+    assert batch.image_index.tolist() == [0, -1, -1, 1]
+    assert len(batch.pixel_values) == len(batch.captions) == 2
+    image_tokens, losses, _ = model(batch)
+    sequences = model.sequences(batch, image_tokens)
+    assert sequences.groups["image"].sum(-1).tolist() == [4, 0, 0, 4]
+    for row in range(4):
+        alone = model.collator()([records[row]], [captions[row]])
+        _, expected, _ = model(alone)
+        mine = losses[batch.target_index[:, 0] == row]
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+        assert int(sequences.groups["caption"][row].sum()) == int(alone.is_caption.sum())
+        if row in (1, 2):
+            ids = torch.cat([alone.prefix_ids, alone.text_ids[0]])[None]
+            labels = ids.clone()
+            labels[:, : len(alone.prefix_ids)] = -100
+            output = model.llm.model(input_ids=ids, labels=labels)
+            torch.testing.assert_close(mine.mean(), output.loss, rtol=1e-5, atol=1e-5)
+
+
+def test_text_alone_gives_the_adapter_a_gradient_of_zero(model):
+    """DDP waits for every parameter's gradient, also in a process whose share has no image."""
+    records, captions = mixed_records()
+    batch = model.collator()(records[1:3], captions[1:3])
+    image_tokens, losses, _ = model(batch)
+    (losses.sum() + 0.0 * image_tokens.sum()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.adapter.parameters())
+
+
+def test_all_captions_cut_stops_the_run(fit):
+    with pytest.raises(ValueError, match="model.max_caption_tokens=2 cuts all of the first 16 captions"):
+        fit("--model.max_caption_tokens=2")

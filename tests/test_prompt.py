@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import types
+
 import pytest
 import tiny
 import torch
 
 from lightning_limber.adapters import Adapter, AdapterConfig
 from lightning_limber.backbones import LLM
-from lightning_limber.prompt import Prompt, Record, choose_captions
+from lightning_limber.prompt import CAPTION_QUESTION, Collator, Prompt, Record, choose_captions
 
 CAPTION = "a red circle ."
 
@@ -144,3 +146,72 @@ def test_pixel_shuffle_merges_neighbours():
 def test_wrong_kind():
     with pytest.raises(ValueError, match="allowed are kind in"):
         Adapter(AdapterConfig(kind="conv"), 1, 1)  # type: ignore[arg-type]
+
+
+# -- conversations ----------------------------------------------------------------------------------
+
+TURNS = [("describe the picture", "a red circle"), ("one or two ?", "two")]
+
+
+@pytest.mark.parametrize(
+    ("template", "prefix", "opening"),
+    [
+        pytest.param("{conversation}", "<bos> <turn> user", "", id="LLaVA"),
+        pytest.param("{bos}{image}{conversation}", "<bos>", "<turn> user ", id="Venhoff"),
+        pytest.param("{image}{conversation}", "", "<turn> user ", id="no bos"),
+    ],
+)
+def test_conversations(tokenizer, template, prefix, opening):
+    """All turns in the tokenizer's chat template; the loss is on what the assistant says and its ends."""
+    got = layout(tokenizer, template, TURNS)
+    between = "<eos> <turn> user one <unk> two <unk> <eos> <turn> assistant"
+    assert got == (
+        prefix,
+        f"{opening}describe the picture <eos> <turn> assistant a red circle {between} two <eos>",
+        "a red circle two",
+        "a red circle <eos> two <eos>",
+    )
+
+
+def test_a_conversation_is_the_chat_templates_own_text(tokenizer):
+    prompt = Prompt("{conversation}", tokenizer, 64)
+    messages = []
+    for user, assistant in TURNS:
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    whole = tokenizer.apply_chat_template(messages)["input_ids"]
+    ids, *_ = prompt.text(TURNS, has_image=False)
+    assert prompt.prefix_ids + ids == whole
+
+
+def test_long_conversations_are_cut_at_the_end(tokenizer):
+    whole = layout(tokenizer, "{conversation}", TURNS)
+    cut = layout(tokenizer, "{conversation}", TURNS, limit=9)
+    assert cut[1].split() == whole[1].split()[:9]
+    assert cut[2:] == ("a red circle", "a red circle")
+    assert Prompt("{conversation}", tokenizer, 9).text(TURNS)[3]
+    assert not Prompt("{conversation}", tokenizer, 64).text(TURNS)[3]
+
+
+def test_one_turn_is_a_caption_to_a_caption_prompt(tokenizer):
+    template = "{bos}{image}{caption}{eos}"
+    assert layout(tokenizer, template, TURNS[:1]) == layout(tokenizer, template, "a red circle")
+    with pytest.raises(ValueError, match="a record has 2 turns: use"):
+        Prompt(template, tokenizer, 64).text(TURNS)
+    with pytest.raises(ValueError, match="captions without turns"):
+        Prompt("{conversation}", tokenizer, 64).text("a red circle")
+
+
+def test_a_caption_is_asked_for_in_a_conversation(tokenizer):
+    for template in ("{conversation}", "{bos}{image}{conversation}"):
+        prompt = Prompt(template, tokenizer, 64)
+        ids, is_caption, *_ = prompt.text([(CAPTION_QUESTION, "cat")])
+        assert prompt.generation_ids == ids[: is_caption.index(True)]
+
+
+def test_no_padding_token_is_needed(tokenizer):
+    assert tokenizer.pad_token is None
+    transform = types.SimpleNamespace(__call__=None)
+    collator = Collator(transform, Prompt("{bos}{image}{caption}{eos}", tokenizer, 64))
+    records = [Record("a", None, ["cat"]), Record("b", None, ["a red cat ."])]
+    batch = collator(records, [record.captions for record in records])
+    assert (batch.text_ids.shape, batch.text_tokens, batch.text_only) == ((2, 5), 7, 2)

@@ -103,10 +103,32 @@ def test_kill_9(straight, models, tmp_path):
     assert_equal(final(Path("runs/default/version_0")), final(straight / "runs/default/version_0"))
 
 
+def conversations(root: Path) -> list[str]:
+    """Flags of a data set of which some records have no image."""
+    from test_sources import write_llava
+
+    root.mkdir()
+    write_llava(root, 24)
+    return [
+        "--data=LLaVAConversations",
+        f"--data.annotations={root / 'chat.json'}",
+        f"--data.images={root}",
+        "--data.val_share=0.2",
+        "--data.length_window=3",
+        "--data.batch_size=4",
+        "--data.val_batch_size=4",
+        "--model.prompt={conversation}",
+    ]
+
+
 @pytest.mark.slow
-def test_kill_9_of_two_processes(models, tmp_path):
+@pytest.mark.parametrize("data", ["scenes", "conversations"])
+def test_kill_9_of_two_processes(models, tmp_path, data):
     path = {"PYTHONPATH": str(Path(__file__).parent)}
     flags = [*tiny.arguments(models, probe=False), *EXTRA]
+    if data == "conversations":
+        flags = [flag for flag in flags if not flag.startswith("--data.")]
+        flags += conversations(tmp_path / "chat")
     flags += ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.num_workers=1"]
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -199,3 +221,27 @@ def test_adapter_weights_of_another_shape_stop(straight, fit):
     path = straight / "runs/default/version_0/checkpoints/last.ckpt"
     with pytest.raises(ValueError, match="the adapter there is"):
         fit(f"--model.adapter_weights={path}", "--model.adapter.kind=mlp")
+
+
+def test_a_second_stage_starts_from_the_first_ones_adapter(models, fit, tmp_path):
+    """LLaVA's two stages: captions, then conversations; the loss falls in both."""
+    own = [flag for flag in tiny.arguments(models, probe=False) if not flag.startswith("--data.")]
+    own += [*conversations(tmp_path / "chat"), "--trainer.max_steps=60", "--data.num_workers=0"]
+    single = tmp_path / "chat/single.json"
+    entries = json.loads((tmp_path / "chat/chat.json").read_text())
+    single.write_text(
+        json.dumps([{**e, "conversations": e["conversations"][:2]} for e in entries if "image" in e])
+    )
+    losses = {}
+    stages = {
+        "first": [f"--data.annotations={single}", "--model.prompt={bos}{image}{caption}{eos}"],
+        "second": ["--model.adapter_weights=runs/first"],
+    }
+    for name, flags in stages.items():
+        cli = fit(*own, *flags, f"--trainer.logger.init_args.name={name}", base=False)
+        losses[name] = [value for _, value in scalars(Path(cli.trainer.log_dir), "val/loss")]
+        assert losses[name][-1] < losses[name][0] - 0.1
+    start = read_checkpoint(Path("runs/second/version_0/checkpoints/epoch_1.ckpt"))
+    assert start["hyper_parameters"]["adapter_weights"] == "runs/first"
+    with pytest.raises(FileNotFoundError, match="no run in 'runs/first/version_0' has saved a checkpoint"):
+        fit(*own, "--model.adapter_weights=runs/first/version_0", base=False)
