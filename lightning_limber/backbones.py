@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_limber.assets import resolve
+from lightning_limber.losses import FrozenHeadLoss
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,6 +51,18 @@ def fingerprint(module: nn.Module, values_per_tensor: int = 4096) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def store_matrices(module: nn.Module, dtype: torch.dtype) -> None:
+    """Stores the matrices of all linear layers in `dtype`.
+
+    Not embeddings and norms, which autocast leaves in float32.
+    """
+    for part in module.modules():
+        weight = getattr(part, "weight", None)
+        # By shape: GPT-2 has a linear layer of its own kind.
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(part, nn.Embedding):
+            weight.data = weight.data.to(dtype)
 
 
 class ImageTransform:
@@ -151,6 +164,10 @@ class VisionEncoder(nn.Module):
         }
         return self
 
+    def prepare_autocast(self, dtype: torch.dtype) -> None:
+        """Stores the matrices in `dtype`, as autocast would round them at every call."""
+        store_matrices(self.model, dtype)
+
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
         output = self.model(pixel_values, **self._kwargs)
@@ -197,6 +214,8 @@ class LLM(nn.Module):
         self.name = name
         self.model: Any = None
         self.layers = nn.ModuleList()
+        self._head_weight: Tensor | None
+        self.register_buffer("_head_weight", None, persistent=False)
         self._first_layer = 0  # Of the forward that is under way: no hook fires before it.
 
     @cached_property
@@ -274,7 +293,13 @@ class LLM(nn.Module):
         """Token ids [N, T] -> embeddings [N, T, D_l], scaled as the model scales them."""
         return self.embedding(input_ids)
 
-    def decode(self, inputs_embeds: Tensor, first_layer: int = 0) -> Tensor:
+    def decode(
+        self,
+        inputs_embeds: Tensor,
+        first_layer: int = 0,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Embeddings [N, S, D_l] -> last hidden states after the final norm.
 
         Sequences are padded on the right only: a causal model needs no mask for that.
@@ -283,7 +308,17 @@ class LLM(nn.Module):
             inputs_embeds: Or, where `first_layer` is not 0, the residual stream entering that layer.
             first_layer: Where to begin; the number of layers leaves the final norm alone (the logit
                 lens).
+            mask: [N, 1, S, S], true where the row's token sees the column's; None sees all before it.
+            positions: [N, S] position ids; None counts from 0.
         """
+        extra: dict[str, Tensor] = {}
+        if mask is not None and positions is not None:
+            self._check_window(int(inputs_embeds.shape[1]))
+            lowest = torch.finfo(torch.bfloat16).min  # Of every dtype that attention may be computed in.
+            extra["attention_mask"] = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(
+                ~mask, lowest
+            )
+            extra["position_ids"] = positions
         skipped = list(self.layers)[:first_layer]
         for layer in skipped:
             # Whatever the model does to its input before the layers (positions, scales) is passed by.
@@ -292,12 +327,20 @@ class LLM(nn.Module):
             )
         outer, self._first_layer = self._first_layer, first_layer
         try:
-            output = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False)
+            output = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False, **extra)
         finally:
             self._first_layer = outer
             for layer in skipped:
                 del layer.forward
         return output.last_hidden_state
+
+    def _check_window(self, length: int) -> None:
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if window is not None and length > window:
+            raise ValueError(
+                f"Captions that share an image make sequences of {length} tokens, longer than the sliding "
+                f"window of {self.name}, {window}: set data.share_prefix to false."
+            )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [n, D_l] -> logits [n, V]. Give it contiguous rows (design: traps)."""
@@ -306,18 +349,23 @@ class LLM(nn.Module):
             logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits
 
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy in nats [n] and correctness [n] of final hidden states [n, D_l]; see losses.py."""
+        head = self.model.get_output_embeddings()
+        weight = head.weight if self._head_weight is None else self._head_weight
+        bias = None if head.bias is None else head.bias.to(weight.dtype)
+        return FrozenHeadLoss.apply(hidden, weight, bias, targets, self._softcap)
+
     def prepare_autocast(self, dtype: torch.dtype) -> None:
         """Makes forwards under autocast to `dtype` cheap, without changing what is computed.
 
-        The decoder layers' matrices are stored in `dtype` (norms and embeddings stay): autocast would
-        round the same weights at every call. On the CPU attention is written out in matrix products:
-        the backward of torch's fused kernel is several times slower there at these lengths, and was
-        a third of the training step.
+        The decoder layers' matrices are stored in `dtype`, and of the head's a copy (norms and embeddings
+        stay): autocast would round the same weights at every call. On the CPU attention is written out
+        in matrix products: the backward of torch's fused kernel is several times slower there at these
+        lengths, and was a third of the training step.
         """
-        for module in self.layers.modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, nn.Parameter) and weight.ndim == 2:
-                weight.data = weight.data.to(dtype)
+        store_matrices(self.layers, dtype)
+        self._head_weight = self.model.get_output_embeddings().weight.detach().to(dtype)
         if self.embedding.weight.device.type == "cpu":
             self.model.set_attn_implementation("eager")
 

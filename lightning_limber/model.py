@@ -57,6 +57,10 @@ class Sequences:
     """[N] position of the first text token: T0 + P, or T0 where there is no image."""
     groups: dict[str, Tensor]
     """``image`` and ``caption``: [N, S], true at the group's tokens."""
+    mask: Tensor | None = None
+    """[N, 1, S, S] true where the row's token sees the column's; None: all before it."""
+    positions: Tensor | None = None
+    """[N, S] position ids; None: 0, 1, 2, ..."""
 
 
 class Limber(pl.LightningModule):
@@ -151,6 +155,7 @@ class Limber(pl.LightningModule):
             self._load_adapter(self.hparams["adapter_weights"])
         if self._trainer is not None and self.trainer.precision == "bf16-mixed":
             self.llm.prepare_autocast(torch.bfloat16)
+            self.vision.prepare_autocast(torch.bfloat16)
         hparams = self.hparams
         rank_zero_info(f"[frozen]    vision  {_millions(self.vision)}  {hparams['vision']['name']}")
         rank_zero_info(f"[frozen]    llm     {_millions(self.llm)}  {hparams['llm']}")
@@ -245,7 +250,31 @@ class Limber(pl.LightningModule):
         # The first position is an attention sink in every LLM, whatever token stands there: its norm
         # is tens of times the others' and it is never counted.
         counted = position > 0
-        return Sequences(embeds, text_start, {"image": is_image & counted, "caption": is_caption & counted})
+        groups = {"image": is_image & counted, "caption": is_caption & counted}
+        if batch.caption_number is None:
+            return Sequences(embeds, text_start, groups)
+        return Sequences(
+            embeds, text_start, groups, *self._shared_prefix(batch, text_start, embeds.shape[1])
+        )
+
+    @staticmethod
+    def _shared_prefix(batch: Batch, text_start: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Mask and positions with which each caption of a sequence sees what precedes all, and itself."""
+        assert batch.caption_number is not None
+        number = batch.caption_number  # [N, T]
+        column = torch.arange(length, device=number.device)  # [S]
+        # What precedes the captions has number -2; it sees no caption, as they come later.
+        place = column - text_start[:, None]  # [N, S]
+        of = number.gather(1, place.clamp(0, number.shape[1] - 1))  # [N, S]
+        of = torch.where((place >= 0) & (place < number.shape[1]), of, -1)
+        of = torch.where(place < 0, -2, of)
+        same = (of[:, :, None] == of[:, None, :]) | (of[:, None, :] == -2)  # [N, S, S]
+        mask = same & (column[:, None] >= column)
+        first = (
+            (of[:, :, None] == of[:, None, :]).int().argmax(-1)
+        )  # [N, S] first token of the same caption
+        positions = torch.where(place >= 0, text_start[:, None] + column - first, column)
+        return mask[:, None], positions
 
     def token_losses(self, batch: Batch, text_start: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy in nats and correctness of each of the n target tokens: two tensors [n].
@@ -256,18 +285,24 @@ class Limber(pl.LightningModule):
             hidden: [N, S, D_l] last hidden states.
         """
         row, column = batch.target_index.unbind(1)  # [n]
-        # A token is predicted one position before it stands. Only target rows reach the vocabulary.
-        position = row * hidden.shape[1] + text_start[row] + column - 1
-        logits = self.llm.logits(hidden.flatten(0, 1).index_select(0, position)).float()  # [n, V]
-        targets = batch.text_ids[row, column]  # [n]
-        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-        return losses, logits.detach().argmax(dim=-1) == targets
+        # A token is predicted one position before it stands; the first of a caption, before the captions.
+        before = column - 1
+        if batch.caption_number is not None:
+            number = batch.caption_number
+            opens = number[row, column] != number[row, before.clamp_min(0)]
+            before = torch.where(opens, -1, before)
+        # Only target rows reach the vocabulary.
+        position = row * hidden.shape[1] + text_start[row] + before
+        rows = hidden.flatten(0, 1).index_select(0, position)  # [n, D_l]
+        return self.llm.token_losses(rows, batch.text_ids[row, column])
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Image tokens [B, P, D_l], losses [n] and correctness [n] of the target tokens."""
         image_tokens = self.image_tokens(batch.pixel_values)
         sequences = self.sequences(batch, image_tokens)
-        hidden = self.llm.decode(sequences.embeds)  # [N, S, D_l]
+        hidden = self.llm.decode(
+            sequences.embeds, mask=sequences.mask, positions=sequences.positions
+        )  # [N, S, D_l]
         return (image_tokens, *self.token_losses(batch, sequences.text_start, hidden))
 
     @torch.no_grad()

@@ -62,7 +62,8 @@ class Record:
 class Batch:
     """B images and N sequences, each [prefix | image | text], padded on the right.
 
-    No attention mask is needed: in a causal model nothing real comes after the padding.
+    No attention mask is needed: in a causal model nothing real comes after the padding. Only where
+    several captions share a sequence, `caption_number` says which tokens see each other.
     """
 
     ids: list[str]
@@ -83,8 +84,10 @@ class Batch:
     """Tokens of all texts together; the rest of [N, T] is padding."""
     text_only: int = 0
     """Sequences without an image."""
+    caption_number: Tensor | None = None
+    """[N, T] which of the sequence's captions each token belongs to, where they share an image."""
     truncated: list[bool] = field(default_factory=list)
-    """N: whether a caption was cut to ``max_caption_tokens``."""
+    """Whether each caption was cut to ``max_caption_tokens``."""
     captions: list[list[str]] = field(default_factory=list)
     """All captions of each image, B."""
     scenes: list[dict[str, Any] | None] = field(default_factory=list)
@@ -208,6 +211,8 @@ class Prompt:
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         is_caption = [_inside(spans, a, b) for a, b in offsets]
         if isinstance(caption, str):
+            if not any(is_caption):
+                raise ValueError(f"This tokenizer makes no token of the caption {caption!r}.")
             first = is_caption.index(True)
             last = len(is_caption) - is_caption[::-1].index(True)  # One past the caption.
             cut = min(last, first + self.max_caption_tokens)
@@ -251,6 +256,7 @@ class Collator:
         captions: Sequence[Sequence[str | Turns]],
         index: Sequence[int] = (),
         skipped: Sequence[str] = (),
+        share_prefix: bool = False,
     ) -> Batch:
         """Makes the batch.
 
@@ -259,40 +265,49 @@ class Collator:
             captions: Of each record those to make sequences of, at least one: captions or conversations.
             index: Places of the records in their data set.
             skipped: Passed on to the batch.
+            share_prefix: Put all captions of a record into one sequence, [prefix | image | caption 1 |
+                caption 2 | ...], instead of a sequence each.
         """
         has_image = [record.image is not None for record in records]
         place = torch.tensor(has_image, dtype=torch.long).cumsum(0) - 1  # Of each record among the images.
         texts = [
-            self.prompt.text(caption, has)
+            [self.prompt.text(caption, has) for caption in chosen]
             for has, chosen in zip(has_image, captions, strict=True)
-            for caption in chosen
         ]
         # A process' share of a batch of which nothing could be read: one sequence without a target.
-        texts = texts or [([0], [False], [False], False)]
-        width = max(len(ids) for ids, *_ in texts)
-        text_ids = torch.zeros(len(texts), width, dtype=torch.long)
-        is_caption = torch.zeros(len(texts), width, dtype=torch.bool)
-        is_target = torch.zeros(len(texts), width, dtype=torch.bool)
-        for row, (ids, caption_mask, target_mask, _) in enumerate(texts):
-            text_ids[row, : len(ids)] = torch.tensor(ids)
-            is_caption[row, : len(ids)] = torch.tensor(caption_mask)
-            is_target[row, : len(ids)] = torch.tensor(target_mask)
-        counts = torch.tensor([len(chosen) for chosen in captions], dtype=torch.long)
+        texts = texts or [[([0], [False], [False], False)]]
+        # Of each sequence its captions.
+        sequences = texts if share_prefix else [[text] for chosen in texts for text in chosen]
+        width = max(sum(len(ids) for ids, *_ in row) for row in sequences)
+        text_ids = torch.zeros(len(sequences), width, dtype=torch.long)
+        is_caption = torch.zeros(len(sequences), width, dtype=torch.bool)
+        is_target = torch.zeros(len(sequences), width, dtype=torch.bool)
+        number = torch.full((len(sequences), width), -1)
+        for row, parts in enumerate(sequences):
+            start = 0
+            for i, (ids, caption_mask, target_mask, _) in enumerate(parts):
+                here = slice(start, start := start + len(ids))
+                text_ids[row, here] = torch.tensor(ids)
+                is_caption[row, here] = torch.tensor(caption_mask)
+                is_target[row, here] = torch.tensor(target_mask)
+                number[row, here] = i
+        counts = [1 if share_prefix else len(chosen) for chosen in captions]
         image_index = torch.where(torch.tensor(has_image, dtype=torch.bool), place, -1)
-        image_index = image_index.repeat_interleave(counts) if records else torch.tensor([-1])
+        image_index = image_index.repeat_interleave(torch.tensor(counts, dtype=torch.long))
         with_image = [record for record in records if record.image is not None]
         pixels = [self.transform(record.image) for record in with_image]  # type: ignore[arg-type]
         return Batch(
             ids=[record.id for record in records],
             pixel_values=torch.stack(pixels) if pixels else torch.zeros(0, 3, 1, 1),
-            image_index=image_index,
+            image_index=image_index if records else torch.tensor([-1]),
             prefix_ids=torch.tensor(self.prompt.prefix_ids, dtype=torch.long),
             text_ids=text_ids,
             is_caption=is_caption,
             target_index=is_target.nonzero(),
-            text_tokens=sum(len(ids) for ids, *_ in texts),
-            text_only=int((image_index < 0).sum()),
-            truncated=[cut for *_, cut in texts],
+            text_tokens=sum(len(ids) for row in sequences for ids, *_ in row),
+            text_only=int((image_index < 0).sum()) if records else 1,
+            caption_number=number if any(len(row) > 1 for row in sequences) else None,
+            truncated=[cut for row in sequences for *_, cut in row],
             captions=[record.captions for record in with_image],
             scenes=[record.scene for record in with_image],
             index=[i for i, has in zip(index, has_image, strict=False) if has],

@@ -226,3 +226,52 @@ def test_text_alone_gives_the_adapter_a_gradient_of_zero(model):
 def test_all_captions_cut_stops_the_run(fit):
     with pytest.raises(ValueError, match="model.max_caption_tokens=2 cuts all of the first 16 captions"):
         fit("--model.max_caption_tokens=2")
+
+
+# -- captions that share their image ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", list(tiny.llm_configs()))
+@pytest.mark.parametrize("template", ["{bos}{image}{caption}{eos}", "{image}describe {caption}{eos}"])
+def test_captions_that_share_an_image_lose_what_they_lose_alone(models, tmp_path, architecture, template):
+    """Every token's loss and the adapter's gradient, with records of 1, 2 and 3 captions, and no image."""
+    name = tiny.write_llm(tmp_path, architecture)
+    vision = VisionConfig(str(models / "vision"), image_size=32, pool=2)
+    model = Limber(vision=vision, llm=name, prompt=template)
+    model.configure_model()
+    records, _ = mixed_records()
+    captions = [[r.captions[0], "a red cat .", "a dog ."][: 1 + i % 3] for i, r in enumerate(records)]
+    found = []
+    for share in (True, False):
+        batch = model.collator()(records, captions, share_prefix=share)
+        assert len(batch.image_index) == (4 if share else 7)
+        model.zero_grad()
+        _, losses, correct = model(batch)
+        losses.mean().backward()
+        # Both in order of records and captions.
+        found.append([losses.detach(), correct, *(p.grad.clone() for p in model.adapter.parameters())])
+    for shared, apart in zip(*found, strict=True):
+        torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_shared_sequences_are_masked_and_numbered(model):
+    records, _ = mixed_records()
+    batch = model.collator()(records[:1], [["a red cat .", "two"]], share_prefix=True)
+    sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
+    # BOS, 4 image tokens, 5 + 2 caption and end tokens.
+    assert sequences.positions[0].tolist() == [*range(10), 5, 6]
+    sees = [row.nonzero()[:, 0].tolist() for row in sequences.mask[0, 0]]
+    assert sees[9] == list(range(10))
+    assert sees[10] == [0, 1, 2, 3, 4, 10]
+    assert sees[11] == [0, 1, 2, 3, 4, 10, 11]
+
+
+def test_a_sliding_window_that_is_too_short_is_named(models, tmp_path):
+    name = tiny.write_llm(tmp_path, "gemma3")
+    model = Limber(vision=VisionConfig(str(models / "vision"), image_size=32, pool=2), llm=name)
+    model.configure_model()
+    model.llm.model.config.sliding_window = 8
+    records, _ = mixed_records()
+    batch = model.collator()(records[:1], [["a red cat .", "two"]], share_prefix=True)
+    with pytest.raises(ValueError, match="window of .*, 8: set data.share_prefix to false"):
+        model(batch)

@@ -280,6 +280,10 @@ def test_karpathy_split(make):
     assert (len(data.train_set), len(data.val_set), len(data.test_dataset())) == (30, 4, 4)
     assert all(len(data.train_set[i].captions) == 5 for i in range(30))
     batch = next(iter(data.train_dataloader()))
+    assert batch.image_index.tolist() == [*range(len(batch.ids))]  # Two captions in each sequence.
+    assert batch.caption_number.amax(-1).tolist() == [1] * len(batch.ids)
+    data.share_prefix = False
+    batch = next(iter(data.train_dataloader()))
     assert batch.image_index.tolist() == sorted([*range(len(batch.ids))] * 2)
 
 

@@ -82,12 +82,14 @@ class _BatchSource:
         captions_per_image: int,
         seed: int,
         shuffled: bool = False,
+        share_prefix: bool = False,
     ) -> None:
         self.records = records
         self.collate = collate
         self.captions_per_image = captions_per_image
         self.seed = seed
         self.shuffled = shuffled
+        self.share_prefix = share_prefix
 
     def __getitem__(self, spec: tuple[int, list[tuple[int, Any]]]) -> Batch:
         epoch, items = spec
@@ -105,7 +107,7 @@ class _BatchSource:
             choose_captions(owner, self.captions_per_image, (self.seed, epoch, i))
             for i, owner in zip(indices, owners, strict=True)
         ]
-        return self.collate(records, captions, indices, skipped)
+        return self.collate(records, captions, indices, skipped, self.share_prefix)
 
     def _read(self, index: int, row: Any) -> Record:
         return self.records[index] if row is None else self.records.decode(row)
@@ -299,6 +301,9 @@ class CaptionData(pl.LightningDataModule):
             into batches, and these are shuffled. 0 switches it off.
         max_bad_share: Records that cannot be read are left out, counted and named; more than this share
             of them stop the run.
+        share_prefix: In training, the captions of one image share one sequence, [prefix | image |
+            caption 1 | caption 2 | ...], in which each sees the image and itself only: the same loss,
+            with the image's tokens computed once. False gives each caption a sequence of its own.
     """
 
     def __init__(
@@ -310,6 +315,7 @@ class CaptionData(pl.LightningDataModule):
         seed: int = 0,
         length_window: int = 0,
         max_bad_share: float = 0.01,
+        share_prefix: bool = True,
     ) -> None:
         super().__init__()
         self.batch_size = batch_size
@@ -319,6 +325,7 @@ class CaptionData(pl.LightningDataModule):
         self.seed = seed
         self.length_window = length_window
         self.max_bad_share = max_bad_share
+        self.share_prefix = share_prefix
         self.train_set: RecordSet | RecordStream
         self.val_set: RecordSet
         self.collate: Collator
@@ -383,7 +390,15 @@ class CaptionData(pl.LightningDataModule):
     ) -> BatchLoader:
         rank, world_size = self._world
         return BatchLoader(
-            _BatchSource(records, self.collate, self.captions_per_image, self.seed, shuffled_captions),
+            _BatchSource(
+                records,
+                self.collate,
+                self.captions_per_image,
+                self.seed,
+                shuffled_captions,
+                # The probe counts an image's captions one by one.
+                share_prefix=self.share_prefix and shuffle,
+            ),
             batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,
