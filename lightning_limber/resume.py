@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 # Settings that change speed or logging, never a number of the run.
-FREE = {"num_workers", "val_batch_size", "_instantiator", "_class_path", "adapter_weights"}
+FREE = {"num_workers", "val_batch_size", "_instantiator", "_class_path", "adapter_weights", "shard_llm"}
 
 
 def training_settings(trainer: Any) -> dict[str, Any]:
