@@ -1,8 +1,12 @@
-"""More than one process: the LLM's layers split over them, and nothing else changed."""
+"""Beyond one process: the LLM's layers split over several, SLURM jobs that are requeued."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -37,28 +41,33 @@ def callbacks(hook: str = "", step: int = -1) -> str:
     return f"--trainer.callbacks={json.dumps(chosen)}"
 
 
-def scalars(root: Path) -> dict[str, list[tuple[int, float]]]:
+def the_run(root: Path) -> Path:
+    (folder,) = (root / "runs/default").iterdir()
+    return folder
+
+
+def events(run: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = EventAccumulator(str(root / "runs/default/version_0"))
+    log = EventAccumulator(str(run))
     log.Reload()
     return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
 
 
 def assert_same_scalars(a: Path, b: Path, tolerance: float = 0.0) -> None:
     """Every number in the event files: losses, held-out scores, captions, probe."""
-    first, second = scalars(a), scalars(b)
+    first, second = events(the_run(a)), events(the_run(b))
     assert first.keys() == second.keys()
     assert {"train/loss", "val/loss", "fvu/image/layer_02", "loss_recovered/image/layer_00"} <= first.keys()
-    for tag, events in first.items():
-        assert [step for step, _ in second[tag]] == [step for step, _ in events], tag
-        values = [value for _, value in events]
+    for tag, found in first.items():
+        assert [step for step, _ in second[tag]] == [step for step, _ in found], tag
+        values = [value for _, value in found]
         expected = pytest.approx(values, rel=tolerance, abs=tolerance, nan_ok=True)
         assert [value for _, value in second[tag]] == expected, tag
 
 
 def checkpoint(root: Path) -> Path:
-    return root / "runs/default/version_0/checkpoints/last.ckpt"
+    return the_run(root) / "checkpoints/last.ckpt"
 
 
 def assert_same_adapter(a: Path, b: Path) -> None:
@@ -66,6 +75,13 @@ def assert_same_adapter(a: Path, b: Path) -> None:
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def assert_same_batches(a: Path, b: Path, processes: int) -> None:
+    """A step that was lost and done again must have had the same batch."""
+    for rank in range(processes):
+        first, second = ((root / f"batches.{rank}").read_text().splitlines() for root in (a, b))
+        assert list(dict.fromkeys(second)) == first
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +124,7 @@ def test_a_sharded_run_resumes_exactly(runs, models, tmp_path):
     assert torch.load(checkpoint(tmp_path), weights_only=True)["global_step"] == 6
     resumed = run_cli("fit", "--ckpt_path=last", callbacks(), env=TESTS)
     assert resumed.returncode == 0, resumed.stdout
-    for rank in (0, 1):
-        expected = (runs["sharded"] / f"batches.{rank}").read_text().splitlines()
-        assert list(dict.fromkeys((tmp_path / f"batches.{rank}").read_text().splitlines())) == expected
+    assert_same_batches(runs["sharded"], tmp_path, 2)
     assert_same_adapter(runs["sharded"], tmp_path)
 
 
@@ -170,3 +184,96 @@ def test_a_sharded_llm_computes_what_the_whole_one_does(tmp_path):
 def test_sharding_needs_processes(fit, flags):
     with pytest.raises(ValueError, match=r"this is 1 process\(es\) with \w+Strategy. Set trainer.strategy"):
         fit("--model.shard_llm=true", *flags)
+
+
+# -- SLURM ------------------------------------------------------------------------------------------
+
+
+class Preempt(pl.Callback):
+    """SLURM's signal to one process, while a batch is on its way."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        if (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def slurm_job(root: Path, flags: list[str], tasks: int = 1, **env: str) -> list[str]:
+    """What `srun` does: the same command line for each task. Returns what scontrol was told, ever."""
+    tools = root / "bin"
+    tools.mkdir(exist_ok=True)
+    scontrol = tools / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {root}/scontrol.log\n')
+    scontrol.chmod(0o755)
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "limber", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
+    job |= {"SLURM_NTASKS": str(tasks), "SLURM_NTASKS_PER_NODE": str(tasks)}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **env}
+    job |= {"PATH": f"{tools}:{os.environ['PATH']}", **TESTS}
+    command = [sys.executable, "-m", "lightning_limber", "fit", *flags]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=root,
+            env={**os.environ, **job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(tasks)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+    log = root / "scontrol.log"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def preempted(step: int, rank: int = 0) -> str:
+    chosen = [
+        {"class_path": "crash.CrashAt", "init_args": {"log": "batches"}},
+        {"class_path": "test_scale.Preempt", "init_args": {"step": step, "rank": rank}},
+    ]
+    return f"--trainer.callbacks={json.dumps(chosen)}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "saved"),
+    [pytest.param(5, 6, id="mid epoch"), pytest.param(3, 4, id="last batch of an epoch")],
+)
+def test_a_requeued_job_is_the_uninterrupted_run(runs, models, tmp_path, step, saved):
+    """The same command line twice; nothing is saved but for the signal and at the end of epochs."""
+    flags = [*tiny.arguments(models), "--trainer.max_steps=8", "--checkpoint.every_n_steps=0"]
+    flags += [preempted(step)]
+    array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "4"} if step == 3 else {}
+    name = "70_4" if array else "77"
+    assert slurm_job(tmp_path, flags, **array) == [f"requeue {name}"]
+    assert the_run(tmp_path).name == f"job_{name}"
+    assert torch.load(checkpoint(tmp_path), weights_only=True)["global_step"] == saved
+    assert slurm_job(tmp_path, flags, **array) == [f"requeue {name}"]  # Not again.
+    assert_same_batches(runs["one"], tmp_path, 1)
+    assert_same_adapter(runs["one"], tmp_path)
+    assert_same_scalars(runs["one"], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_requeued_job_of_two_processes(runs, models, tmp_path):
+    """The signal reaches only one of them: both stop after the same step."""
+    flags = [*tiny.arguments(models), "--trainer.max_steps=8", "--checkpoint.every_n_steps=0", *DDP]
+    flags += [preempted(5, rank=1)]
+    assert slurm_job(tmp_path, flags, tasks=2) == ["requeue 77"]
+    assert torch.load(checkpoint(tmp_path), weights_only=True)["global_step"] == 6
+    assert slurm_job(tmp_path, flags, tasks=2) == ["requeue 77"]
+    assert_same_batches(runs["ddp"], tmp_path, 2)
+    assert_same_adapter(runs["ddp"], tmp_path)
+    assert_same_scalars(runs["ddp"], tmp_path)
