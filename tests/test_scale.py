@@ -277,3 +277,44 @@ def test_a_requeued_job_of_two_processes(runs, models, tmp_path):
     assert_same_batches(runs["ddp"], tmp_path, 2)
     assert_same_adapter(runs["ddp"], tmp_path)
     assert_same_scalars(runs["ddp"], tmp_path)
+
+
+# -- torchrun and overlays ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun(runs, models, tmp_path, nodes):
+    """Two processes on one node, or on two that meet by address, are those that Lightning starts itself."""
+    per_node = 2 // nodes
+    flags = [*tiny.arguments(models), "--config=configs/overlays/ddp.yaml", "--trainer.max_steps=8"]
+    flags += [f"--trainer.num_nodes={nodes}", f"--trainer.devices={per_node}", callbacks()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}"]
+    torchrun += [f"--nproc_per_node={per_node}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    launches = [
+        subprocess.Popen(
+            [*torchrun, f"--node_rank={node}", "-m", "lightning_limber", "fit", *flags],
+            cwd=tmp_path,
+            env={**os.environ, **TESTS, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(nodes)
+    ]
+    for launch in launches:
+        output, _ = launch.communicate(timeout=200)
+        assert launch.returncode == 0, output
+    assert_same_batches(runs["ddp"], tmp_path, 2)
+    assert_same_adapter(runs["ddp"], tmp_path)
+    assert_same_scalars(runs["ddp"], tmp_path)
+
+
+def test_debug_overlay_runs_every_part(fit):
+    cli = fit("--config=configs/overlays/debug.yaml", "--probe.every_n_epochs=1")
+    folder = Path(cli.trainer.log_dir)
+    assert folder.parent.name == "debug"
+    assert cli.trainer.global_step == 8
+    assert (folder / "probe.csv").exists()
+    assert (folder / "checkpoints/last.ckpt").exists()
+    assert any("captions" in tag for tag in events(folder))
