@@ -2,7 +2,7 @@
 
 As Venhoff et al. (arXiv 2506.11976) did once, after training; here before the first step and after
 every epoch, over the same held-out images. This file says when it runs and where its numbers go; what
-is measured is in lightning_limber/probing.py.
+is measured is in lightning_limber/probing.py, what is made of it in findings.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from lightning_limber import gate
+from lightning_limber.findings import EXTRAS, Descriptions, ProbeConfig, Row
 from lightning_limber.model import Limber
-from lightning_limber.probing import EXTRAS, Descriptions, Probe, ProbeConfig, Row
+from lightning_limber.probing import Probe
 from lightning_limber.prompt import Batch
 from lightning_limber.sae import find_saes, load_saes
 
@@ -229,7 +230,7 @@ class SAEProbe(pl.Callback):
         log_figure(trainer, "probe/by_layer", figure)
         log_figure(trainer, "probe/by_epoch", heatmap_figure(self.history, "Image tokens"))
         if report.cross_layer:
-            layers = list(self._probe.layers.values())
+            layers = list(self._probe.findings.layers.values())
             title = f"{min(self.costly_images, num_images)} held-out images, epoch {epoch}"
             log_figure(trainer, "probe/cross_layer", cross_layer_figure(layers, report.cross_layer, title))
         if not trainer.fast_dev_run and folder:  # type: ignore[attr-defined]

@@ -297,16 +297,16 @@ def test_memory_by_image(fit):
     def live_bytes(images: int) -> int:
         trainer.datamodule.val_set = SceneSet("val", images, 112, 0)
         peak = 0
-        geometry = probe._geometry
+        geometry = probe.findings._geometry
 
         def at_the_end_of_the_passes(*args):
             nonlocal peak
             gc.collect()
             peak = sum(x.nbytes for x in gc.get_objects() if isinstance(x, torch.Tensor))
 
-        probe._geometry = at_the_end_of_the_passes
+        probe.findings._geometry = at_the_end_of_the_passes
         probe.run(callback._batches(trainer, images, ""))
-        probe._geometry = geometry
+        probe.findings._geometry = geometry
         return peak
 
     by_image = (live_bytes(64) - live_bytes(8)) / 56
