@@ -180,10 +180,17 @@ def test_a_sharded_llm_computes_what_the_whole_one_does(tmp_path):
     torch.multiprocessing.spawn(compare_with_its_parts, (str(tmp_path),), nprocs=2)
 
 
-@pytest.mark.parametrize("flags", [[], ["--trainer.strategy=ddp"]])
-def test_sharding_needs_processes(fit, flags):
-    with pytest.raises(ValueError, match=r"this is 1 process\(es\) with \w+Strategy. Set trainer.strategy"):
-        fit("--model.shard_llm=true", *flags)
+def test_sharding_needs_processes(fit):
+    with pytest.raises(ValueError, match=r"this is 1 process\(es\) with SingleDeviceStrategy. Set trainer"):
+        fit("--model.shard_llm=true")
+
+
+@pytest.mark.slow
+def test_sharding_needs_more_than_one_process(models):
+    flags = [*tiny.arguments(models), "--model.shard_llm=true", "--trainer.strategy=ddp"]
+    done = run_cli("fit", *flags)
+    assert done.returncode != 0
+    assert "this is 1 process(es) with DDPStrategy. Set trainer.strategy" in done.stdout
 
 
 # -- SLURM ------------------------------------------------------------------------------------------
