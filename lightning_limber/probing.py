@@ -4,6 +4,7 @@ Pass 1, all images: one forward with the image, one of the same captions alone, 
 image's place. At every probed layer a hook runs the SAE and adds to sums by image (metrics.py); no
 activation outlives its batch. Pass 2, `costly_images` of them: one more forward whose residual streams
 are kept for the length of a batch, and forwards that go on from each layer with something replaced.
+Where the SAEs do not fit the device together, both passes are made for each chunk of layers in turn.
 Everything after that (intervals, chance levels, words) is arithmetic on sums: findings.py.
 
 Groups of tokens:
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -34,7 +36,7 @@ from lightning_limber.gate import TextStats
 from lightning_limber.metrics import ImageSums, SAEAlignment
 from lightning_limber.model import Limber, Sequences
 from lightning_limber.prompt import Batch
-from lightning_limber.sae import hook_layer
+from lightning_limber.sae import chunks_on_device, hook_layer
 
 
 class Probe:
@@ -42,12 +44,13 @@ class Probe:
 
     Args:
         model: With its LLM loaded.
-        saes: By hook name, on the model's device.
+        saes: By hook name; on the model's device, or on the CPU where there is a budget.
         text: Yardsticks of plain text by hook name, from the text gate.
         config: What is measured.
         descriptions: By hook name, for `match`; layers without any have no match.
         context: Makes the context of each forward (autocast).
         gather: Makes of a process' list the list of all processes' items, in any order.
+        sae_memory_gb: Most that SAEs may take on the device at a time; see `chunks_on_device`.
     """
 
     def __init__(
@@ -59,11 +62,12 @@ class Probe:
         descriptions: dict[str, Descriptions] | None = None,
         context: Callable[[], AbstractContextManager] = nullcontext,
         gather: Callable[[list], list] = lambda items: items,
+        sae_memory_gb: float | None = None,
     ) -> None:
         self.model, self.text, self.config = model, text, config
         # In the order in which the residual stream passes them.
         self.saes = dict(sorted(saes.items(), key=lambda item: (_next_layer(item[0]), item[0])))
-        self.context, self.gather = context, gather
+        self.context, self.gather, self.sae_memory_gb = context, gather, sae_memory_gb
         self.extras = set(config.extras)
         self.clock = Clock()
         layers = {name: hook_layer(name) for name in self.saes}
@@ -79,7 +83,8 @@ class Probe:
         """Measures everything.
 
         Args:
-            batches: Held-out images, on the model's device, this process' share.
+            batches: Held-out images, on the model's device, this process' share; iterated for each chunk
+                of SAEs.
             costly_batches: The first of them again, for the costly metrics; may be empty.
             attributes: Truth of a scene in words, for the detectors.
         """
@@ -87,34 +92,37 @@ class Probe:
         training = self.model.training
         self.model.eval()
         groups = ["image", "caption", "text", *(["noise"] if "noise" in self.extras else [])]
-        metrics = {
-            (group, name): SAEAlignment().to(self.model.device) for group in groups for name in self.saes
-        }
+        sums: dict[tuple[str, str], ImageSums] = {}
+        truth: dict[int, tuple[int, list[str], set[str] | None]] = {}
         lens: dict[str, list[Tensor]] = {name: [] for name in self.saes}
-        truth: list[tuple[int, list[str], set[str] | None]] = []
-        for batch in batches:
-            self._clean_pass(batch, metrics, lens)
-            truth += [
-                (place, captions, attributes(scene))
-                for place, captions, scene in zip(batch.index, batch.captions, batch.scenes, strict=True)
-            ]
-        # One by one: the parts that a metric was given are let go when its whole is made.
-        sums = {key: metrics.pop(key).compute() for key in list(metrics)}
-        pooled: dict[str, list] = {"loss": [], "cross": []}
-        for batch in costly_batches:
-            self._costly_pass(batch, sums, pooled)
+        losses: dict[int, list[float]] = defaultdict(list)
+        cross: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+        for chunk in chunks_on_device(self.saes, self.model.device, self.sae_memory_gb):
+            names = list(chunk)
+            metrics = {
+                (group, name): SAEAlignment().to(self.model.device) for group in groups for name in names
+            }
+            for batch in batches:
+                self._clean_pass(batch, names, metrics, lens)
+                for place, captions, scene in zip(batch.index, batch.captions, batch.scenes, strict=True):
+                    truth[place] = place, captions, attributes(scene)
+            # One by one: the parts that a metric was given are let go when its whole is made.
+            sums |= {key: metrics.pop(key).compute() for key in list(metrics)}
+            for batch in costly_batches:
+                self._costly_pass(batch, names, sums, losses, cross)
         self.model.train(training)
         return self.findings.report(
             PassSums(
-                groups=sums,
-                truth=sorted(self.gather(truth), key=lambda item: item[0]),
+                # In one order, whatever the chunks were.
+                groups={(group, name): sums[group, name] for group in groups for name in self.saes},
+                truth=sorted(self.gather(list(truth.values())), key=lambda item: item[0]),
                 lens={
                     name: set(self.gather(torch.cat(parts).tolist()))
                     for name, parts in lens.items()
                     if "lens_hit" in self.extras
                 },
-                losses=self.gather(pooled["loss"]),
-                cross=self.gather(pooled["cross"]),
+                losses=self.gather(list(losses.items())),
+                cross=self.gather([(list(key), torch.cat(parts, dim=1)) for key, parts in cross.items()]),
             )
         )
 
@@ -123,6 +131,7 @@ class Probe:
     def _clean_pass(
         self,
         batch: Batch,
+        names: list[str],
         metrics: dict[tuple[str, str], SAEAlignment],
         lens: dict[str, list[Tensor]],
     ) -> None:
@@ -130,13 +139,13 @@ class Probe:
         with self.context():
             tokens = self.model.image_tokens(batch.pixel_values)
             sequences = self.model.sequences(batch, tokens)
-            self._forward(batch, sequences, {"image": "image", "caption": "caption"}, metrics, lens)
-            self._forward(batch, self.model.sequences(batch, None), {"text": "caption"}, metrics)
+            self._forward(batch, names, sequences, {"image": "image", "caption": "caption"}, metrics, lens)
+            self._forward(batch, names, self.model.sequences(batch, None), {"text": "caption"}, metrics)
             if "noise" in self.extras:
                 with self.clock("noise"):
                     noise = self.model.sequences(batch, gaussian_like(tokens, batch.ids))
                     before = self.clock.seconds["sae"]
-                    self._forward(batch, noise, {"noise": "image"}, metrics)
+                    self._forward(batch, names, noise, {"noise": "image"}, metrics)
                 self.clock.seconds["noise"] -= self.clock.seconds["sae"] - before
         spent = sum(self.clock.seconds.values()) - hooks
         self.clock.seconds["forward"] += time.perf_counter() - start - spent
@@ -144,12 +153,13 @@ class Probe:
     def _forward(
         self,
         batch: Batch,
+        names: list[str],
         sequences: Sequences,
         groups: dict[str, str],
         metrics: dict[tuple[str, str], SAEAlignment],
         lens: dict[str, list[Tensor]] | None = None,
     ) -> None:
-        """One forward of the LLM that feeds the metrics of all layers."""
+        """One forward of the LLM that feeds the metrics of the named layers."""
         indices = {group: self._index(batch, sequences, where) for group, where in groups.items()}
 
         def read(name: str, residual: Tensor) -> None:
@@ -165,7 +175,7 @@ class Probe:
                     x = residual.flatten(0, 1).index_select(0, index)  # [n, D_l]
                     self._lens(name, x, row, batch, lens[name])
 
-        with self.model.llm.residual_hooks({name: partial(read, name) for name in self.saes}):
+        with self.model.llm.residual_hooks({name: partial(read, name) for name in names}):
             self.model.llm.decode(sequences.embeds)
 
     def _index(self, batch: Batch, sequences: Sequences, where: str) -> tuple[Tensor, Tensor]:
@@ -199,9 +209,16 @@ class Probe:
         lens.append(code[self._keep(name, x.float())].unique())
 
     def _costly_pass(
-        self, batch: Batch, sums: dict[tuple[str, str], ImageSums], pooled: dict[str, list]
+        self,
+        batch: Batch,
+        names: list[str],
+        sums: dict[tuple[str, str], ImageSums],
+        losses: dict[int, list[float]],
+        cross: dict[tuple[int, ...], list[Tensor]],
     ) -> None:
-        """Forwards that go on from each layer with something replaced, and SAEs of other layers."""
+        """Forwards that go on from each named layer with something replaced, and tokens of all layers
+        through the named layers' SAEs.
+        """
         model, llm = self.model, self.model.llm
         with self.context():
             sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
@@ -212,8 +229,9 @@ class Probe:
                 hidden = llm.decode(sequences.embeds)
             if "loss_recovered" in self.extras:
                 with self.clock("loss_recovered"):
-                    losses = [self._losses(batch, sequences, hidden)]
-                    for name in self.saes:
+                    # The clean forward is the same for each chunk: counted with the first.
+                    of_batch = [] if batch.index[0] in losses else [self._losses(batch, sequences, hidden)]
+                    for name in names:
                         residual = kept[name]
                         x = residual.flatten(0, 1).index_select(0, every)
                         counted = self._keep(name, x.float())
@@ -222,13 +240,13 @@ class Probe:
                         for new in (self._sae(name, x.float())[1].to(x), mean.expand_as(x)):
                             spliced = residual.flatten(0, 1).index_copy(0, where, new).view_as(residual)
                             onward = llm.decode(spliced, first_layer=_next_layer(name))
-                            losses.append(self._losses(batch, sequences, onward))
-                    pooled["loss"] += zip(
-                        batch.index, torch.stack(losses, dim=-1).cpu().tolist(), strict=True
-                    )
+                            of_batch.append(self._losses(batch, sequences, onward))
+                    table = torch.stack(of_batch, dim=-1).tolist()
+                    for place, row in zip(batch.index, table, strict=True):
+                        losses[place] += row
             if "cross_layer" in self.extras:
                 with self.clock("cross_layer"):
-                    pooled["cross"].append((batch.index, self._cross(kept, index).cpu()))
+                    cross[tuple(batch.index)].append(self._cross(kept, names, index).cpu())
 
     def _losses(self, batch: Batch, sequences: Sequences, hidden: Tensor) -> Tensor:
         """Cross-entropy summed over each image's targets, [B] float64."""
@@ -236,15 +254,15 @@ class Probe:
         row = batch.image_index[batch.target_index[:, 0]]
         return losses.new_zeros(len(batch.ids), dtype=torch.float64).index_add_(0, row, losses.double())
 
-    def _cross(self, kept: dict[str, Tensor], index: Tensor) -> Tensor:
-        """Tokens of each layer through the SAE of each: sums [L, L, 3] of squared errors, active latents
-        and tokens.
+    def _cross(self, kept: dict[str, Tensor], names: list[str], index: Tensor) -> Tensor:
+        """Tokens of all L layers through the SAEs of c named ones: sums [L, c, 3] of squared errors, active
+        latents and tokens.
         """
-        table = torch.zeros(len(kept), len(kept), 3, dtype=torch.float64, device=index.device)
+        table = torch.zeros(len(kept), len(names), 3, dtype=torch.float64, device=index.device)
         for i, name in enumerate(self.saes):
             x = kept[name].flatten(0, 1).index_select(0, index).float()
             x = x[self._keep(name, x)]
-            for j, other in enumerate(self.saes):
+            for j, other in enumerate(names):
                 latents, reconstruction = self._sae(other, x)
                 table[i, j, 0] = (x - reconstruction).double().pow(2).sum()
                 table[i, j, 1] = (latents > 0).sum()
