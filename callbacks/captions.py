@@ -32,10 +32,13 @@ class CaptionSamples(pl.Callback):
         self.max_new_tokens = max_new_tokens
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # One process writes: generation is a small part of the time, and its loader is not split.
-        if trainer.sanity_checking or not self.num_images or not trainer.is_global_zero:
-            return
         assert isinstance(pl_module, Limber)
+        # One process writes: generation is a small part of the time, and its loader is not split. (All
+        # write the same where each has only a part of the LLM.)
+        if trainer.sanity_checking or not self.num_images:
+            return
+        if not trainer.is_global_zero and not pl_module.llm.sharded:
+            return
         data: CaptionData = trainer.datamodule  # type: ignore[attr-defined]
         loader = data.probe_dataloader(self.num_images)
         loader.rank, loader.world_size = 0, 1
@@ -51,6 +54,8 @@ class CaptionSamples(pl.Callback):
             scenes += batch.scenes
             pixels = batch.pixel_values[: self.num_shown - len(shown)].float().cpu()
             shown += list(pl_module.vision.transform.undo(pixels))
+        if not trainer.is_global_zero:
+            return
         figure = caption_figure(shown, references, written)
         log_figure(trainer, "captions", figure)
         values = slot_shares(data, written, scenes, "captions") | slot_shares(

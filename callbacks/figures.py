@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lightning_limber.convergence import published_curves
-from lightning_limber.probing import Row
+from lightning_limber.findings import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

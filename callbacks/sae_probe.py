@@ -2,12 +2,13 @@
 
 As Venhoff et al. (arXiv 2506.11976) did once, after training; here before the first step and after
 every epoch, over the same held-out images. This file says when it runs and where its numbers go; what
-is measured is in lightning_limber/probing.py.
+is measured is in lightning_limber/probing.py, what is made of it in findings.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,29 @@ from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from lightning_limber import gate
+from lightning_limber.findings import EXTRAS, Descriptions, ProbeConfig, Row
 from lightning_limber.model import Limber
-from lightning_limber.probing import EXTRAS, Descriptions, Probe, ProbeConfig, Row
+from lightning_limber.probing import Probe
 from lightning_limber.prompt import Batch
-from lightning_limber.sae import find_saes, load_saes
+from lightning_limber.sae import chunks_on_device, load_saes, suite_folder
 
 from .figures import History, cross_layer_figure, heatmap_figure, log_figure, probe_figure
+
+
+@dataclass
+class Batches:
+    """The first held-out images on the device, as often as they are iterated."""
+
+    trainer: pl.Trainer
+    num_images: int
+    label: str
+
+    def __iter__(self) -> Iterator[Batch]:
+        trainer = self.trainer
+        hidden = not trainer.is_global_zero or not trainer.progress_bar_callback
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        for batch in tqdm(data.probe_dataloader(self.num_images), self.label, leave=False, disable=hidden):
+            yield trainer.strategy.batch_to_device(batch)
 
 
 class SAEProbe(pl.Callback):
@@ -42,6 +60,9 @@ class SAEProbe(pl.Callback):
             gate.py): ``stop``, ``warn`` or ``off``.
         extras: Metrics beside reconstruction and sparsity, each of which costs its own time (printed
             after every probe): noise, match, lens_hit, knn, detectors, loss_recovered, cross_layer.
+        sae_memory_gb: Most that the SAEs' weights may take on the device, in 1e9 bytes; null keeps all.
+            With a number they wait in host memory, and a probe makes its passes once for each chunk of
+            layers that fits: more time, the same numbers.
         costly_images: Images for loss_recovered and cross_layer, which need many forwards.
         outlier_factor: Tokens of more than this many times the median norm of plain text are left out
             (attention sinks); their share is logged as ``outliers``.
@@ -80,6 +101,7 @@ class SAEProbe(pl.Callback):
         detector_auroc: float = 0.8,
         published_curves: bool = False,
         seed: int = 0,
+        sae_memory_gb: float | None = None,
     ) -> None:
         unknown = sorted(set(extras) - set(EXTRAS))
         if unknown:
@@ -95,6 +117,7 @@ class SAEProbe(pl.Callback):
         self.costly_images = min(costly_images, num_images)
         self.descriptions = descriptions
         self.published_curves = published_curves
+        self.sae_memory_gb = sae_memory_gb
         self.config = ProbeConfig(
             extras=tuple(extras),
             outlier_factor=outlier_factor,
@@ -154,21 +177,23 @@ class SAEProbe(pl.Callback):
             raise ValueError(
                 f"probe.num_images={self.num_images}: each of {trainer.world_size} processes needs one."
             )
-        folder, sae_ids = find_saes(self.sae_release, self.sae_id, self.layers)
-        saes = {
-            name: sae.to(module.device)
-            for name, sae in load_saes(self.sae_release, self.sae_id, self.layers, module.llm).items()
-        }
-        ids = dict(zip(saes, sae_ids, strict=True))
+        folder = suite_folder(self.sae_release)
+        saes = load_saes(self.sae_release, self.sae_id, self.layers, module.llm)
+        if self.sae_memory_gb is None:
+            for sae in saes.values():
+                sae.to(module.device)
         prefix = module.collator().prompt.prefix_ids
         bos = module.llm.tokenizer.bos_token_id
-        text = gate.measure(
-            module.llm,
-            saes,
-            [bos] if prefix[:1] == [bos] else [],
-            self.config.outlier_factor,
-            trainer.precision_plugin.val_step_context,
-        )
+        text: dict[str, gate.TextStats] = {}
+        for chunk in chunks_on_device(saes, module.device, self.sae_memory_gb):
+            text |= gate.measure(
+                module.llm,
+                chunk,
+                [bos] if prefix[:1] == [bos] else [],
+                self.config.outlier_factor,
+                trainer.precision_plugin.val_step_context,
+            )
+        ids = {name: sae.cfg.metadata.sae_id for name, sae in saes.items()}
         gate.check(text, gate.expected(self.sae_release, folder, ids), self.text_gate)
         numbers = [f"{name.split('.')[1]}: {stats.fvu:.2f}, {stats.l0:.0f}" for name, stats in text.items()]
         rank_zero_info(f"[text gate] fvu and l0 of plain text by layer: {'; '.join(numbers)}")
@@ -190,15 +215,13 @@ class SAEProbe(pl.Callback):
             torch.distributed.all_gather_object(parts, items)
             return [item for part in parts for item in part]
 
+        context = trainer.precision_plugin.val_step_context
         self._probe = Probe(
-            module, saes, text, self.config, descriptions, trainer.precision_plugin.val_step_context, gather
+            module, saes, text, self.config, descriptions, context, gather, self.sae_memory_gb
         )
 
-    def _batches(self, trainer: pl.Trainer, num_images: int, label: str) -> Iterator[Batch]:
-        hidden = not trainer.is_global_zero or not trainer.progress_bar_callback
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        for batch in tqdm(data.probe_dataloader(num_images), label, leave=False, disable=hidden):
-            yield trainer.strategy.batch_to_device(batch)
+    def _batches(self, trainer: pl.Trainer, num_images: int, label: str) -> Batches:
+        return Batches(trainer, num_images, label)
 
     def _run_and_log(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
         assert self._probe is not None
@@ -229,7 +252,7 @@ class SAEProbe(pl.Callback):
         log_figure(trainer, "probe/by_layer", figure)
         log_figure(trainer, "probe/by_epoch", heatmap_figure(self.history, "Image tokens"))
         if report.cross_layer:
-            layers = list(self._probe.layers.values())
+            layers = list(self._probe.findings.layers.values())
             title = f"{min(self.costly_images, num_images)} held-out images, epoch {epoch}"
             log_figure(trainer, "probe/cross_layer", cross_layer_figure(layers, report.cross_layer, title))
         if not trainer.fast_dev_run and folder:  # type: ignore[attr-defined]

@@ -28,6 +28,7 @@ from lightning_limber.losses import FrozenHeadLoss
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch.distributed.device_mesh import DeviceMesh
 
 HOOK_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 ResidualHook = Callable[[Tensor], Tensor | None]
@@ -216,7 +217,7 @@ class LLM(nn.Module):
         self.layers = nn.ModuleList()
         self._head_weight: Tensor | None
         self.register_buffer("_head_weight", None, persistent=False)
-        self._first_layer = 0  # Of the forward that is under way: no hook fires before it.
+        self.sharded = False
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -319,19 +320,19 @@ class LLM(nn.Module):
                 ~mask, lowest
             )
             extra["position_ids"] = positions
+        if self.sharded and torch.is_grad_enabled() and not inputs_embeds.requires_grad:
+            # A share of a batch that has no image: its backward pass gathers weights with the others'.
+            inputs_embeds = inputs_embeds.detach().requires_grad_()
         skipped = list(self.layers)[:first_layer]
-        for layer in skipped:
+        for i, layer in enumerate(skipped):
             # Whatever the model does to its input before the layers (positions, scales) is passed by.
-            layer.forward = lambda *_args, **_kwargs: (  # type: ignore[method-assign]
-                (inputs_embeds,) if self._layers_return_tuples else inputs_embeds
-            )
-        outer, self._first_layer = self._first_layer, first_layer
+            output = (inputs_embeds,) if self._layers_return_tuples else inputs_embeds
+            self.layers[i] = _Skipped(layer, output)
         try:
             output = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False, **extra)
         finally:
-            self._first_layer = outer
-            for layer in skipped:
-                del layer.forward
+            for i, layer in enumerate(skipped):
+                self.layers[i] = layer
         return output.last_hidden_state
 
     def _check_window(self, length: int) -> None:
@@ -356,18 +357,39 @@ class LLM(nn.Module):
         bias = None if head.bias is None else head.bias.to(weight.dtype)
         return FrozenHeadLoss.apply(hidden, weight, bias, targets, self._softcap)
 
-    def prepare_autocast(self, dtype: torch.dtype) -> None:
+    def prepare_autocast(self, dtype: torch.dtype, device: torch.device | None = None) -> None:
         """Makes forwards under autocast to `dtype` cheap, without changing what is computed.
 
         The decoder layers' matrices are stored in `dtype`, and of the head's a copy (norms and embeddings
         stay): autocast would round the same weights at every call. On the CPU attention is written out
         in matrix products: the backward of torch's fused kernel is several times slower there at these
         lengths, and was a third of the training step.
+
+        Args:
+            dtype: Of autocast.
+            device: Where the forwards will run; None is where the weights are.
         """
         store_matrices(self.layers, dtype)
         self._head_weight = self.model.get_output_embeddings().weight.detach().to(dtype)
-        if self.embedding.weight.device.type == "cpu":
+        if (device or self.embedding.weight.device).type == "cpu":
             self.model.set_attn_implementation("eager")
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Splits the decoder layers' weights over the processes of `mesh`, on its device (FSDP2).
+
+        A layer's weights are gathered for its forward, let go, and gathered again for the backward
+        pass, which the adapter's gradient needs. Embeddings, final norm and head stay whole. From now
+        on all processes must run the same number of forwards.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in self.layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        # The root, with nothing of its own: from it FSDP knows the layers' order, and gathers ahead.
+        ours = set(self.layers.parameters())
+        whole = {parameter for parameter in self.model.parameters() if parameter not in ours}
+        fully_shard(self.model.base_model, mesh=mesh, ignored_params=whole)
+        self.sharded = True
 
     @contextmanager
     def residual_hooks(self, hooks: dict[str, ResidualHook]) -> Iterator[None]:
@@ -393,14 +415,27 @@ class LLM(nn.Module):
                     )
                 number = int(match[1])
                 register = _hook_pre if match[2] == "pre" else _hook_post
-                handles.append(register(self.layers[number], self._from_first_layer(number, fn)))
+                handles.append(register(self.layers[number], fn))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _from_first_layer(self, number: int, fn: ResidualHook) -> ResidualHook:
-        return lambda residual: fn(residual) if number >= self._first_layer else None
+
+class _Skipped(nn.Module):
+    """Stands in for a decoder layer: hands on `output`, fires no hook, gathers no weights."""
+
+    def __init__(self, layer: nn.Module, output: Any) -> None:
+        super().__init__()
+        # Straight into __dict__: the layer is not moved, sharded or listed as a part of this.
+        self.__dict__.update(layer=layer, output=output)
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models ask their layers for more (Gemma: attention_type).
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self.output
 
 
 def _hook_pre(layer: nn.Module, fn: ResidualHook):

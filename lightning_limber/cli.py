@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_limber.callbacks import CaptionSamples, Checkpoints, SAEProbe
 from lightning_limber.data import CaptionData
 from lightning_limber.model import Limber
-from lightning_limber.resume import newest_checkpoint, read_checkpoint
+from lightning_limber.resume import newest_checkpoint, read_checkpoint, slurm_job
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
@@ -76,19 +76,34 @@ class LimberCLI(LightningCLI):
         if "subcommand" not in self.config:
             return
         ckpt_path = self._settings.get("ckpt_path")
-        if not ckpt_path:
+        requeued = None if ckpt_path else self._name_slurm_run()
+        if not ckpt_path and requeued is None:
             return
         logger = self._settings.trainer.logger
         runs = Path(logger.init_args.save_dir) / logger.init_args.name
-        path = newest_checkpoint(runs) if ckpt_path == "last" else Path(ckpt_path)
+        path = requeued or (newest_checkpoint(runs) if ckpt_path == "last" else Path(ckpt_path))
         checkpoint = read_checkpoint(path)
         saved = checkpoint["lightning_limber"]["config"]
-        base = [] if saved is None else ["--config", saved]
+        # A requeued job's command line is the whole one.
+        base = [] if saved is None or requeued else ["--config", saved]
         # Processes that are started for DDP read sys.argv too: all continue from the same file.
         sys.argv[2:] = [*base, *sys.argv[2:], "--ckpt_path", str(path)]
         super().parse_arguments(parser, args)
         if self.config.subcommand == "fit":
             self._continue_logs(path, checkpoint["global_step"])
+
+    def _name_slurm_run(self) -> Path | None:
+        """Names a batch job's run after the job; the checkpoint to go on from when the job was requeued."""
+        job, logger = slurm_job(), self._settings.trainer.logger
+        if job is None or self.config.subcommand != "fit":
+            return None
+        if not getattr(logger, "class_path", "").endswith("TensorBoardLogger"):
+            return None
+        if logger.init_args.get("version") is None:
+            logger.init_args.version = f"job_{job}"
+        options = logger.init_args
+        path = Path(options.save_dir) / options.name / str(options.version) / "checkpoints/last.ckpt"
+        return path if path.is_file() else None
 
     def _continue_logs(self, path: Path, step: int) -> None:
         """Logs go on in the run's own folder; what was logged after the checkpoint is replaced."""

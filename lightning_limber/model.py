@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torchmetrics import MeanMetric
 
 from lightning_limber import __version__
@@ -79,6 +82,8 @@ class Limber(pl.LightningModule):
         adapter_weights: Start from the adapter in this file, as a new run: a checkpoint of this project,
             the folder of its runs (``runs/NAME``: the newest), or a projector of LLaVA or LiMBeR (see
             projectors.py). To continue a run where it stopped, use ``--ckpt_path`` instead.
+        shard_llm: Split the LLM's decoder layers over the processes of a DDP run, where it does not fit
+            one device; all else, checkpoints included, stays as it is.
     """
 
     vision: VisionEncoder
@@ -94,6 +99,7 @@ class Limber(pl.LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         max_caption_tokens: int = 64,
         adapter_weights: str | None = None,
+        shard_llm: bool = False,
     ) -> None:
         super().__init__()
         # A checkpoint's hyper-parameters come back as dicts.
@@ -109,6 +115,7 @@ class Limber(pl.LightningModule):
                 "optimizer": asdict(self.optimizer_config),
                 "max_caption_tokens": max_caption_tokens,
                 "adapter_weights": adapter_weights,
+                "shard_llm": shard_llm,
             }
         )
         # Straight into __dict__: a submodule would be saved, optimised, wrapped and set to train.
@@ -137,8 +144,13 @@ class Limber(pl.LightningModule):
         """Loads the frozen weights and builds the adapter between them."""
         if self.llm.model is not None:
             return
+        shard = self.hparams["shard_llm"]
+        if shard:
+            self._check_processes()
         self.vision.load()
-        self.llm.load()
+        # Not on the device (Lightning's default here) when it may not fit there.
+        with torch.device("cpu") if shard else nullcontext():
+            self.llm.load()
         self.backbones = {"vision": fingerprint(self.vision), "llm": fingerprint(self.llm)}
         blank = self.vision.transform(_blank_image())
         features = self.vision(blank[None].to(next(self.vision.parameters()).device))
@@ -154,8 +166,11 @@ class Limber(pl.LightningModule):
         if self.hparams["adapter_weights"] is not None:
             self._load_adapter(self.hparams["adapter_weights"])
         if self._trainer is not None and self.trainer.precision == "bf16-mixed":
-            self.llm.prepare_autocast(torch.bfloat16)
+            self.llm.prepare_autocast(torch.bfloat16, self.trainer.strategy.root_device)
             self.vision.prepare_autocast(torch.bfloat16)
+        if shard:
+            device = self.trainer.strategy.root_device.type
+            self.llm.shard(init_device_mesh(device, (self.trainer.world_size,)))
         hparams = self.hparams
         rank_zero_info(f"[frozen]    vision  {_millions(self.vision)}  {hparams['vision']['name']}")
         rank_zero_info(f"[frozen]    llm     {_millions(self.llm)}  {hparams['llm']}")
@@ -163,6 +178,16 @@ class Limber(pl.LightningModule):
             f"[trainable] adapter {_millions(self.adapter)}  {self.adapter_config.kind}, "
             f"{features.shape[1]} x {features.shape[2]} -> {tokens} x {self.llm.hidden_size}"
         )
+
+    def _check_processes(self) -> None:
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if not isinstance(strategy, DDPStrategy) or strategy.world_size == 1:
+            raise ValueError(
+                "model.shard_llm splits the LLM over the processes of a DDP run, but this is "
+                + ("no run" if strategy is None else f"{self.trainer.world_size} process(es)")
+                + f" with {type(strategy).__name__}. Set trainer.strategy to ddp and trainer.devices (or "
+                "trainer.num_nodes) to 2 or more, or model.shard_llm to false."
+            )
 
     def _check_length(self, image_tokens: int) -> None:
         config = self.llm.model.config.get_text_config()
@@ -326,6 +351,8 @@ class Limber(pl.LightningModule):
             do_sample=False,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
+            # A process that is done goes on with the others: each of them holds a part of the layers.
+            synced_gpus=self.llm.sharded,
         )
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 # Settings that change speed or logging, never a number of the run.
-FREE = {"num_workers", "val_batch_size", "_instantiator", "_class_path", "adapter_weights"}
+FREE = {"num_workers", "val_batch_size", "_instantiator", "_class_path", "adapter_weights", "shard_llm"}
 
 
 def training_settings(trainer: Any) -> dict[str, Any]:
@@ -38,6 +39,14 @@ def differences(saved: Any, now: Any, name: str) -> list[str]:
     if isinstance(saved, (list, tuple)) and isinstance(now, (list, tuple)):
         saved, now = list(saved), list(now)
     return [] if saved == now else [f"{name}: {saved!r} in the checkpoint, {now!r} now"]
+
+
+def slurm_job() -> str | None:
+    """The SLURM batch job of this process, as scontrol names it; a requeued job keeps its name."""
+    if SLURMEnvironment.job_id() is None:
+        return None
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -7,6 +7,7 @@ at start-up.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def find_saes(release: str, sae_id: str, layers: list[int] | None) -> tuple[Path
 def load_saes(release: str, sae_id: str, layers: list[int] | None, llm: LLM) -> dict[str, Any]:
     """Loads what `find_saes` finds, by hook name (``blocks.3.hook_resid_post``), float32 and frozen.
 
+    Their ids are noted as ``cfg.metadata.sae_id``.
+
     Raises:
         FileNotFoundError: see `find_saes`.
         ValueError: see `find_saes`; or the SAEs do not fit `llm`, the loaded LLM they will run on.
@@ -65,8 +68,48 @@ def load_saes(release: str, sae_id: str, layers: list[int] | None, llm: LLM) -> 
             sae = SAE.from_pretrained(release, name, device="cpu")
         hook_name = sae.cfg.metadata.hook_name
         _check_fit(sae, hook_name, f"{release} {name}", llm)
+        sae.cfg.metadata.sae_id = name
         saes[hook_name] = sae.to(torch.float32).eval().requires_grad_(False)
     return saes
+
+
+def chunks_on_device(
+    saes: dict[str, Any], device: torch.device, memory_gb: float | None
+) -> Iterator[dict[str, Any]]:
+    """The SAEs in chunks of consecutive layers, each on `device` for its turn and on the CPU otherwise.
+
+    Args:
+        saes: By hook name, in order.
+        device: Where they are used.
+        memory_gb: Most that a chunk's weights may take, in 1e9 bytes; None: one chunk of all, which is on
+            the device already.
+
+    Raises:
+        ValueError: one SAE alone takes more.
+    """
+    if memory_gb is None:
+        yield saes
+        return
+    chunks: list[dict[str, Any]] = [{}]
+    used = 0
+    for name, sae in saes.items():
+        size = sum(tensor.nbytes for tensor in (*sae.parameters(), *sae.buffers()))
+        if size > memory_gb * 1e9:
+            raise ValueError(
+                f"probe.sae_memory_gb={memory_gb}: the SAE at {name} alone takes {size / 1e9:.4g} GB. "
+                "Give at least that, or choose narrower SAEs."
+            )
+        if used + size > memory_gb * 1e9:
+            chunks.append({})
+            used = 0
+        chunks[-1][name] = sae
+        used += size
+    for chunk in chunks:
+        for sae in chunk.values():
+            sae.to(device)
+        yield chunk
+        for sae in chunk.values():
+            sae.to("cpu")
 
 
 def suite_folder(release: str) -> Path | None:

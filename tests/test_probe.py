@@ -13,7 +13,7 @@ import torch
 from conftest import run_cli
 
 from lightning_limber.data.scenes import SceneSet
-from lightning_limber.sae import load_saes
+from lightning_limber.sae import chunks_on_device, load_saes
 
 
 def events(folder: str | Path):
@@ -297,16 +297,16 @@ def test_memory_by_image(fit):
     def live_bytes(images: int) -> int:
         trainer.datamodule.val_set = SceneSet("val", images, 112, 0)
         peak = 0
-        geometry = probe._geometry
+        geometry = probe.findings._geometry
 
         def at_the_end_of_the_passes(*args):
             nonlocal peak
             gc.collect()
             peak = sum(x.nbytes for x in gc.get_objects() if isinstance(x, torch.Tensor))
 
-        probe._geometry = at_the_end_of_the_passes
+        probe.findings._geometry = at_the_end_of_the_passes
         probe.run(callback._batches(trainer, images, ""))
-        probe._geometry = geometry
+        probe.findings._geometry = geometry
         return peak
 
     by_image = (live_bytes(64) - live_bytes(8)) / 56
@@ -541,3 +541,58 @@ def test_validate_probes_a_published_projector(fit, tmp_path):
     log = events(cli.trainer.log_dir)
     assert log.Scalars("fvu/image/layer_02")
     assert "probe/by_layer" in log.Tags()["images"]
+
+
+# -- SAEs by memory budget --------------------------------------------------------------------------
+
+
+def test_a_memory_budget_changes_no_number(fit, tmp_path):
+    """One, two or all of three layers at a time: every row and matrix is the same to the bit."""
+    tiny.write_saes(tmp_path / "saes", (0, 1, 2))
+    flags = ["--trainer.max_steps=4", f"--probe.sae_release={tmp_path / 'saes'}"]
+    cli = fit(*flags, probe=True)
+    callback, data = cli.trainer.callbacks[0], cli.datamodule
+    probe = callback._probe
+    layer = sum(tensor.nbytes for tensor in probe.saes["blocks.0.hook_resid_post"].parameters()) / 1e9
+
+    def found(budget: float | None):
+        probe.sae_memory_gb = budget
+        parts = (callback._batches(cli.trainer, count, "") for count in (10, 6))
+        report = probe.run(*parts, data.attributes)
+        return str((report.rows, report.cross_layer, report.detectors))  # As text: NaN is NaN.
+
+    resident = found(None)
+    assert "loss_recovered" in resident
+    assert "'fvu': [[" in resident
+    for layers in (1, 2, 3):
+        assert found(layers * layer) == resident
+    # And a whole run with it, text gate included.
+    again = fit(*flags, f"--probe.sae_memory_gb={2 * layer}", probe=True).trainer.callbacks[0]
+    assert str(again.history) == str(callback.history)
+    assert again._probe.text == probe.text
+
+
+def test_an_sae_over_the_budget_is_named(fit):
+    with pytest.raises(ValueError, match=r"blocks.0.hook_resid_post alone takes 1.677e-05 GB"):
+        fit("--probe.sae_memory_gb=1e-5", probe=True)
+
+
+def test_no_more_saes_are_on_the_device_than_fit():
+    """Chunks keep the order, hold as much as fits, and leave before the next one comes."""
+    there: set[str] = set()
+
+    class Counted(torch.nn.Linear):  # 40 bytes.
+        def __init__(self, name):
+            super().__init__(9, 1)
+            self.name = name
+
+        def to(self, device):
+            (there.add if str(device) == "cuda" else there.remove)(self.name)
+
+    saes = {name: Counted(name) for name in "abcde"}
+    seen = []
+    for chunk in chunks_on_device(saes, torch.device("cuda"), 99 / 1e9):
+        assert there == set(chunk)
+        seen.append("".join(chunk))
+    assert seen == ["ab", "cd", "e"]
+    assert not there

@@ -1,0 +1,327 @@
+"""Beyond one process: the LLM's layers split over several, SLURM jobs that are requeued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import tiny
+import torch
+from conftest import run_cli
+
+TESTS = {"PYTHONPATH": str(Path(__file__).parent)}
+DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+
+
+def local_bytes(llm) -> int:
+    """Bytes of the decoder layers' weights that this process holds."""
+    weights = (p.to_local() if hasattr(p, "to_local") else p for p in llm.layers.parameters())
+    return sum(weight.nbytes for weight in weights)
+
+
+class LayerBytes(pl.Callback):
+    """Writes them down at the end of a run."""
+
+    def on_fit_end(self, trainer, pl_module) -> None:
+        Path(f"bytes.{trainer.global_rank}").write_text(str(local_bytes(pl_module.llm)))
+
+
+def callbacks(hook: str = "", step: int = -1) -> str:
+    crash = {"log": "batches", "hook": hook, "step": step, "kill": True}
+    chosen = [
+        {"class_path": "crash.CrashAt", "init_args": crash},
+        {"class_path": "test_scale.LayerBytes"},
+    ]
+    return f"--trainer.callbacks={json.dumps(chosen)}"
+
+
+def the_run(root: Path) -> Path:
+    (folder,) = (root / "runs/default").iterdir()
+    return folder
+
+
+def events(run: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(run))
+    log.Reload()
+    return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+
+
+def assert_same_scalars(a: Path, b: Path, tolerance: float = 0.0) -> None:
+    """Every number in the event files: losses, held-out scores, captions, probe."""
+    first, second = events(the_run(a)), events(the_run(b))
+    assert first.keys() == second.keys()
+    assert {"train/loss", "val/loss", "fvu/image/layer_02", "loss_recovered/image/layer_00"} <= first.keys()
+    for tag, found in first.items():
+        assert [step for step, _ in second[tag]] == [step for step, _ in found], tag
+        values = [value for _, value in found]
+        expected = pytest.approx(values, rel=tolerance, abs=tolerance, nan_ok=True)
+        assert [value for _, value in second[tag]] == expected, tag
+
+
+def checkpoint(root: Path) -> Path:
+    return the_run(root) / "checkpoints/last.ckpt"
+
+
+def assert_same_adapter(a: Path, b: Path) -> None:
+    first, second = (torch.load(checkpoint(root), weights_only=True)["state_dict"] for root in (a, b))
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def assert_same_batches(a: Path, b: Path, processes: int) -> None:
+    """A step that was lost and done again must have had the same batch."""
+    for rank in range(processes):
+        first, second = ((root / f"batches.{rank}").read_text().splitlines() for root in (a, b))
+        assert list(dict.fromkeys(second)) == first
+
+
+@pytest.fixture(scope="module")
+def runs(models, tmp_path_factory) -> dict[str, Path]:
+    """The same two epochs by one process, by two, and by two that share the LLM."""
+    roots = {}
+    for name, flags in {"one": [], "ddp": DDP, "sharded": [*DDP, "--model.shard_llm=true"]}.items():
+        roots[name] = tmp_path_factory.mktemp(name)
+        flags = [*tiny.arguments(models), "--trainer.max_steps=8", *flags, callbacks()]
+        done = run_cli("fit", *flags, cwd=roots[name], env=TESTS)
+        assert done.returncode == 0, done.stdout
+    return roots
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_the_same_run(runs):
+    """To the bit that of two processes; and that of one but for the rounding of a split sum."""
+    assert_same_scalars(runs["ddp"], runs["sharded"])
+    assert_same_adapter(runs["ddp"], runs["sharded"])
+    assert_same_scalars(runs["one"], runs["sharded"], tolerance=1e-3)
+
+
+@pytest.mark.slow
+def test_each_process_holds_its_part_and_the_checkpoint_stays_small(runs):
+    whole, first, second = (
+        int((runs[name] / f"bytes.{rank}").read_text())
+        for name, rank in (("ddp", 0), ("sharded", 0), ("sharded", 1))
+    )
+    assert first + second == whole
+    assert first == pytest.approx(whole / 2, rel=0.01)
+    sizes = [checkpoint(runs[name]).stat().st_size for name in ("ddp", "sharded")]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumes_exactly(runs, models, tmp_path):
+    flags = [*tiny.arguments(models), "--trainer.max_steps=8", *DDP, "--model.shard_llm=true"]
+    killed = run_cli("fit", *flags, callbacks("batch_start", 6), env=TESTS)
+    assert killed.returncode != 0, killed.stdout
+    assert torch.load(checkpoint(tmp_path), weights_only=True)["global_step"] == 6
+    resumed = run_cli("fit", "--ckpt_path=last", callbacks(), env=TESTS)
+    assert resumed.returncode == 0, resumed.stdout
+    assert_same_batches(runs["sharded"], tmp_path, 2)
+    assert_same_adapter(runs["sharded"], tmp_path)
+
+
+def everything(llm) -> list[torch.Tensor]:
+    """What the project asks of an LLM, under bf16 autocast."""
+    embeds = llm.embed(torch.arange(4, 16).view(2, 6)).requires_grad_()
+    found = []
+    with torch.autocast("cpu", torch.bfloat16):
+        llm.decode(embeds.detach(), first_layer=3)  # The logit lens.
+        # One process' share of a batch has no image, so nothing to train.
+        alone = torch.distributed.get_rank() == 0
+        hidden = llm.decode(embeds.detach() if alone else embeds)
+        if llm.sharded or not alone:
+            hidden.sum().backward()
+        hidden = llm.decode(embeds)
+        llm.logits(hidden.flatten(0, 1)).float().logsumexp(-1).sum().backward()
+        found += [hidden.detach(), embeds.grad]
+        with torch.inference_mode(), llm.residual_hooks({"blocks.1.hook_resid_post": found.append}):
+            found.append(llm.decode(embeds, first_layer=1))
+        with torch.no_grad(), llm.residual_hooks({"blocks.1.hook_resid_pre": lambda x: 2 * x}):
+            found.append(llm.decode(embeds))
+        # The processes write different numbers of tokens.
+        length = 3 + torch.distributed.get_rank()
+        mask = torch.ones(2, 6, dtype=torch.long)
+        options = {"max_new_tokens": length, "do_sample": False, "synced_gpus": llm.sharded}
+        found.append(llm.model.generate(inputs_embeds=embeds.detach(), attention_mask=mask, **options))
+    return found
+
+
+def compare_with_its_parts(rank: int, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from lightning_limber.backbones import LLM
+
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    for architecture in tiny.llm_configs():
+        llm = LLM(f"{folder}/{architecture}").load()
+        llm.prepare_autocast(torch.bfloat16)  # Matrices in bfloat16, norms in float32.
+        whole, expected = local_bytes(llm), everything(llm)
+        llm.shard(init_device_mesh("cpu", (2,)))
+        llm._apply(lambda t: t.to("cpu"))  # As Lightning moves the module.
+        assert local_bytes(llm) == pytest.approx(whole / 2, rel=0.01), architecture
+        for got, wanted in zip(everything(llm), expected, strict=True):
+            assert torch.equal(got, wanted), architecture
+        assert local_bytes(llm) == pytest.approx(whole / 2, rel=0.01), architecture  # Let go again.
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_sharded_llm_computes_what_the_whole_one_does(tmp_path):
+    for architecture in tiny.llm_configs():
+        tiny.write_llm(tmp_path / architecture, architecture)
+    torch.multiprocessing.spawn(compare_with_its_parts, (str(tmp_path),), nprocs=2)
+
+
+def test_sharding_needs_processes(fit):
+    with pytest.raises(ValueError, match=r"this is 1 process\(es\) with SingleDeviceStrategy. Set trainer"):
+        fit("--model.shard_llm=true")
+
+
+@pytest.mark.slow
+def test_sharding_needs_more_than_one_process(models):
+    flags = [*tiny.arguments(models), "--model.shard_llm=true", "--trainer.strategy=ddp"]
+    done = run_cli("fit", *flags)
+    assert done.returncode != 0
+    assert "this is 1 process(es) with DDPStrategy. Set trainer.strategy" in done.stdout
+
+
+# -- SLURM ------------------------------------------------------------------------------------------
+
+
+class Preempt(pl.Callback):
+    """SLURM's signal to one process, while a batch is on its way."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        if (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def slurm_job(root: Path, flags: list[str], tasks: int = 1, **env: str) -> list[str]:
+    """What `srun` does: the same command line for each task. Returns what scontrol was told, ever."""
+    tools = root / "bin"
+    tools.mkdir(exist_ok=True)
+    scontrol = tools / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {root}/scontrol.log\n')
+    scontrol.chmod(0o755)
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "limber", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
+    job |= {"SLURM_NTASKS": str(tasks), "SLURM_NTASKS_PER_NODE": str(tasks)}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **env}
+    job |= {"PATH": f"{tools}:{os.environ['PATH']}", **TESTS}
+    command = [sys.executable, "-m", "lightning_limber", "fit", *flags]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=root,
+            env={**os.environ, **job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(tasks)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+    log = root / "scontrol.log"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def preempted(step: int, rank: int = 0) -> str:
+    chosen = [
+        {"class_path": "crash.CrashAt", "init_args": {"log": "batches"}},
+        {"class_path": "test_scale.Preempt", "init_args": {"step": step, "rank": rank}},
+    ]
+    return f"--trainer.callbacks={json.dumps(chosen)}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "saved"),
+    [pytest.param(5, 6, id="mid epoch"), pytest.param(3, 4, id="last batch of an epoch")],
+)
+def test_a_requeued_job_is_the_uninterrupted_run(runs, models, tmp_path, step, saved):
+    """The same command line twice; nothing is saved but for the signal and at the end of epochs."""
+    flags = [*tiny.arguments(models), "--trainer.max_steps=8", "--checkpoint.every_n_steps=0"]
+    flags += [preempted(step)]
+    array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "4"} if step == 3 else {}
+    name = "70_4" if array else "77"
+    assert slurm_job(tmp_path, flags, **array) == [f"requeue {name}"]
+    assert the_run(tmp_path).name == f"job_{name}"
+    assert torch.load(checkpoint(tmp_path), weights_only=True)["global_step"] == saved
+    assert slurm_job(tmp_path, flags, **array) == [f"requeue {name}"]  # Not again.
+    assert_same_batches(runs["one"], tmp_path, 1)
+    assert_same_adapter(runs["one"], tmp_path)
+    assert_same_scalars(runs["one"], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_requeued_job_of_two_processes(runs, models, tmp_path):
+    """The signal reaches only one of them: both stop after the same step."""
+    flags = [*tiny.arguments(models), "--trainer.max_steps=8", "--checkpoint.every_n_steps=0", *DDP]
+    flags += [preempted(5, rank=1)]
+    assert slurm_job(tmp_path, flags, tasks=2) == ["requeue 77"]
+    assert torch.load(checkpoint(tmp_path), weights_only=True)["global_step"] == 6
+    assert slurm_job(tmp_path, flags, tasks=2) == ["requeue 77"]
+    assert_same_batches(runs["ddp"], tmp_path, 2)
+    assert_same_adapter(runs["ddp"], tmp_path)
+    assert_same_scalars(runs["ddp"], tmp_path)
+
+
+# -- torchrun and overlays ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun(runs, models, tmp_path, nodes):
+    """Two processes on one node, or on two that meet by address, are those that Lightning starts itself."""
+    per_node = 2 // nodes
+    flags = [*tiny.arguments(models), "--config=configs/overlays/ddp.yaml", "--trainer.max_steps=8"]
+    flags += [f"--trainer.num_nodes={nodes}", f"--trainer.devices={per_node}", callbacks()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}"]
+    torchrun += [f"--nproc_per_node={per_node}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    launches = [
+        subprocess.Popen(
+            [*torchrun, f"--node_rank={node}", "-m", "lightning_limber", "fit", *flags],
+            cwd=tmp_path,
+            env={**os.environ, **TESTS, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(nodes)
+    ]
+    for launch in launches:
+        output, _ = launch.communicate(timeout=200)
+        assert launch.returncode == 0, output
+    assert_same_batches(runs["ddp"], tmp_path, 2)
+    assert_same_adapter(runs["ddp"], tmp_path)
+    assert_same_scalars(runs["ddp"], tmp_path)
+
+
+def test_debug_overlay_runs_every_part(fit):
+    cli = fit("--config=configs/overlays/debug.yaml", "--probe.every_n_epochs=1")
+    folder = Path(cli.trainer.log_dir)
+    assert folder.parent.name == "debug"
+    assert cli.trainer.global_step == 8
+    assert (folder / "probe.csv").exists()
+    assert (folder / "checkpoints/last.ckpt").exists()
+    assert any("captions" in tag for tag in events(folder))
