@@ -178,6 +178,19 @@ def test_memory_is_that_of_a_real_step(tmp_path, precision):
     assert planned.weight_bytes() == pytest.approx(by_part, rel=0.01)
 
 
+def test_autocast_is_that_of_a_gpu(tmp_path):
+    """The GELU with a power in it keeps its float32 input, two more in float32 and one in bfloat16; the
+    fused one keeps its bfloat16 input.
+    """
+    vision, kept = tiny.write_vision(tmp_path / "vision"), {}
+    for act in ("gelu_new", "gelu_pytorch_tanh"):
+        llm = write_llm(tmp_path / act, "gptj", activation_function=act)
+        planned = Rehearsal(Limber(VisionConfig(vision), llm), "bf16-mixed", CAPTION_TOKENS)
+        kept[act] = planned.step(IMAGES).kept_bytes
+    tokens = IMAGES * (planned.prefix_tokens + planned.image_tokens + planned.text_tokens)
+    assert kept["gelu_new"] - kept["gelu_pytorch_tanh"] == tokens * 3 * 4 * 32 * (3 * 4 + 2 - 2)
+
+
 def test_probe_flops_are_those_of_a_real_probe(models, fit, monkeypatch):
     """The passes of a probe, counted while they run."""
     from lightning_limber.probing import Probe
