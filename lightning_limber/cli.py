@@ -83,22 +83,18 @@ class LimberCLI(LightningCLI):
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "plan":
-            for name, default, text in (
-                ("gpu", ["H100"], "Kinds of GPU; one that is not known prints those that are."),
-                ("gpus", [1, 8], "Numbers of GPUs."),
-            ):
-                parser.add_argument(
-                    f"--{name}", nargs="+", type=type(default[0]), default=default, help=text
-                )
-            parser.add_argument(
-                "--utilisation", type=float, default=0.4, help="Share of the GPU's dense peak FLOP/s."
+            add = parser.add_argument
+            add(
+                "--gpu",
+                nargs="+",
+                type=str,
+                default=["H100"],
+                help="Kinds; an unknown one lists those known.",
             )
-            parser.add_argument(
-                "--caption_tokens",
-                type=int | None,
-                default=None,
-                help="Mean tokens of a caption; null is 32, or model.max_caption_tokens if lower.",
-            )
+            add("--gpus", nargs="+", type=int, default=[1, 8], help="Numbers of GPUs.")
+            add("--utilisation", type=float, default=0.4, help="Share of the dense peak FLOP/s.")
+            text = "Mean tokens of a caption; null is 32, or model.max_caption_tokens if lower."
+            add("--caption_tokens", type=int | None, default=None, help=text)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -178,7 +178,6 @@ class Rehearsal:
             self.image_tokens = model.adapter(features).shape[1]
         model._check_length(self.image_tokens)
         self.parameters = {name: _count(part) for name, part in self.parts.items()}
-        self.layer_parameters = _count(model.llm.layers) // len(model.llm.layers)
         self.fake = FakeTensorMode()
         with self.fake:
             for part in self.parts.values():
