@@ -555,9 +555,9 @@ def _memory(
     weights = rehearsal.weight_bytes()
     llm, adapter = float(weights["llm"]), _bytes(list(rehearsal.model.adapter.parameters()))
     if count > 1 and rehearsal.model.hparams.get("shard_llm"):
-        # A share of all, and two layers whole: the one at work and the one fetched for it.
+        # A share of the decoder layers, and two of them whole: the one at work and the one fetched.
         layers = _bytes(list(rehearsal.model.llm.layers.parameters()))
-        llm = llm / count + 2 * layers / len(rehearsal.model.llm.layers)
+        llm += layers / count - layers + 2 * layers / len(rehearsal.model.llm.layers)
     d_in = rehearsal.model.llm.hidden_size
     return {
         "vision encoder": weights["vision"],
