@@ -170,8 +170,9 @@ class Rehearsal:
         with _small_files_of(model.hparams["llm"]):
             model.llm.load(weights=False)
             collate = model.collator()
-        self._one = collate([Record("", _blank_image(), ["picture"])], [["picture"]])
-        self._more_tokens = caption_tokens - int(self._one.is_caption.sum())
+        captions = ["picture"] * captions_per_image
+        self._one = collate([Record("", _blank_image(), captions)], [captions])
+        self._more_tokens = captions_per_image * caption_tokens - int(self._one.is_caption.sum())
         with torch.device("meta"):
             features = model.vision(self._one.pixel_values.to("meta"))
             model.adapter = Adapter(model.adapter_config, features.shape[-1], model.llm.hidden_size)
@@ -184,6 +185,7 @@ class Rehearsal:
                 _make_fake(part)
             if self.dtype == torch.bfloat16:
                 attention = model.llm.model.config._attn_implementation
+                model.vision.prepare_autocast(self.dtype)
                 model.llm.prepare_autocast(self.dtype)
                 model.llm.model.set_attn_implementation(attention)  # Not as on a CPU.
 
@@ -229,7 +231,7 @@ class Rehearsal:
             def after_decoder(_module: nn.Module, _args: Any, output: Any) -> None:
                 mark("LLM forward")
                 meter.phase = "head"
-                output.last_hidden_state.register_hook(lambda _gradient: mark("head backward"))
+                output.last_hidden_state.register_hook(lambda _gradient: mark("head"))
 
             def after_adapter(_module: nn.Module, _args: Any, output: Tensor) -> None:
                 mark("adapter forward")
@@ -243,7 +245,6 @@ class Rehearsal:
             ]
             with self._autocast():
                 losses = model(self._batch(images))[1]
-            mark("head forward")
             kept = dict(meter.live)
             losses.sum().backward()
             mark("adapter backward")
@@ -262,16 +263,18 @@ class Rehearsal:
         return counter.get_total_flops()
 
     def _batch(self, images: int) -> Batch:
-        one, count = self._one, images * self.captions_per_image
+        one, texts = self._one, (images, self.text_tokens)
+        shared = one.caption_number is not None
         return replace(
             one,
             ids=one.ids * images,
             pixel_values=torch.empty(images, *one.pixel_values.shape[1:]),
-            image_index=torch.empty(count, dtype=torch.long),
+            image_index=torch.empty(images, dtype=torch.long),
             prefix_ids=torch.empty(self.prefix_tokens, dtype=torch.long),
-            text_ids=torch.empty(count, self.text_tokens, dtype=torch.long),
-            is_caption=torch.empty(count, self.text_tokens, dtype=torch.bool),
-            target_index=torch.empty(count * self.target_tokens, 2, dtype=torch.long),
+            text_ids=torch.empty(texts, dtype=torch.long),
+            is_caption=torch.empty(texts, dtype=torch.bool),
+            target_index=torch.empty(images * self.target_tokens, 2, dtype=torch.long),
+            caption_number=torch.empty(texts, dtype=torch.long) if shared else None,
         )
 
     @contextmanager
@@ -397,7 +400,7 @@ def probe_flops(
     image = rehearsal.image_tokens - (rehearsal.prefix_tokens == 0)
     captions = rehearsal.captions_per_image * rehearsal.caption_tokens
     embed = flops["vision forward"] + flops["adapter forward"]
-    decode, head = flops["LLM forward"], flops["head forward"]
+    decode, head = flops["LLM forward"], flops["head"] / 2  # No gradient here.
     per_token = [4 * llm.hidden_size * (sae.d_sae or 0) for sae in saes]
     logits = 2 * llm.hidden_size * llm.vocab_size
     noise = "noise" in extras
@@ -410,7 +413,7 @@ def probe_flops(
     if "loss_recovered" in extras:
         onward = sum(decode * (1 - sae.next_layer / len(llm.layers)) + head for sae in saes)
         costly += head + 2 * onward
-        costly += sum(per_token) * rehearsal.image_tokens * rehearsal.captions_per_image
+        costly += sum(per_token) * rehearsal.image_tokens
     if "cross_layer" in extras:
         costly += len(saes) * sum(per_token) * image
     return {"every image": clean, "costly images": costly}
