@@ -144,14 +144,22 @@ class VisionEncoder(nn.Module):
     def transform(self) -> ImageTransform:
         return ImageTransform(resolve(self.config.name), self.config.image_size, self.config.pad_to_square)
 
-    def load(self) -> VisionEncoder:
-        """Reads the weights (float32) and freezes them. Of a two-tower model only the vision part."""
+    def load(self, weights: bool = True) -> VisionEncoder:
+        """Reads the weights (float32) and freezes them. Of a two-tower model only the vision part.
+
+        Args:
+            weights: False reads ``config.json`` alone and leaves the weights on the meta device.
+        """
         from transformers import AutoConfig, AutoModel
 
         path = resolve(self.config.name)
         model_config = AutoConfig.from_pretrained(path)
         model_config = getattr(model_config, "vision_config", model_config)
-        self.model = AutoModel.from_pretrained(path, config=model_config, dtype=torch.float32)
+        if weights:
+            self.model = AutoModel.from_pretrained(path, config=model_config, dtype=torch.float32)
+        else:
+            with torch.device("meta"):
+                self.model = AutoModel.from_config(model_config, dtype=torch.float32)
         freeze(self)
         accepted = inspect.signature(self.model.forward).parameters
         self._kwargs = {
@@ -225,17 +233,29 @@ class LLM(nn.Module):
 
         return AutoTokenizer.from_pretrained(resolve(self.name))
 
-    def load(self) -> LLM:
-        """Reads the weights (float32), freezes them, and checks that the three steps are the model."""
-        from transformers import AutoModelForCausalLM
+    def load(self, weights: bool = True) -> LLM:
+        """Reads the weights (float32), freezes them, and checks that the three steps are the model.
 
-        self.model = AutoModelForCausalLM.from_pretrained(resolve(self.name), dtype=torch.float32)
+        Args:
+            weights: False reads ``config.json`` alone and leaves the weights on the meta device, where
+                nothing can be checked and `decode` starts at the first layer only.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        path = resolve(self.name)
+        if weights:
+            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        else:
+            model_config = AutoConfig.from_pretrained(path)
+            with torch.device("meta"):
+                self.model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
         freeze(self)
         config = self.model.config.get_text_config()
         self.hidden_size: int = config.hidden_size
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self.layers = self._find_layers(config.num_hidden_layers)
-        self._check_steps()
+        if weights:
+            self._check_steps()
         return self
 
     def _find_layers(self, count: int) -> nn.ModuleList:

@@ -1,4 +1,4 @@
-"""``python -m lightning_limber fit|validate|test|predict``: configs in, a Trainer that runs out.
+"""``python -m lightning_limber fit|validate|test|predict|plan``: configs in, a Trainer that runs out.
 
 Layers of configuration, later ones win: configs/default.yaml, each ``--config``, then flags. A run that
 goes on from a checkpoint starts from the config that the checkpoint carries instead of the default.
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -21,7 +22,7 @@ from lightning_limber.data import CaptionData
 from lightning_limber.model import Limber
 from lightning_limber.resume import newest_checkpoint, read_checkpoint, slurm_job
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
+SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan")
 
 
 def config_dir() -> Path:
@@ -60,11 +61,41 @@ def default_precision(accelerator: str) -> str:
     return "32-true"
 
 
+class Trainer(pl.Trainer):
+    """Lightning's, and the name of one more subcommand; `LimberCLI` does what it says."""
+
+    def plan(self) -> None:
+        """Says what a run will cost (FLOPs, memory, hours), without loading a weight."""
+
+
 class LimberCLI(LightningCLI):
     """LightningCLI with the probe, the caption samples and the checkpoints as config groups of their
-    own (``probe``, ``captions``, ``checkpoint``), and with a resume that never changes a setting
-    silently.
+    own (``probe``, ``captions``, ``checkpoint``), with a resume that never changes a setting
+    silently, and with a subcommand ``plan``.
     """
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "plan": set()}
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "plan":
+            add = parser.add_argument
+            add(
+                "--gpu",
+                nargs="+",
+                type=str,
+                default=["H100"],
+                help="Kinds; an unknown one lists those known.",
+            )
+            add("--gpus", nargs="+", type=int, default=[1, 8], help="Numbers of GPUs.")
+            add("--utilisation", type=float, default=0.4, help="Share of the dense peak FLOP/s.")
+            text = "Mean tokens of a caption; null is 32, or model.max_caption_tokens if lower."
+            add("--caption_tokens", type=int | None, default=None, help=text)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(SAEProbe, "probe")
@@ -126,12 +157,35 @@ class LimberCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         trainer = self._settings.trainer
         if trainer.precision is None:
-            trainer.precision = default_precision(trainer.accelerator)
+            planned = self.subcommand == "plan"  # For a GPU, on whatever machine.
+            trainer.precision = "bf16-mixed" if planned else default_precision(trainer.accelerator)
         if self._settings.model.optimizer.total_steps < 1:
             raise ValueError(
                 f"model.optimizer.total_steps={self._settings.model.optimizer.total_steps}: it follows "
                 "trainer.max_steps unless it is set. Set trainer.max_steps, or total_steps itself."
             )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """None for a plan: the accelerators and devices that the config names are elsewhere."""
+        return None if self.subcommand == "plan" else super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand != "plan":
+            return super()._run_subcommand(subcommand)
+        from lightning_limber import plan
+
+        settings, probe = self._settings, self._get(self.config_init, "probe")
+        made = plan.make_plan(
+            self.model,
+            self.datamodule,
+            probe,
+            settings.trainer,
+            gpus=settings.gpu,
+            counts=settings.gpus,
+            utilisation=settings.utilisation,
+            caption_tokens=settings.caption_tokens,
+        )
+        print(plan.table(made))
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -158,9 +212,10 @@ def main(args: list[str] | None = None) -> LimberCLI:
         return LimberCLI(
             Limber,
             CaptionData,
+            trainer_class=Trainer,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"parser_mode": "omegaconf+", **{name: options for name in SUBCOMMANDS}},
+            parser_kwargs={"parser_mode": "omegaconf+", **{name: dict(options) for name in SUBCOMMANDS}},
             auto_configure_optimizers=False,
         )
     except (FileNotFoundError, ValueError) as error:

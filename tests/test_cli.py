@@ -64,7 +64,9 @@ print("CPU", time.process_time() - start)
 """
 
 
-@pytest.mark.parametrize("args", [["fit", "--help"], ["fit", "--print_config"], ["--help"]])
+@pytest.mark.parametrize(
+    "args", [["fit", "--help"], ["fit", "--print_config"], ["plan", "--help"], ["--help"]]
+)
 def test_help_needs_no_weights_and_no_sae_lens(args, tmp_path):
     """Any download or conversion would land in the empty cache."""
     done = subprocess.run(

@@ -1,0 +1,642 @@
+"""What a run will cost, before any weight is downloaded: parameters, FLOPs, memory, hours.
+
+There is no formula for a model here. `Rehearsal` builds the models that a config names from their
+``config.json`` alone and runs the project's own training step on fake tensors, which have shapes and
+dtypes but no values: FLOPs are counted and bytes are followed as torch executes it, seconds even for
+large models. Products are counted (2 FLOPs a multiply-add), as torch's FlopCounterMode does; causal
+attention counts whole squares, and what a fused attention kernel computes twice counts twice.
+
+Attention is the implementation that transformers picks for the model, with torch's fused kernel where it
+picks SDPA. The GPUs' rules of autocast hold, see `GPUAutocast`. Validation, loading and communication are
+not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from lightning_limber.adapters import Adapter
+from lightning_limber.backbones import LLM
+from lightning_limber.model import Limber, _blank_image
+from lightning_limber.prompt import Batch, Record
+from lightning_limber.sae import find_saes
+
+# torch's counter knows the fused attention kernels of GPUs only.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value)
+    ),
+}
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "32-true": None,
+    "16-mixed": torch.float16,
+    "bf16-mixed": torch.bfloat16,
+}
+RESERVE = 0.1
+"""Share of a GPU's memory left to the CUDA context, workspaces, fragmentation and the probe's batches."""
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Dense peaks (no sparsity) of NVIDIA's data sheets."""
+
+    bf16_flops: float
+    """FLOP/s of the tensor cores with float32 accumulation; float16 is the same."""
+    fp32_flops: float
+    """FLOP/s in float32 outside the tensor cores: torch's default."""
+    memory_bytes: float
+
+
+GPUS = {
+    "H200": GPU(989e12, 67e12, 141e9),  # SXM
+    "H100": GPU(989e12, 67e12, 80e9),  # SXM
+    "A100": GPU(312e12, 19.5e12, 80e9),
+    "A100-40GB": GPU(312e12, 19.5e12, 40e9),
+    "L40S": GPU(362e12, 91.6e12, 48e9),
+    "L4": GPU(121e12, 30.3e12, 24e9),
+    "RTX4090": GPU(165e12, 82.6e12, 24e9),
+}
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the tensors that live, by the phase that made them, and the peak of their sum.
+
+    Args:
+        known: Tensors that are there already and do not count.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.phase = ""
+        self.live: Counter[str] = Counter()
+        self.peak = 0
+        # Held, so that no new storage can take an old one's address.
+        self._known = {storage._cdata: storage for storage in (t.untyped_storage() for t in known)}
+        self._made: dict[int, tuple[str, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live.total())
+        return output
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._known and key not in self._made:
+            self._made[key] = self.phase, storage.nbytes()
+            self.live[self.phase] += storage.nbytes()
+            weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        phase, size = self._made.pop(key)
+        self.live[phase] -= size
+
+
+class GPUAutocast(TorchFunctionMode):
+    """Takes in float32 what a GPU's autocast does and a CPU's does not: GPT-2's and GPT-J's GELU, which is
+    written out with a power, keeps seven times the bytes that a fused one does.
+    """
+
+    FLOAT32 = {
+        *(torch.pow, Tensor.pow, Tensor.__pow__, torch.rsqrt, torch.exp, torch.log, torch.reciprocal),
+        *(torch.softmax, Tensor.softmax, F.softmax, F.layer_norm, F.group_norm, F.softplus),
+    }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.FLOAT32 and args and args[0].dtype in (torch.bfloat16, torch.float16):
+            args = (args[0].float(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Step:
+    """One training step of one process."""
+
+    flops: dict[str, int]
+    """By part and direction."""
+    kept_bytes: int
+    """What adapter and LLM keep for the backward, and the step's inputs."""
+    head_bytes: int
+    """What the output head and the loss keep: logits, and the matrix where autocast rounds it."""
+    peak_bytes: int
+    """Most that is alive at any moment, beside weights, gradients and optimiser."""
+
+
+class Rehearsal:
+    """A `Limber` on fake tensors, with its own forward.
+
+    Args:
+        model: Its parts not loaded; they are given shapes here, and never values.
+        precision: Of the Trainer.
+        caption_tokens: Tokens of each caption, beside those that the prompt adds.
+        captions_per_image: Sequences for each image.
+
+    Raises:
+        FileNotFoundError: the small files of a model are not to be had.
+        ValueError: an unknown precision, or parts that do not fit.
+    """
+
+    def __init__(
+        self, model: Limber, precision: str, caption_tokens: int, captions_per_image: int = 1
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"trainer.precision={precision!r}: `plan` knows {', '.join(PRECISIONS)}.")
+        self.model, self.dtype = model, PRECISIONS[precision]
+        self.caption_tokens, self.captions_per_image = caption_tokens, captions_per_image
+        with _small_files_of(model.hparams["vision"]["name"]):
+            model.vision.load(weights=False)
+            _ = model.vision.transform  # Its file is read on first use.
+        with _small_files_of(model.hparams["llm"]):
+            model.llm.load(weights=False)
+            collate = model.collator()
+        captions = ["picture"] * captions_per_image
+        self._one = collate([Record("", _blank_image(), captions)], [captions])
+        self._more_tokens = captions_per_image * caption_tokens - int(self._one.is_caption.sum())
+        with torch.device("meta"):
+            features = model.vision(self._one.pixel_values.to("meta"))
+            model.adapter = Adapter(model.adapter_config, features.shape[-1], model.llm.hidden_size)
+            self.image_tokens = model.adapter(features).shape[1]
+        model._check_length(self.image_tokens)
+        self.parameters = {name: _count(part) for name, part in self.parts.items()}
+        self.fake = FakeTensorMode()
+        with self.fake:
+            for part in self.parts.values():
+                _make_fake(part)
+            if self.dtype == torch.bfloat16:
+                attention = model.llm.model.config._attn_implementation
+                model.vision.prepare_autocast(self.dtype)
+                model.llm.prepare_autocast(self.dtype)
+                model.llm.model.set_attn_implementation(attention)  # Not as on a CPU.
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {"vision": self.model.vision, "llm": self.model.llm, "adapter": self.model.adapter}
+
+    @property
+    def prefix_tokens(self) -> int:
+        return len(self._one.prefix_ids)
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens behind the image."""
+        return self._one.text_ids.shape[1] + self._more_tokens
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens of a sequence that the loss is taken on."""
+        return len(self._one.target_index) + self._more_tokens
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Of each part, buffers with it, as the precision stores them."""
+        return {name: _bytes([*part.parameters(), *part.buffers()]) for name, part in self.parts.items()}
+
+    def checkpoint_bytes(self) -> int:
+        """Tensors of a checkpoint: the adapter, AdamW's two moments and step counts."""
+        parameters = list(self.model.adapter.parameters())
+        state = list(self.model.adapter.state_dict().values())
+        return _bytes(state) + 2 * _bytes(parameters) + 4 * len(parameters)
+
+    def step(self, images: int) -> Step:
+        """Runs forward and backward of a batch."""
+        model, flops = self.model, {}
+        known = [t for part in self.parts.values() for t in (*part.parameters(), *part.buffers())]
+        with self.fake, self._counter() as counter, Meter(known) as meter:
+            done = 0
+
+            def mark(name: str) -> None:
+                nonlocal done
+                flops[name], done = counter.get_total_flops() - done, counter.get_total_flops()
+
+            def after_decoder(_module: nn.Module, _args: Any, output: Any) -> None:
+                mark("LLM forward")
+                meter.phase = "head"
+                output.last_hidden_state.register_hook(lambda _gradient: mark("head"))
+
+            def after_adapter(_module: nn.Module, _args: Any, output: Tensor) -> None:
+                mark("adapter forward")
+                output.register_hook(lambda _gradient: mark("LLM backward"))
+
+            meter.phase = "body"
+            handles = [
+                model.vision.register_forward_hook(lambda *_: mark("vision forward")),
+                model.adapter.register_forward_hook(after_adapter),
+                model.llm.model.base_model.register_forward_hook(after_decoder),
+            ]
+            with self._autocast():
+                losses = model(self._batch(images))[1]
+            kept = dict(meter.live)
+            losses.sum().backward()
+            mark("adapter backward")
+            for handle in handles:
+                handle.remove()
+        for parameter in model.adapter.parameters():
+            parameter.grad = None
+        return Step(flops, kept["body"], kept["head"], meter.peak)
+
+    def text_flops(self) -> int:
+        """Forward of the LLM over one image's sequences without the image."""
+        with self.fake, torch.no_grad(), self._autocast():
+            sequences = self.model.sequences(self._batch(1), None)
+            with self._counter() as counter:
+                self.model.llm.decode(sequences.embeds)
+        return counter.get_total_flops()
+
+    def _batch(self, images: int) -> Batch:
+        one, texts = self._one, (images, self.text_tokens)
+        shared = one.caption_number is not None
+        return replace(
+            one,
+            ids=one.ids * images,
+            pixel_values=torch.empty(images, *one.pixel_values.shape[1:]),
+            image_index=torch.empty(images, dtype=torch.long),
+            prefix_ids=torch.empty(self.prefix_tokens, dtype=torch.long),
+            text_ids=torch.empty(texts, dtype=torch.long),
+            is_caption=torch.empty(texts, dtype=torch.bool),
+            target_index=torch.empty(images * self.target_tokens, 2, dtype=torch.long),
+            caption_number=torch.empty(texts, dtype=torch.long) if shared else None,
+        )
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        if self.dtype is None:
+            yield
+        else:
+            with torch.autocast("cpu", dtype=self.dtype), GPUAutocast():
+                yield
+
+    @staticmethod
+    def _counter() -> FlopCounterMode:
+        return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+
+
+def _make_fake(module: nn.Module) -> None:
+    """Replaces meta tensors by fake ones, as of a CPU; tied weights stay tied."""
+    fakes: dict[Tensor, Tensor] = {}
+    for owner in module.modules():
+        for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if isinstance(tensor, nn.Parameter):
+                fake = nn.Parameter(fake, tensor.requires_grad)
+            setattr(owner, name, fakes.setdefault(tensor, fake))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum({t.untyped_storage()._cdata: t.numel() * t.element_size() for t in tensors}.values())
+
+
+@contextmanager
+def _small_files_of(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise FileNotFoundError(
+            f"`plan` needs the small files of '{name}' (config.json and the tokenizer's or the image "
+            "processor's) and found them neither in the cache nor on the hub. Fetch them where there is "
+            f"a network with `hf download {name} --include '*.json'`, or name a local folder that has "
+            f"them.\n({str(error).splitlines()[0]})"
+        ) from error
+
+
+# -- SAEs and the probe -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SAESize:
+    """Of one layer's SAE."""
+
+    next_layer: int
+    """The first layer of the LLM after the place that it reads."""
+    d_sae: int | None
+    """None where neither a file nor a name tells."""
+
+
+def sae_sizes(release: str, sae_id: str, layers: list[int] | None, llm: LLM) -> list[SAESize]:
+    """Sizes of the SAEs of a config: from their ``cfg.json``, or from what a registry's names say.
+
+    Args:
+        release: See `find_saes`.
+        sae_id: See `find_saes`.
+        layers: See `find_saes`.
+        llm: The one they read, on fake tensors.
+
+    Raises:
+        FileNotFoundError: see `find_saes`.
+        ValueError: see `find_saes`; or they do not fit the LLM.
+    """
+    folder, ids = find_saes(release, sae_id, layers)
+    pattern = re.compile(re.escape(sae_id).replace(re.escape("{layer}"), r"(\d+)"))
+    sizes = []
+    for name in ids:
+        match = pattern.fullmatch(name)
+        assert match is not None
+        d_in, place = llm.hidden_size, f"{release} {name}"
+        d_sae = width_in_name(place, d_in)
+        if folder:
+            config = json.loads((folder / name / "cfg.json").read_text(encoding="utf-8"))
+            d_in, place, d_sae = config["d_in"], config["metadata"]["hook_name"], config["d_sae"]
+        if d_in != llm.hidden_size or int(match[1]) >= len(llm.layers):
+            raise ValueError(
+                f"SAE {release} {name}, of width {d_in}, does not fit {llm.name}, which has "
+                f"{len(llm.layers)} layers of width {llm.hidden_size}. Choose a release trained on this "
+                "LLM, or switch the probe off with probe.every_n_epochs=0."
+            )
+        sizes.append(SAESize(int(match[1]) + ("resid_pre" not in place), d_sae))
+    return sizes
+
+
+def width_in_name(name: str, d_in: int) -> int | None:
+    """``width_16k`` -> 16384, ``w80k`` -> 81920, ``width_1m`` -> 1048576, ``8x`` -> 8 d_in."""
+    if match := re.search(r"(?:width_|-w|-)(\d+)k(?![a-z])", name):
+        return -(-int(match[1]) * 1000 // 4096) * 4096
+    if match := re.search(r"width_(\d+)m(?![a-z])", name):
+        return int(match[1]) << 20
+    if match := re.search(r"_(\d+)x(?![a-z])", name):
+        return int(match[1]) * d_in
+    return None
+
+
+def probe_flops(
+    rehearsal: Rehearsal, flops: dict[str, int], saes: list[SAESize], extras: set[str]
+) -> dict[str, float]:
+    """FLOPs of a probe for each image: of all images, and on top of it of the costly ones.
+
+    Follows `Probe._clean_pass` and `Probe._costly_pass`. SAEs of unknown width count as nothing.
+
+    Args:
+        rehearsal: The model.
+        flops: Of one image in training, see `Step`.
+        saes: Of the probed layers.
+        extras: Metrics, see `SAEProbe`.
+    """
+    llm, text = rehearsal.model.llm, rehearsal.text_flops()
+    # The first position of a sequence is never counted.
+    image = rehearsal.image_tokens - (rehearsal.prefix_tokens == 0)
+    captions = rehearsal.captions_per_image * rehearsal.caption_tokens
+    embed = flops["vision forward"] + flops["adapter forward"]
+    decode, head = flops["LLM forward"], flops["head"] / 2  # No gradient here.
+    per_token = [4 * llm.hidden_size * (sae.d_sae or 0) for sae in saes]
+    logits = 2 * llm.hidden_size * llm.vocab_size
+    noise = "noise" in extras
+    clean = embed + decode * (1 + noise) + text
+    clean += sum(per_token) * (image * (1 + noise) + 2 * captions)
+    clean += ("lens_hit" in extras) * len(saes) * image * logits
+    costly = 0.0
+    if extras & {"loss_recovered", "cross_layer"}:
+        costly += embed + decode
+    if "loss_recovered" in extras:
+        onward = sum(decode * (1 - sae.next_layer / len(llm.layers)) + head for sae in saes)
+        costly += head + 2 * onward
+        costly += sum(per_token) * rehearsal.image_tokens
+    if "cross_layer" in extras:
+        costly += len(saes) * sum(per_token) * image
+    return {"every image": clean, "costly images": costly}
+
+
+# -- the plan ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What a run costs on some number of GPUs of a kind."""
+
+    gpu: str
+    count: int
+    memory: dict[str, float]
+    """Bytes on each GPU, by part."""
+    images_per_second: float
+    hours: float | None
+    """Training alone; None where neither steps nor images are known."""
+    probe_minutes: float | None
+    """One probe; None without one."""
+
+    @property
+    def fits(self) -> bool:
+        return sum(self.memory.values()) <= (1 - RESERVE) * GPUS[self.gpu].memory_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `plan` says."""
+
+    title: list[str]
+    parameters: dict[str, int]
+    saes: list[SAESize]
+    flops: dict[str, int]
+    """Of one image in training."""
+    probe: dict[str, float]
+    """Of one image in a probe; empty without one."""
+    fleets: list[Fleet]
+    images: int | None
+    """Of the whole run."""
+    checkpoint_bytes: int
+    utilisation: float
+
+
+def make_plan(
+    model: Limber,
+    data: Any,
+    probe: Any,
+    trainer: Any,
+    gpus: list[str],
+    counts: list[int],
+    utilisation: float,
+    caption_tokens: int | None,
+) -> Plan:
+    """Plans a run.
+
+    Args:
+        model: Not loaded.
+        data: The `CaptionData`; nothing of it is read but its settings.
+        probe: The `SAEProbe`.
+        trainer: Settings of the Trainer.
+        gpus: Names in `GPUS`.
+        counts: Numbers of GPUs.
+        utilisation: Share of the peak FLOP/s that the run reaches.
+        caption_tokens: Mean tokens of a caption; None takes 32, or the model's maximum if lower.
+
+    Raises:
+        FileNotFoundError: see `Rehearsal`.
+        ValueError: a setting that cannot be.
+    """
+    names = {name.lower(): name for name in GPUS}
+    unknown = [gpu for gpu in gpus if gpu.lower() not in names]
+    if unknown:
+        raise ValueError(f"--gpu {' '.join(unknown)}: known are {', '.join(GPUS)}.")
+    if not 0 < utilisation <= 1:
+        raise ValueError(f"--utilisation {utilisation}: it is a share of the GPU's peak, in (0, 1].")
+    longest = model.hparams["max_caption_tokens"]
+    caption_tokens = min(32, longest) if caption_tokens is None else caption_tokens
+    if not 1 <= caption_tokens <= longest:
+        raise ValueError(
+            f"--caption_tokens {caption_tokens}: allowed are 1 to model.max_caption_tokens={longest}."
+        )
+    for count in counts:
+        if count < 1 or data.batch_size % count:
+            raise ValueError(f"--gpus {count}: data.batch_size={data.batch_size} must divide by it.")
+    rehearsal = Rehearsal(model, trainer.precision, caption_tokens, data.captions_per_image)
+    one = rehearsal.step(1)
+    steps = {count: rehearsal.step(data.batch_size // count) for count in counts}
+    saes: list[SAESize] = []
+    of_probe: dict[str, float] = {}
+    if probe.every_n_epochs:
+        saes = sae_sizes(probe.sae_release, probe.sae_id, probe.layers, model.llm)
+        of_probe = probe_flops(rehearsal, one.flops, saes, set(probe.config.extras))
+    images = trainer.max_steps * data.batch_size * trainer.accumulate_grad_batches
+    fleets = []
+    for gpu in (names[gpu.lower()] for gpu in gpus):
+        for count in counts:
+            peak = GPUS[gpu].fp32_flops if rehearsal.dtype is None else GPUS[gpu].bf16_flops
+            speed = peak * utilisation * count
+            rate = speed / sum(one.flops.values())
+            memory = _memory(rehearsal, steps[count], count, saes, probe)
+            whole_probe = 0.0
+            if of_probe:
+                whole_probe = probe.num_images * of_probe["every image"]
+                whole_probe += probe.costly_images * of_probe["costly images"]
+            fleets.append(
+                Fleet(
+                    gpu,
+                    count,
+                    memory,
+                    rate,
+                    images / rate / 3600 if images > 0 else None,
+                    whole_probe / speed / 60 if of_probe else None,
+                )
+            )
+    hparams, adapter = model.hparams, model.adapter_config.kind
+    prompt = rehearsal.prefix_tokens + rehearsal.text_tokens - caption_tokens
+    title = [
+        f"{hparams['vision']['name']} -> {adapter} -> {hparams['llm']}",
+        f"{trainer.precision}, attention: {model.llm.model.config._attn_implementation}",
+        f"a sequence: {rehearsal.image_tokens} image + {caption_tokens} caption (--caption_tokens) + "
+        f"{prompt} prompt tokens; {data.captions_per_image} to an image",
+    ]
+    return Plan(
+        title,
+        rehearsal.parameters,
+        saes,
+        one.flops,
+        of_probe,
+        fleets,
+        images if images > 0 else None,
+        rehearsal.checkpoint_bytes(),
+        utilisation,
+    )
+
+
+def _memory(
+    rehearsal: Rehearsal, step: Step, count: int, saes: list[SAESize], probe: Any
+) -> dict[str, float]:
+    """Bytes on each of `count` GPUs. Trained weights are float32: so are gradients and moments."""
+    weights = rehearsal.weight_bytes()
+    llm, adapter = float(weights["llm"]), _bytes(list(rehearsal.model.adapter.parameters()))
+    if count > 1 and rehearsal.model.hparams.get("shard_llm"):
+        # A share of the decoder layers, and two of them whole: the one at work and the one fetched.
+        layers = _bytes(list(rehearsal.model.llm.layers.parameters()))
+        llm += layers / count - layers + 2 * layers / len(rehearsal.model.llm.layers)
+    d_in = rehearsal.model.llm.hidden_size
+    return {
+        "vision encoder": weights["vision"],
+        "LLM": llm,
+        "adapter": weights["adapter"],
+        "gradients": adapter,
+        "AdamW moments": 2 * adapter,
+        "activations kept": step.kept_bytes,
+        "head, logits": step.head_bytes,
+        "temporaries": step.peak_bytes - step.kept_bytes - step.head_bytes,
+        "SAEs": sum(4 * sae_parameters(sae, d_in) for sae in saes),
+        "probe's sums": _sum_bytes(saes, d_in, probe) / count,
+    }
+
+
+def sae_parameters(sae: SAESize, d_in: int) -> int:
+    """Two matrices and two biases."""
+    return 2 * d_in * sae.d_sae + d_in + sae.d_sae if sae.d_sae else 0
+
+
+def _sum_bytes(saes: list[SAESize], d_in: int, probe: Any) -> int:
+    """What the probe keeps of every image, group and layer: see metrics.py."""
+    groups = 3 + ("noise" in probe.config.extras)
+    return probe.num_images * groups * sum(8 * d_in + 2 * (sae.d_sae or 0) for sae in saes)
+
+
+def table(plan: Plan) -> str:
+    """The plan, to be read. M, G, T are powers of 1000."""
+    parameters = {
+        ("vision encoder", "frozen"): plan.parameters["vision"],
+        ("LLM", "frozen"): plan.parameters["llm"],
+        ("adapter", "trainable"): plan.parameters["adapter"],
+    }
+    lines = [*plan.title, "", "parameters"]
+    lines += [_row(f"{part}, {how}", [_number(count)]) for (part, how), count in parameters.items()]
+    if plan.saes:
+        widths = Counter(sae.d_sae for sae in plan.saes)
+        lines.append(
+            _row("SAEs, frozen", [", ".join(f"{n} x {d or 'unknown'} latents" for d, n in widths.items())])
+        )
+    lines += ["", "FLOPs per image"]
+    lines += [_row(name, [_number(count)]) for name, count in plan.flops.items()]
+    lines.append(_row("training, all of it", [_number(sum(plan.flops.values()))]))
+    lines += [_row(f"probe, {name}", [_number(count)]) for name, count in plan.probe.items()]
+    fleets = plan.fleets
+    lines += ["", _row("memory per GPU", [f"{fleet.count} x {fleet.gpu}" for fleet in fleets])]
+    for part in fleets[0].memory:
+        lines.append(_row(part, [_bytes_of(fleet.memory[part]) for fleet in fleets]))
+    lines.append(_row("all of it", [_bytes_of(sum(fleet.memory.values())) for fleet in fleets]))
+    lines.append(_row("of", [_bytes_of(GPUS[fleet.gpu].memory_bytes) for fleet in fleets]))
+    lines.append(
+        _row(f"with {RESERVE:.0%} to spare", ["fits" if f.fits else "does not fit" for f in fleets])
+    )
+    images = "" if plan.images is None else f", {_number(plan.images)} images"
+    lines += ["", f"time at {plan.utilisation:.0%} of the peak"]
+    lines.append(_row("images/s", [f"{fleet.images_per_second:,.0f}" for fleet in fleets]))
+    hours = ["unknown" if fleet.hours is None else f"{fleet.hours:.3g} h" for fleet in fleets]
+    lines.append(_row(f"training{images}", hours))
+    if plan.probe:
+        lines.append(_row("one probe", [f"{fleet.probe_minutes:.3g} min" for fleet in fleets]))
+    lines += ["", _row("checkpoint", [_bytes_of(plan.checkpoint_bytes)])]
+    if any(sae.d_sae is None for sae in plan.saes):
+        lines.append("SAEs of unknown width are in no sum: neither a file nor their names tell it.")
+    return "\n".join(lines)
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"  {name:32}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def _number(value: float) -> str:
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.2f} {unit}"
+    return f"{value:.0f}"
+
+
+def _bytes_of(value: float) -> str:
+    return f"{_number(value)}B" if value >= 1e3 else f"{value:.0f} B"
