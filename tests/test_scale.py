@@ -60,6 +60,8 @@ def assert_same_scalars(a: Path, b: Path, tolerance: float = 0.0) -> None:
     assert first.keys() == second.keys()
     assert {"train/loss", "val/loss", "fvu/image/layer_02", "loss_recovered/image/layer_00"} <= first.keys()
     for tag, found in first.items():
+        if tolerance and tag == "train/padding":  # Each process pads its own share.
+            continue
         assert [step for step, _ in second[tag]] == [step for step, _ in found], tag
         values = [value for _, value in found]
         expected = pytest.approx(values, rel=tolerance, abs=tolerance, nan_ok=True)
