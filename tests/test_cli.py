@@ -98,7 +98,7 @@ def test_options_are_frozen(parse):
         *(f"probe.{name}" for name in "bootstrap_samples descriptions top_latents knn".split()),
         *(f"probe.{name}" for name in "max_image_share max_text_density lens_top_k".split()),
         *(f"probe.{name}" for name in "detector_auroc published_curves sae_memory_gb".split()),
-        *(f"captions.{name}" for name in "num_images num_shown max_new_tokens".split()),
+        *(f"captions.{name}" for name in "num_images num_shown max_new_tokens clip".split()),
         *(f"checkpoint.{name}" for name in "every_n_steps keep_epochs".split()),
         "data.help",
     }
