@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,55 @@ def resolve(name: str) -> str:
             f"'openai/clip-vit-large-patch14', or one of {known_wheels()}."
         )
     return name
+
+
+@contextmanager
+def from_hub(name: str) -> Iterator[str]:
+    """`resolve` for what is loaded inside the context, with one clear message when a hub does not give it.
+
+    Args:
+        name: Of a model, or of the repository that an SAE release is in.
+
+    Raises:
+        FileNotFoundError: the model is gated or unknown, or the hub cannot be reached.
+        ValueError: the model needs a package that is not installed.
+    """
+    path = resolve(name)
+    try:
+        yield path
+    except ImportError as error:
+        if "timm" not in str(error):
+            raise
+        raise ValueError(f"'{name}' is a model of timm: pip install 'lightning-limber[timm]'.") from error
+    except OSError as error:
+        from huggingface_hub import errors
+
+        if Path(path).is_dir():
+            raise FileNotFoundError(f"'{name}': {_first_line(error)}") from error
+        chain = [error]
+        while isinstance(cause := chain[-1].__cause__ or chain[-1].__context__, OSError):
+            chain.append(cause)
+        if any(isinstance(e, errors.GatedRepoError) for e in chain):
+            message = (
+                f"'{name}' is gated: accept its licence on https://huggingface.co/{name}, then "
+                "`hf auth login` (or set HF_TOKEN)."
+            )
+        elif any(isinstance(e, errors.RepositoryNotFoundError) for e in chain):
+            message = (
+                f"The hub has no '{name}', or it is private: check the name, or give a folder; for a "
+                "private one `hf auth login`."
+            )
+        else:
+            message = (
+                f"'{name}' is no folder, not in the hub's cache, and the hub did not give it "
+                f"({_first_line(chain[-1])}). Check the network, or fetch it where there is one with "
+                f"`hf download {name}`."
+            )
+        raise FileNotFoundError(message) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def known_wheels() -> list[str]:

@@ -1,4 +1,4 @@
-"""The two frozen parts: a vision encoder and a causal language model, both from transformers.
+"""The two frozen parts: a vision encoder and a causal language model, both loaded by transformers.
 
 Shape legend, used in the whole package:
     B images in a batch    N sequences in a batch (a caption each; N >= B)
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_limber.assets import resolve
+from lightning_limber.assets import from_hub
 from lightning_limber.losses import FrozenHeadLoss
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ class ImageTransform:
     """PIL image -> float tensor [3, H, W], exactly as the encoder was trained to see images.
 
     It is the encoder's own image processor (always its PIL version, so that numbers do not depend on
-    whether torchvision is installed). `image_size` replaces the size the processor names.
+    whether torchvision is installed); for a model of timm, timm's transform for evaluation. `image_size`
+    replaces the size the processor names.
     """
 
     def __init__(self, path: str, image_size: int | None, pad_to_square: bool) -> None:
@@ -78,13 +79,22 @@ class ImageTransform:
 
         self.processor: Any = AutoImageProcessor.from_pretrained(path, backend="pil")
         self.pad_to_square = pad_to_square
+        timm_config = getattr(self.processor, "data_config", None)
         if image_size is not None:
             square = {"height": image_size, "width": image_size}
-            if getattr(self.processor, "do_center_crop", False):
+            if timm_config is not None:
+                from timm.data import create_transform
+
+                timm_config["input_size"] = (3, image_size, image_size)
+                self.processor.val_transforms = create_transform(**timm_config, is_training=False)
+            elif getattr(self.processor, "do_center_crop", False):
                 self.processor.size = {"shortest_edge": image_size}
                 self.processor.crop_size = square
             else:
                 self.processor.size = square
+        # Of the colours, in 0..1.
+        self.mean: Sequence[float] = timm_config["mean"] if timm_config else self.processor.image_mean
+        self.std: Sequence[float] = timm_config["std"] if timm_config else self.processor.image_std
 
     def __call__(self, image: Image) -> Tensor:
         image = image.convert("RGB")
@@ -94,9 +104,7 @@ class ImageTransform:
 
     def undo(self, pixels: Tensor) -> Tensor:
         """Pixel values [..., 3, H, W] back to colours in 0..1, to be looked at."""
-        mean, std = (
-            torch.tensor(v)[:, None, None] for v in (self.processor.image_mean, self.processor.image_std)
-        )
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (pixels * std + mean).clamp(0, 1)
 
     def _pad(self, image: Image) -> Image:
@@ -104,7 +112,7 @@ class ImageTransform:
         from PIL import Image as PILImage
 
         side = max(image.size)
-        colour = tuple(round(255 * mean) for mean in self.processor.image_mean)
+        colour = tuple(round(255 * mean) for mean in self.mean)
         square = PILImage.new("RGB", (side, side), colour)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
@@ -115,7 +123,8 @@ class VisionConfig:
     """Which vision encoder, and which of its features become image tokens.
 
     Attributes:
-        name: Hub name, local folder, or ``wheel:dinov2-small``.
+        name: Hub name (of transformers or, ``timm/...``, of timm), local folder, or
+            ``wheel:dinov2-small``.
         image_size: Side of the square input in pixels; null keeps the encoder's own.
         pad_to_square: Pad to a square before resizing instead of cropping.
         layer: -1 is the encoder's output; any other number indexes its hidden states (-2 is the
@@ -142,7 +151,8 @@ class VisionEncoder(nn.Module):
 
     @cached_property
     def transform(self) -> ImageTransform:
-        return ImageTransform(resolve(self.config.name), self.config.image_size, self.config.pad_to_square)
+        with from_hub(self.config.name) as path:
+            return ImageTransform(path, self.config.image_size, self.config.pad_to_square)
 
     def load(self, weights: bool = True) -> VisionEncoder:
         """Reads the weights (float32) and freezes them. Of a two-tower model only the vision part.
@@ -152,14 +162,14 @@ class VisionEncoder(nn.Module):
         """
         from transformers import AutoConfig, AutoModel
 
-        path = resolve(self.config.name)
-        model_config = AutoConfig.from_pretrained(path)
-        model_config = getattr(model_config, "vision_config", model_config)
-        if weights:
-            self.model = AutoModel.from_pretrained(path, config=model_config, dtype=torch.float32)
-        else:
-            with torch.device("meta"):
-                self.model = AutoModel.from_config(model_config, dtype=torch.float32)
+        with from_hub(self.config.name) as path:
+            model_config = AutoConfig.from_pretrained(path)
+            model_config = getattr(model_config, "vision_config", model_config)
+            if weights:
+                self.model = AutoModel.from_pretrained(path, config=model_config, dtype=torch.float32)
+            else:
+                with torch.device("meta"):
+                    self.model = AutoModel.from_config(model_config, dtype=torch.float32)
         freeze(self)
         accepted = inspect.signature(self.model.forward).parameters
         self._kwargs = {
@@ -177,6 +187,11 @@ class VisionEncoder(nn.Module):
         """Stores the matrices in `dtype`, as autocast would round them at every call."""
         store_matrices(self.model, dtype)
 
+    @property
+    def _patch_size(self) -> int | tuple[int, int]:
+        timm_model = getattr(self.model, "timm_model", None)
+        return timm_model.patch_embed.patch_size if timm_model else self.model.config.patch_size
+
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
         output = self.model(pixel_values, **self._kwargs)
@@ -190,7 +205,7 @@ class VisionEncoder(nn.Module):
         if features.ndim == 4:  # A CNN's feature map [B, D_v, h, w].
             grid, cls = features, features.new_zeros(features.shape[0], 0, features.shape[1])
         else:  # Patch tokens behind CLS and registers, [B, n + h*w, D_v].
-            patch = self.model.config.patch_size
+            patch = self._patch_size
             patch_h, patch_w = patch if isinstance(patch, (tuple, list)) else (patch, patch)
             h, w = pixel_values.shape[-2] // patch_h, pixel_values.shape[-1] // patch_w
             cls, patches = features.split([features.shape[1] - h * w, h * w], dim=1)
@@ -231,7 +246,8 @@ class LLM(nn.Module):
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(resolve(self.name))
+        with from_hub(self.name) as path:
+            return AutoTokenizer.from_pretrained(path)
 
     def load(self, weights: bool = True) -> LLM:
         """Reads the weights (float32), freezes them, and checks that the three steps are the model.
@@ -242,13 +258,13 @@ class LLM(nn.Module):
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        path = resolve(self.name)
-        if weights:
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        else:
-            model_config = AutoConfig.from_pretrained(path)
-            with torch.device("meta"):
-                self.model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        with from_hub(self.name) as path:
+            if weights:
+                self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            else:
+                model_config = AutoConfig.from_pretrained(path)
+                with torch.device("meta"):
+                    self.model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
         freeze(self)
         config = self.model.config.get_text_config()
         self.hidden_size: int = config.hidden_size

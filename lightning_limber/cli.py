@@ -7,9 +7,11 @@ goes on from a checkpoint starts from the config that the checkpoint carries ins
 from __future__ import annotations
 
 import os
+import re
 import sys
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -66,6 +68,30 @@ class Trainer(pl.Trainer):
 
     def plan(self) -> None:
         """Says what a run will cost (FLOPs, memory, hours), without loading a weight."""
+
+
+NOT_ACCEPTED = re.compile(
+    r"unrecognized arguments: --([\w.]+)|(?:Group '([\w.]+)' does not accept o|O)ption '([\w.]+)'"
+)
+
+
+class Parser(LightningArgumentParser):
+    """Names the nearest option where one is misspelt, on the command line or in a YAML file."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        match = NOT_ACCEPTED.search(message)
+        if match and "Did you mean" not in message:  # The parser of a class inside has said it.
+            given = ".".join(filter(None, match.groups()))
+            parsers = [
+                self,
+                *(self._subcommands_action.choices.values() if self._subcommands_action else ()),
+            ]
+            known = {action.dest for parser in parsers for action in parser._actions}
+            # model.lr is model.optimizer.lr rather than model.llm.
+            same = {name for name in known if name.rpartition(".")[2] == given.rpartition(".")[2]}
+            if near := get_close_matches(given, same or known, n=1):
+                message += f"\n'{given}' is not known. Did you mean '{near[0]}'?"
+        super().error(message, ex)
 
 
 class LimberCLI(LightningCLI):
@@ -214,6 +240,7 @@ def main(args: list[str] | None = None) -> LimberCLI:
             CaptionData,
             trainer_class=Trainer,
             subclass_mode_data=True,
+            parser_class=Parser,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"parser_mode": "omegaconf+", **{name: dict(options) for name in SUBCOMMANDS}},
             auto_configure_optimizers=False,

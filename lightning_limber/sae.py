@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
+from lightning_limber.assets import from_hub
 from lightning_limber.backbones import HOOK_NAME, LLM
 
 SUITE_PREFIX = "suite:"
@@ -35,7 +38,7 @@ def find_saes(release: str, sae_id: str, layers: list[int] | None) -> tuple[Path
     if "{layer}" not in sae_id:
         raise ValueError(f"probe.sae_id={sae_id!r} needs {{layer}} in it.")
     folder = suite_folder(release)
-    ids = folder_ids(folder) if folder else registry_ids(release)
+    ids = folder_ids(folder) if folder else list(registry_entry(release).saes_map)
     pattern = re.compile(re.escape(sae_id).replace(re.escape("{layer}"), r"(\d+)"))
     matches = {int(match[1]): name for name in ids if (match := pattern.fullmatch(name))}
     wanted = sorted(matches) if layers is None else layers
@@ -65,12 +68,48 @@ def load_saes(release: str, sae_id: str, layers: list[int] | None, llm: LLM) -> 
         if folder:
             sae: Any = SAE.load_from_disk(folder / name, device="cpu")
         else:
-            sae = SAE.from_pretrained(release, name, device="cpu")
-        hook_name = sae.cfg.metadata.hook_name
-        _check_fit(sae, hook_name, f"{release} {name}", llm)
-        sae.cfg.metadata.sae_id = name
-        saes[hook_name] = sae.to(torch.float32).eval().requires_grad_(False)
+            with from_hub(registry_entry(release).repo_id):
+                sae = SAE.from_pretrained(release, name, device="cpu")
+        metadata = sae.cfg.metadata
+        _check_fit(sae, metadata.hook_name, f"{release} {name}", llm)
+        if (metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"):
+            _pass_mean_by(sae)
+        metadata.sae_id = name
+        saes[metadata.hook_name] = sae.to(torch.float32).eval().requires_grad_(False)
+    _say_of_which_llm(metadata.model_name, release, llm)
     return saes
+
+
+def _pass_mean_by(sae: Any) -> None:
+    """Fits an SAE of centred residual streams to a model that does not centre them.
+
+    TransformerLens' ``center_writing_weights`` takes the mean over channels out of all that is written
+    to the residual stream. No layer sees it, since each starts with a LayerNorm; but an SAE does. Here the
+    mean is taken off before `encode` and put back after `decode`, as SAELens does where it normalises.
+    """
+
+    def take_off(x: Tensor) -> Tensor:
+        sae.mean_over_channels = x.mean(dim=-1, keepdim=True)
+        return x - sae.mean_over_channels
+
+    sae.run_time_activation_norm_fn_in = take_off
+    sae.run_time_activation_norm_fn_out = lambda x: x + sae.mean_over_channels
+
+
+def _say_of_which_llm(trained_on: str | None, release: str, llm: LLM) -> None:
+    """Warns where SAEs of one model are used on another: a base model's on the tuned one, mostly."""
+    from transformer_lens.loading_from_pretrained import make_model_alias_map
+
+    known = make_model_alias_map()
+    theirs, ours = (
+        known.get(name.lower(), name).rstrip("/").rpartition("/")[2].lower()
+        for name in (trained_on or llm.name, llm.name)
+    )
+    if theirs != ours and not Path(llm.name).expanduser().is_dir():
+        rank_zero_info(
+            f"[warning] probe.sae_release={release} was trained on {trained_on}, model.llm is {llm.name}: "
+            "the text gate says how well it fits."
+        )
 
 
 def chunks_on_device(
@@ -133,7 +172,8 @@ def folder_ids(folder: Path) -> list[str]:
     return [path.parent.relative_to(folder).as_posix() for path in folder.rglob("cfg.json")]
 
 
-def registry_ids(release: str) -> list[str]:
+def registry_entry(release: str) -> Any:
+    """What SAELens' registry knows of a release."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     directory = get_pretrained_saes_directory()
@@ -143,7 +183,7 @@ def registry_ids(release: str) -> list[str]:
             f"probe.sae_release={release!r} is no SAELens release and no folder. "
             + (f"Near: {near}." if near else "See SAELens' table of pretrained SAEs.")
         )
-    return list(directory[release].saes_map)
+    return directory[release]
 
 
 def _check_fit(sae: Any, hook_name: str | None, name: str, llm: LLM) -> None:

@@ -118,6 +118,24 @@ def test_wrong_options_are_named(flag, message, parse):
     assert message in output
 
 
+@pytest.mark.parametrize(
+    ("given", "right"),
+    [
+        ("--model.lr=1", "model.optimizer.lr"),
+        ("--prob.num_images=1", "probe.num_images"),
+        ("model: {optimiser: {lr: 1.0}}", "model.optimizer.lr"),
+        ("trainer: {max_step: 1}", "trainer.max_steps"),
+        ("prob: {num_images: 1}", "probe.num_images"),
+        ("data: {class_path: CocoCaptions, init_args: {annotation: x, images: y}}", "annotations"),
+    ],
+)
+def test_a_misspelt_option_is_answered_with_the_nearest(given, right, parse, tmp_path):
+    (tmp_path / "mine.yaml").write_text(given)
+    code, output = parse("fit", given if given.startswith("--") else "--config=mine.yaml", "--print_config")
+    assert code != 0
+    assert output.count(f"is not known. Did you mean '{right}'?") == 1
+
+
 def test_errors_are_one_line_without_a_traceback(tmp_path):
     env = {"LIGHTNING_LIMBER_TRACEBACK": ""}
     done = run_cli("fit", "--ckpt_path=last", env=env)
