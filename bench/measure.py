@@ -100,18 +100,25 @@ def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
-def peak_memory(device: str, run: Callable[[], Any]) -> int:
-    """Bytes at the peak of `run`: what is allocated on a GPU, else the resident set of this process.
+def peak_memory(device: str, run: Callable[[], Any]) -> Row:
+    """Bytes before `run` and at its peak: allocated on a GPU, else the resident set of this process.
 
-    Linux forgets the peak of what came before (building the models); elsewhere it is part of the number.
+    Linux can forget the peak of what came before (building the models); elsewhere that is part of the
+    number.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        built = torch.cuda.memory_allocated()
         run()
-        return torch.cuda.max_memory_allocated()
+        return {"built_bytes": built, "peak_bytes": torch.cuda.max_memory_allocated()}
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+    built = _resident_peak()
     run()
+    return {"built_bytes": built, "peak_bytes": _resident_peak()}
+
+
+def _resident_peak() -> int:
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,8 +140,9 @@ class Peers:
         self.llm: Any = AutoModelForCausalLM.from_pretrained(folder / "llm", dtype=dtype)
         self.llm.to(device).requires_grad_(False)
         self.config = LlavaConfig(
-            vision_config=self.encoder.model.config,
-            text_config=self.llm.config,
+            # Copies: it would unset the attention kernel in the parts' own.
+            vision_config=deepcopy(self.encoder.model.config),
+            text_config=deepcopy(self.llm.config),
             vision_feature_layer=size.features.layer,
             image_token_index=self.llm.config.vocab_size - 1,
         )
@@ -290,8 +292,8 @@ class Contenders:
         return makers[key]()
 
 
-def _memory(setup: Setup, name: str) -> int:
-    """Peak bytes of one contender; runs in a process of its own."""
+def _memory(setup: Setup, name: str) -> Row:
+    """Bytes of one contender; runs in a process of its own."""
     run = Contenders(setup).build(name)
     return measure.peak_memory(setup.device, lambda: run(1))
 
@@ -371,12 +373,12 @@ def main(setup: Setup) -> Row:
         fastest = max(rate.values()) if "fp32" not in name else rate["float32"]
         row["share_of_matmul"] = row["flops_per_sample"] * row["samples_per_s"] / fastest
         row["share_of_matmul_4n"] = work["needed_flops_per_sample"] * row["samples_per_s"] / fastest
-        row["peak_bytes"] = measure.in_new_process(_memory, setup, name)
+        row |= measure.in_new_process(_memory, setup, name)
         rows.append(row)
     return {"precision": contenders.precision, "work": work, "matmul_flops_per_s": rate, "results": rows}
 
 
 COLUMNS = (
     "name samples_per_s tokens_per_s step_s step_s_p10 step_s_p90 speedup speedup_min speedup_max "
-    "flops_per_sample share_of_matmul share_of_matmul_4n peak_bytes"
+    "flops_per_sample share_of_matmul share_of_matmul_4n built_bytes peak_bytes"
 ).split()
