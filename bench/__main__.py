@@ -34,7 +34,10 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, help="images in a training step")
     parser.add_argument("--num_images", type=int, help="probed images (probe)")
     parser.add_argument(
-        "--captions", type=int, default=1, help="captions of each image; more than one: with all image tokens (train)"
+        "--captions",
+        type=int,
+        default=1,
+        help="captions of each image; more than one: with all image tokens (train)",
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders; the first is compared with")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 from bench import measure
 from bench.measure import Row
@@ -32,7 +33,10 @@ def write_sets(folder: Path, count: int) -> None:
     scenes = SceneSet("train", count, PICTURE_SIZE, seed=0)
     rng = random.Random(0)
     (folder / "images").mkdir()
-    with tarfile.open(folder / "00000.tar", "w") as first, tarfile.open(folder / "00001.tar", "w") as second:
+    with (
+        tarfile.open(folder / "00000.tar", "w") as first,
+        tarfile.open(folder / "00001.tar", "w") as second,
+    ):
         for i in range(count):
             record = scenes[i]
             assert record.image is not None
@@ -50,7 +54,7 @@ def write_sets(folder: Path, count: int) -> None:
 
 
 def make(kind: str, folder: Path, batch_size: int, count: int, workers: int, window: int) -> CaptionData:
-    settings = {"batch_size": batch_size, "num_workers": workers, "length_window": window}
+    settings: Any = {"batch_size": batch_size, "num_workers": workers, "length_window": window}
     if kind == "Scenes":
         return Scenes(train_size=count, val_size=4, **settings)
     if kind == "ImageFolder":
@@ -101,4 +105,6 @@ def main(setup: Setup) -> Row:
     return {"work": {"images": count, "picture_size": PICTURE_SIZE}, "results": rows}
 
 
-COLUMNS = "name workers length_window batches_per_s images_per_s step_s step_s_p10 step_s_p90 text_padding".split()
+COLUMNS = (
+    "name workers length_window batches_per_s images_per_s step_s step_s_p10 step_s_p90 text_padding"
+).split()

@@ -1,4 +1,4 @@
-"""``python -m bench.first_step OUT fit ...``: a run to its first optimiser step, and where the seconds went.
+"""``python -m bench.first_step OUT fit ...``: a run to its first step, and where the seconds went.
 
 Its own imports are light: those of the command line are part of what is measured.
 """

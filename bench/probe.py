@@ -16,15 +16,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from bench import measure
 from bench.measure import Laps, Row
-from bench.sizes import Pictures, Setup, attach, limber, pictures, to_device
+from bench.sizes import Pictures, Setup, attach, limber, pictures
 from lightning_limber.cli import default_precision
 from lightning_limber.gate import TextStats
 from lightning_limber.model import Sequences
@@ -70,7 +71,7 @@ class Contenders:
         self.model = limber(setup.size, setup.folder)
         self.model.configure_model()
         self.model.to(self.device)
-        batch = to_device(pictures(setup.size, self.model, 1).ready[0], self.device)
+        batch = move_data_to_device(pictures(setup.size, self.model, 1).ready[0], self.device)
         self.model.adapter.calibrate(
             self.model.vision(batch.pixel_values), torch.tensor(self.model.token_norm, device=self.device)
         )
@@ -102,7 +103,7 @@ class Contenders:
             sae.threshold.fill_(float(active.topk(kept).values[-1]))
             saes[name] = sae
 
-        hooks = {name: (lambda residual, name=name: build(name, residual)) for name in self.names}
+        hooks: dict[str, Any] = {name: partial(build, name) for name in self.names}
         with self.context(), self.model.llm.residual_hooks(hooks):
             self.model.llm.decode(self.model.sequences(batch, self._image_tokens(batch)).embeds)
         return saes
@@ -116,7 +117,7 @@ class Contenders:
         data = Pictures(num_images, size.features.image_size or 224, batch_size=1)
         attach(data, self.model)
         for batch in data.probe_dataloader(num_images):
-            yield to_device(batch, self.device)
+            yield move_data_to_device(batch, self.device)
 
     def forwards(self, batch: Batch) -> Iterator[tuple[Sequences, Groups]]:
         """The batch with its images, and its captions alone."""
@@ -159,6 +160,7 @@ class Contenders:
 
     @torch.no_grad()
     def dense(self, batches: Iterable[Batch]) -> Found:
+        hooks: dict[str, Any]
         folder = self.setup.folder / "dense"
         folder.mkdir()
         llm = self.model.llm
@@ -166,10 +168,12 @@ class Contenders:
             with self.context():
                 for sequences, groups in self.forwards(batch):
                     kept: dict[str, Tensor] = {}
-                    hooks = {name: (lambda x, name=name: kept.__setitem__(name, x)) for name in self.names}
-                    with llm.residual_hooks(hooks):  # type: ignore[arg-type]
+                    hooks = {name: partial(kept.__setitem__, name) for name in self.names}
+                    with llm.residual_hooks(hooks):
                         llm.decode(sequences.embeds)
-                    residuals = torch.stack([kept[name] for name in self.names], dim=1).cpu()  # [N, L, S, D]
+                    residuals = torch.stack(
+                        [kept[name] for name in self.names], dim=1
+                    ).cpu()  # [N, L, S, D]
                     length = residuals.shape[2]
                     for row, place in enumerate(batch.index):
                         own = {g: (i[i // length == row] % length).cpu() for g, i in groups.items()}
@@ -230,11 +234,15 @@ class Contenders:
         return time.perf_counter() - start, found
 
 
-def _memory(setup: Setup, name: str, num_images: int) -> Row:
-    """Bytes of one contender; runs in a process of its own."""
-    contenders = Contenders(setup)
+def _memory(setup: Setup, name: str) -> Row:
+    """Bytes of one contender with N and 4N images; runs in a process of its own."""
+    contenders, found = Contenders(setup), {}
     contenders.run(name, contenders.batches(setup.size.num_images))  # Warms up.
-    return measure.peak_memory(setup.device, lambda: contenders.run(name, contenders.batches(num_images)))
+    for factor in (1, 4):
+        images = contenders.batches(factor * setup.size.num_images)
+        memory = measure.peak_memory(setup.device, partial(contenders.run, name, images))
+        found |= {f"{key}_{factor}n": value for key, value in memory.items()}
+    return found
 
 
 def main(setup: Setup) -> Row:
@@ -245,7 +253,11 @@ def main(setup: Setup) -> Row:
     # Ready before the clock starts: what making them costs is measured by `data`.
     batches = list(contenders.batches(images))
     found = {name: contenders.run(name, batches)[1] for name in names}
-    runs: dict[str, Laps] = {name: lambda _, name=name: [contenders.run(name, batches)[0]] for name in names}
+
+    def timed(name: str, _: int) -> list[float]:
+        return [contenders.run(name, batches)[0]]
+
+    runs: dict[str, Laps] = {name: partial(timed, name) for name in names}
     rounds = measure.alternate(runs, setup.repeats, 1)
     rows = []
     for name in names:
@@ -255,9 +267,7 @@ def main(setup: Setup) -> Row:
         row["bytes_on_disk"] = contenders.bytes_on_disk if name == "dense" else 0
         of_image = found[name]["image", len(contenders.names) // 2]
         row |= {f"{key}_image_middle": of_image[key] for key in ("fvu", "cosine", "l0")}
-        for factor in (1, 4):
-            memory = measure.in_new_process(_memory, setup, name, factor * images)
-            row |= {f"{key}_{factor}n": value for key, value in memory.items()}
+        row |= measure.in_new_process(_memory, setup, name)
         rows.append(row)
     work = {"images": images, "layers": len(contenders.names), "d_sae": setup.size.d_sae}
     return {"precision": "bf16-mixed" if contenders.bf16 else "32-true", "work": work, "results": rows}

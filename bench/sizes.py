@@ -72,7 +72,7 @@ def _llama() -> Any:
         num_key_value_heads=3,
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
-        rope_theta=100000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
@@ -247,13 +247,3 @@ def attach(data: CaptionData, model: Limber) -> None:
     """Sets a data module up without a Trainer."""
     data.trainer = cast(Any, SimpleNamespace(lightning_module=model, global_rank=0, world_size=1))
     data.setup()
-
-
-def to_device(batch: Batch, device: str) -> Batch:
-    return cast(
-        Batch,
-        replace(
-            batch,
-            **{name: t.to(device) for name, t in vars(batch).items() if isinstance(t, torch.Tensor)},
-        ),
-    )

@@ -53,10 +53,10 @@ def call(args: list[str]) -> tuple[float, float, str]:
 
 def imports(args: list[str]) -> dict[str, float]:
     """Seconds spent in the modules of each package while ``python args`` runs; the ten largest."""
-    found: Counter = Counter()
+    found: Counter[str] = Counter()
     for own, _, module in IMPORT.findall(call(["-X", "importtime", *args])[2]):
-        found[module.split(".")[0]] += int(own) / 1e6
-    return dict(found.most_common(10))
+        found[module.split(".")[0]] += int(own)
+    return {name: microseconds / 1e6 for name, microseconds in found.most_common(10)}
 
 
 def main(setup: Setup) -> Row:

@@ -29,13 +29,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import measure
 from bench.measure import Clock, Laps, Row
-from bench.sizes import Setup, Size, can_share_prefix, limber, pictures, to_device
+from bench.sizes import Setup, Size, can_share_prefix, limber, pictures
 from lightning_limber.backbones import VisionEncoder
 from lightning_limber.cli import default_precision
 from lightning_limber.prompt import Batch
@@ -93,7 +94,7 @@ class Ours:
     def step(self, steps: int) -> list[float]:
         clock = Clock(self.device)
         model = self.model.to(self.device)  # Lightning leaves it on the CPU.
-        batches = [to_device(batch, self.device) for batch in self.data.ready]
+        batches = [move_data_to_device(batch, self.device) for batch in self.data.ready]
         self.model.train()
         made = model.configure_optimizers()
         optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
@@ -137,8 +138,8 @@ class Peers:
 
         self.device, self.folder, self.dtype = device, folder, dtype
         self.encoder = VisionEncoder(limber(size, folder).vision.config).load().to(device, dtype)
-        self.llm: Any = AutoModelForCausalLM.from_pretrained(folder / "llm", dtype=dtype)
-        self.llm.to(device).requires_grad_(False)
+        llm: Any = AutoModelForCausalLM.from_pretrained(folder / "llm", dtype=dtype)
+        self.llm = llm.to(device).requires_grad_(False)
         self.config = LlavaConfig(
             # Copies: it would unset the attention kernel in the parts' own.
             vision_config=deepcopy(self.encoder.model.config),
@@ -273,7 +274,9 @@ class Contenders:
 
     def peers(self, dtype: torch.dtype) -> Peers:
         if dtype not in self._made:
-            batches = pictures(self.size, limber(self.size, self.folder), READY_BATCHES, self.captions).ready
+            batches = pictures(
+                self.size, limber(self.size, self.folder), READY_BATCHES, self.captions
+            ).ready
             self._made[dtype] = Peers(self.size, self.folder, self.device, batches, dtype)
         return self._made[dtype]
 
