@@ -236,7 +236,8 @@ class Contenders:
 
 def _memory(setup: Setup, name: str) -> Row:
     """Bytes of one contender with N and 4N images; runs in a process of its own."""
-    contenders, found = Contenders(setup), {}
+    contenders = Contenders(setup)
+    found: Row = {}
     contenders.run(name, contenders.batches(setup.size.num_images))  # Warms up.
     for factor in (1, 4):
         images = contenders.batches(factor * setup.size.num_images)
