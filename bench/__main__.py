@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import tempfile
-import warnings
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -51,8 +49,6 @@ def parse(args: list[str] | None) -> argparse.Namespace:
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     options = parse(args)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning|torch|transformers")
     size = SIZES[options.size]
     if options.captions > 1:
         size = size.many_tokens()
