@@ -298,6 +298,7 @@ class Contenders:
 def _memory(setup: Setup, name: str) -> Row:
     """Bytes of one contender; runs in a process of its own."""
     run = Contenders(setup).build(name)
+    run(1)  # Some parts are built when they are first used.
     return measure.peak_memory(setup.device, lambda: run(1))
 
 
