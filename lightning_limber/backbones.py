@@ -148,6 +148,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.model: Any = None
+        self._layer = config.layer
 
     @cached_property
     def transform(self) -> ImageTransform:
@@ -183,6 +184,20 @@ class VisionEncoder(nn.Module):
         }
         return self
 
+    def drop_unused_layers(self) -> None:
+        """Lets go of the encoder's layers behind the one whose features are used.
+
+        But for one of them: some models put their final norm into the last hidden state.
+        """
+        count, layer = getattr(self.model.config, "num_hidden_layers", 0), self.config.layer
+        used = 1 + (layer if layer >= 0 else count + 1 + layer)
+        if layer == -1 or not 0 < used < count:
+            return
+        for module in self.model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                del module[used:]
+        self._layer = used - 1
+
     def prepare_autocast(self, dtype: torch.dtype) -> None:
         """Stores the matrices in `dtype`, as autocast would round them at every call."""
         store_matrices(self.model, dtype)
@@ -195,7 +210,7 @@ class VisionEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
         output = self.model(pixel_values, **self._kwargs)
-        layer = self.config.layer
+        layer = self._layer
         if layer != -1 and not -len(output.hidden_states) <= layer < len(output.hidden_states):
             raise ValueError(
                 f"vision.layer={layer}: {self.config.name} has hidden states 0 to "

@@ -163,6 +163,7 @@ class Limber(pl.LightningModule):
         with torch.device("cpu") if shard else nullcontext():
             self.llm.load()
         self.backbones = {"vision": fingerprint(self.vision), "llm": fingerprint(self.llm)}
+        self.vision.drop_unused_layers()
         blank = self.vision.transform(_blank_image())
         features = self.vision(blank[None].to(next(self.vision.parameters()).device))
         # Its own random stream: what loading the weights drew does not change the adapter.

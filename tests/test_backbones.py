@@ -194,3 +194,16 @@ def test_fingerprint_tells_weights_apart(tmp_path):
     with torch.no_grad():
         b.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
     assert fingerprint(a) != fingerprint(b)
+
+
+@pytest.mark.parametrize("architecture", [name for name in tiny.vision_configs() if name != "resnet"])
+def test_layers_behind_the_used_one_are_dropped_without_a_change(architecture, tmp_path):
+    name = tiny.write_vision(tmp_path, architecture)
+    for layer, kept in ((0, 1), (1, 2), (-3, 1), (-2, 2), (-1, 2)):
+        encoder = VisionEncoder(VisionConfig(name, layer=layer)).load()
+        pixels = encoder.transform(PICTURE)[None]
+        before = encoder(pixels)
+        encoder.drop_unused_layers()
+        assert torch.equal(encoder(pixels), before)
+        lists = [len(m) for m in encoder.modules() if isinstance(m, torch.nn.ModuleList)]
+        assert kept in lists

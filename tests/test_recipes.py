@@ -189,7 +189,7 @@ def probed(recipe: str, run: Path, printed: str) -> None:
 # -- what the recipes name --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", LAYERS.keys() - {VENHOFF[1]})
+@pytest.mark.parametrize("recipe", sorted(LAYERS.keys() - {VENHOFF[1]}))
 def test_sae_formats(recipe, on_hub):
     """Every format as its authors define it, computed a second time from the weights that were written."""
     probe, name = settings(recipe)["probe"], settings(recipe)["model"]["llm"]
