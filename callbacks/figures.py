@@ -1,4 +1,4 @@
-"""The pictures that TensorBoard shows. Colours are Okabe and Ito's, safe for colour-blind readers."""
+"""The pictures that TensorBoard shows."""
 
 from __future__ import annotations
 
@@ -10,35 +10,11 @@ import torch
 
 from lightning_limber.convergence import published_curves
 from lightning_limber.findings import Row
+from lightning_limber.palette import COLOURS, GROUPS, LOG_SCALE, PANELS, PAPER_NAME
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {
-    "image": "#D55E00",
-    "caption": "#0072B2",
-    "text": "#009E73",
-    "noise": "#CC79A7",
-    "control": "#999999",
-}
-PANELS = {
-    "fvu": "fvu: unexplained variance",
-    "fvu_text": "fvu_text: error / variance of plain text",
-    "mse": "mse",
-    "cosine": "cosine(x, x')",
-    "norm": "norm |x|",
-    "l0": "l0: active latents per token",
-    "shared": "shared: latents also alive in text",
-    "loss_recovered": "loss recovered by the SAE's x'",
-    "match": "match: descriptions agree with caption",
-    "lens_hit": "lens_hit: caption word in logit lens",
-    "knn": "knn: neighbours shared with text",
-    "detectors": "detectors: attributes with a latent",
-}
-"""The metrics that are drawn, with their titles; all others are in the table."""
-LOG_SCALE = {"mse", "norm", "l0", "fvu_text"}
-GROUPS = ("image", "caption", "text", "noise")
-PAPER_NAME = "Venhoff et al., Gemma 2 2B"
 History = dict[int, list[Row]]
 """Rows of each probed epoch."""
 Curve = tuple[list[int], list[float], list[float], list[float]]

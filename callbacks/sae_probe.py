@@ -25,6 +25,7 @@ from lightning_limber.prompt import Batch
 from lightning_limber.sae import chunks_on_device, load_saes, suite_folder
 
 from .figures import History, cross_layer_figure, heatmap_figure, log_figure, probe_figure
+from .run_record import chart_layout
 
 
 @dataclass
@@ -132,6 +133,7 @@ class SAEProbe(pl.Callback):
         )
         self.history: History = {}
         self._probe: Probe | None = None
+        self._layout_logged = False
 
     # -- when -------------------------------------------------------------------------------------
 
@@ -242,8 +244,12 @@ class SAEProbe(pl.Callback):
             for row in report.rows
             if not row.metric.endswith("_p") and abs(row.value) != float("inf")
         }
+        scalars |= {f"probe_seconds/{name}": spent for name, spent in report.seconds.items()}
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
+            if not self._layout_logged and hasattr(logger.experiment, "add_custom_scalars"):
+                logger.experiment.add_custom_scalars(chart_layout(report.rows))
+        self._layout_logged = True
         fresh = module.hparams["adapter_weights"] is None
         control = "untrained adapter" if fresh else "adapter at the start"
         num_images = min(self.num_images, len(data.val_set))
@@ -282,4 +288,12 @@ class SAEProbe(pl.Callback):
             )
             frame = pd.DataFrame(detectors, columns=columns)
             frame.insert(0, "epoch", epoch)
+            assert self._probe is not None
+            findings = self._probe.findings
+            texts = {findings.layers[name]: known.texts for name, known in findings.descriptions.items()}
+            for kind in ("latent", "text_latent"):
+                frame[f"{kind}_description"] = [
+                    texts[layer][latent] if layer in texts else ""
+                    for layer, latent in zip(frame["layer"], frame[kind], strict=True)
+                ]
             frame.to_csv(folder / f"detectors_epoch_{epoch}.csv", index=False)
