@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import shlex
 import sys
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from lightning_limber.findings import Row
 from lightning_limber.palette import GROUPS, PANELS
+from lightning_limber.resume import FREE
 
 PACKAGES = (
     "lightning-limber",
@@ -29,6 +29,7 @@ PACKAGES = (
     "omegaconf",
     "jsonargparse",
 )
+SCORES = ("cider_d", "bleu_4", "rouge_l", "clip_score", "ref_clip_score")
 HPARAM_METRICS = ("val/loss", "val/loss_shuffled", "val/accuracy", "captions/cider_d", "captions/all")
 
 
@@ -42,7 +43,7 @@ class RunRecord(pl.Callback):
     def __init__(self) -> None:
         self._session_end: Any = None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = trainer.log_dir  # Asks all processes.
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -63,6 +64,8 @@ class RunRecord(pl.Callback):
         if pl_module.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(pl_module.device)
         else:
+            import resource  # Not on Windows.
+
             unit = 1 if sys.platform == "darwin" else 1024
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         for logger in trainer.loggers:
@@ -76,7 +79,9 @@ class RunRecord(pl.Callback):
             {
                 "command": shlex.join(["python", *sys.orig_argv[1:]]),
                 "from_step": trainer.global_step,
-                "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+                "device": torch.cuda.get_device_name()
+                if cuda
+                else f"CPU, {torch.get_num_threads()} threads",
                 "processes": trainer.world_size,
                 "precision": str(trainer.precision),
                 "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
@@ -95,12 +100,14 @@ class RunRecord(pl.Callback):
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as ``a.b.c: value``; what is no number, word or truth value becomes text."""
+    """Nested settings as ``a.b.c: value``, without those that change speed alone; lists become text."""
     leaves: dict[str, Any] = {}
     for name, value in settings.items():
+        if name in FREE - {"adapter_weights"}:
+            continue
         if isinstance(value, dict):
             leaves |= flat(value, f"{prefix}{name}.")
-        elif not name.startswith("_"):
+        else:
             leaves[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
     return leaves
 
@@ -113,7 +120,8 @@ def chart_layout(rows: list[Row]) -> dict[str, dict[str, list]]:
         "training": {
             "loss": ["Multiline", ["train/loss$", "val/loss"]],
             "accuracy": ["Multiline", ["train/accuracy$", "val/accuracy$"]],
-            "captions: shares of right slots, scores": ["Multiline", ["captions/"]],
+            "captions: right slots, and by chance": ["Multiline", [r"captions(_chance)?/all$"]],
+            "captions: scores": ["Multiline", [f"captions/({'|'.join(SCORES)})$"]],
         },
         "image tokens, all layers": {
             PANELS[metric]: ["Multiline", [rf"{metric}/image/layer_\d+$"]] for metric in metrics

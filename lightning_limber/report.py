@@ -14,6 +14,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def render(runs: list[dict[str, Any]]) -> str:
             "log": sorted(palette.LOG_SCALE),
             "paper": palette.PAPER_NAME,
         },
-        "paper": {key: value for key, value in published_curves().items() if key in ("layers", "curves")},
+        "paper": {key: published_curves()[key] for key in ("layers", "curves", "convergence_layer")},
         "runs": runs,
         "differences": [differences(run, runs[0]) for run in runs[1:]],
     }
@@ -180,7 +181,7 @@ def thin(points: Sequence[tuple[int, float]], count: int = MAX_POINTS) -> list[t
     if len(points) <= count:
         return list(points)
     ends = [round(len(points) * i / count) for i in range(count + 1)]
-    parts = [points[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    parts = [points[a:b] for a, b in pairwise(ends)]
     return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
 
 
@@ -194,7 +195,11 @@ def summary(config: dict[str, Any]) -> dict[str, str]:
 
     def options(path: str, names: str) -> str:
         found = {name: get(f"{path}.{name}") for name in names.split()}
-        return ", ".join(f"{name} {value}" for name, value in found.items() if value not in (None, False))
+        return ", ".join(
+            str(value) if name in ("name", "kind", "sae_release", "max_steps") else f"{name} {value}"
+            for name, value in found.items()
+            if value not in (None, False)
+        )
 
     data = str(get("data.class_path") or "").rpartition(".")[2]
     sources = "root annotations images shards path name train_size val_size"
