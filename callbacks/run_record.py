@@ -92,7 +92,7 @@ class RunRecord(pl.Callback):
         path.write_text(json.dumps(starts, indent=1), encoding="utf-8")
 
     @staticmethod
-    def _summaries(trainer: pl.Trainer, *summaries: Any) -> None:
+    def _summaries(trainer: Any, *summaries: Any) -> None:
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_hparams"):
                 for summary in summaries:
@@ -110,6 +110,13 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
     return leaves
+
+
+def log_layout(trainer: Any, rows: list[Row]) -> None:
+    """Lays out the charts in every logger that can (TensorBoard: the first layout of a run counts)."""
+    for logger in trainer.loggers:
+        if hasattr(logger.experiment, "add_custom_scalars"):
+            logger.experiment.add_custom_scalars(chart_layout(rows))
 
 
 def chart_layout(rows: list[Row]) -> dict[str, dict[str, list]]:

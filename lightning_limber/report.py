@@ -2,12 +2,13 @@
 
 The file holds its data and its script and asks nothing of the network. It is made from what a run leaves in
 its folder: ``probe.csv``, ``captions.csv``, ``captions_epoch_*.jsonl``, ``detectors_epoch_*.csv``,
-``config.yaml``, ``run.json`` and TensorBoard's event files. No model and no torch is loaded.
+``patches_epoch_*.jpg``, ``config.yaml``, ``run.json`` and TensorBoard's event files; no torch is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import csv
 import html
 import json
@@ -114,12 +115,21 @@ def read_run(folder: Path) -> dict[str, Any]:
             epoch_of(path): [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for path in folder.glob("captions_epoch_*.jsonl")
         },
+        "patches": newest_patches(folder),
         "detectors": {epoch_of(path): read_rows(path) for path in folder.glob("detectors_epoch_*.csv")},
     }
 
 
 def epoch_of(path: Path) -> int:
     return int(path.stem.rpartition("_")[2])
+
+
+def newest_patches(folder: Path) -> dict[str, Any] | None:
+    """The picture of the last epoch that has one, as base64."""
+    found = sorted(folder.glob("patches_epoch_*.jpg"), key=epoch_of)
+    if not found:
+        return None
+    return {"epoch": epoch_of(found[-1]), "jpeg": base64.b64encode(found[-1].read_bytes()).decode()}
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
