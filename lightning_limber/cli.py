@@ -243,7 +243,11 @@ def main(args: list[str] | None = None) -> LimberCLI:
             subclass_mode_data=True,
             parser_class=Parser,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"parser_mode": "omegaconf+", **{name: dict(options) for name in SUBCOMMANDS}},
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "epilog": "Also: 'report RUN [RUN ...]' makes an HTML file of runs; see 'report --help'.",
+                **{name: dict(options) for name in SUBCOMMANDS},
+            },
             auto_configure_optimizers=False,
         )
     except (FileNotFoundError, ValueError) as error:
