@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ class CaptionSamples(pl.Callback):
     ``captions/{score}``: cider_d, bleu_4, rouge_l and, with a CLIP, clip_score and ref_clip_score. With
     their 95 % bootstrap intervals over images they go to ``captions.csv`` in the run's folder (run, epoch,
     metric, value, low, high). ``validate`` and ``test`` score the checkpoint that they are given, as the
-    last epoch that it finished.
+    last epoch that it finished. ``captions_epoch_{n}.jsonl`` holds the captions of the drawn images, with a
+    small JPEG of each.
 
     Where the data set can score a caption (`CaptionData.score_caption`; scenes can, exactly), the share
     of right slots is logged as ``captions/{slot}``, and ``captions_chance/{slot}`` is the same with each
@@ -80,6 +84,7 @@ class CaptionSamples(pl.Callback):
         self.history[epoch] = scores
         if not trainer.fast_dev_run and folder:  # type: ignore[attr-defined]
             self._write_table(Path(folder))
+            write_gallery(Path(folder) / f"captions_epoch_{epoch}.jsonl", shown, references, written)
         values = slot_shares(data, written, scenes, "captions") | slot_shares(
             data, written, scenes[1:] + scenes[:1], "captions_chance"
         )
@@ -132,6 +137,23 @@ class CaptionSamples(pl.Callback):
             for slot in slots
         ]
         print(f"[captions] step {trainer.global_step}: right slots (chance): {', '.join(parts)}")
+
+
+def write_gallery(
+    path: Path, images: list[torch.Tensor], references: list[list[str]], written: list[str]
+) -> None:
+    """One line an image: its captions, the model's, and a JPEG of 112 px in base64."""
+    from PIL import Image
+
+    lines = []
+    for image, captions, caption in zip(images, references, written, strict=False):
+        pixels = (image.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().numpy()  # [H, W, 3]
+        picture, jpeg = Image.fromarray(pixels), io.BytesIO()
+        picture.thumbnail((112, 112))
+        picture.save(jpeg, "JPEG", quality=75)
+        thumbnail = base64.b64encode(jpeg.getvalue()).decode()
+        lines.append(json.dumps({"references": captions, "caption": caption, "jpeg": thumbnail}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def slot_shares(data: CaptionData, written: list[str], scenes: list[Any], prefix: str) -> dict[str, float]:

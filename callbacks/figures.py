@@ -1,7 +1,8 @@
-"""The pictures that TensorBoard shows. Colours are Okabe and Ito's, safe for colour-blind readers."""
+"""The pictures that TensorBoard shows."""
 
 from __future__ import annotations
 
+import math
 import textwrap
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,36 +10,12 @@ import numpy as np
 import torch
 
 from lightning_limber.convergence import published_curves
-from lightning_limber.findings import Row
+from lightning_limber.findings import PatchMap, Row
+from lightning_limber.palette import COLOURS, GROUPS, LOG_SCALE, PANELS, PAPER_NAME
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {
-    "image": "#D55E00",
-    "caption": "#0072B2",
-    "text": "#009E73",
-    "noise": "#CC79A7",
-    "control": "#999999",
-}
-PANELS = {
-    "fvu": "fvu: unexplained variance",
-    "fvu_text": "fvu_text: error / variance of plain text",
-    "mse": "mse",
-    "cosine": "cosine(x, x')",
-    "norm": "norm |x|",
-    "l0": "l0: active latents per token",
-    "shared": "shared: latents also alive in text",
-    "loss_recovered": "loss recovered by the SAE's x'",
-    "match": "match: descriptions agree with caption",
-    "lens_hit": "lens_hit: caption word in logit lens",
-    "knn": "knn: neighbours shared with text",
-    "detectors": "detectors: attributes with a latent",
-}
-"""The metrics that are drawn, with their titles; all others are in the table."""
-LOG_SCALE = {"mse", "norm", "l0", "fvu_text"}
-GROUPS = ("image", "caption", "text", "noise")
-PAPER_NAME = "Venhoff et al., Gemma 2 2B"
 History = dict[int, list[Row]]
 """Rows of each probed epoch."""
 Curve = tuple[list[int], list[float], list[float], list[float]]
@@ -208,6 +185,46 @@ def caption_figure(images: list[torch.Tensor], references: list[str], written: l
         axis.set_title(f"true: {_wrap(reference)}\nmodel: {_wrap(caption)}", fontsize=8.5, loc="left")
     for axis in figure.axes:
         axis.axis("off")
+    return figure
+
+
+def patch_figure(
+    images: list[torch.Tensor], captions: list[str], maps: list[list[PatchMap]], layer: int
+) -> Figure:
+    """Where latents fire whose descriptions match the caption: an image a row, a latent a column.
+
+    Args:
+        images: [3, H, W] in 0..1, as the encoder sees them.
+        captions: One of each.
+        maps: From `Findings.matching`, over a square grid of patches.
+        layer: Of the LLM.
+    """
+    columns = 1 + max(1, *(len(found) for found in maps))
+    figure = _figure(3.4 * columns, 3.5 * len(images) + 0.4)
+    figure.subplots_adjust(
+        left=0.01, right=0.99, top=1 - 1.1 / (3.5 * len(images)), bottom=0.01, hspace=0.3
+    )
+    axes = np.atleast_2d(figure.subplots(len(images), columns))
+    for row, image, caption, found in zip(axes, images, captions, maps, strict=True):
+        for axis in row:
+            axis.axis("off")
+        pixels = image.permute(1, 2, 0).numpy()
+        row[0].imshow(pixels)
+        row[0].set_title(_wrap(caption, 44), fontsize=8.5, loc="left")
+        if not found:
+            row[1].text(0, 0.5, "No latent that fires\nmatches the caption.", fontsize=9)
+        for axis, patches in zip(row[1:], found, strict=False):
+            height, width = pixels.shape[:2]
+            grey = pixels.mean(-1)
+            axis.imshow(grey, cmap="gray", vmin=0, vmax=1)
+            grid = patches.activation.view(math.isqrt(len(patches.activation)), -1).numpy()
+            axis.imshow(
+                grid, cmap="viridis", alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5), vmin=0
+            )
+            title = f"latent {patches.latent} (up to {grid.max():.2g}): {patches.description}"
+            axis.set_title(_wrap(title, 44), fontsize=8.5, loc="left")
+    title = f"Patches that fire latents whose descriptions match the caption, layer {layer}"
+    figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 

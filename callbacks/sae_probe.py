@@ -7,10 +7,11 @@ is measured is in lightning_limber/probing.py, what is made of it in findings.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -18,13 +19,23 @@ from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from lightning_limber import gate
-from lightning_limber.findings import EXTRAS, Descriptions, ProbeConfig, Row
+from lightning_limber.findings import EXTRAS, Descriptions, PatchMap, ProbeConfig, Row
 from lightning_limber.model import Limber
 from lightning_limber.probing import Probe
 from lightning_limber.prompt import Batch
 from lightning_limber.sae import chunks_on_device, load_saes, suite_folder
 
-from .figures import History, cross_layer_figure, heatmap_figure, log_figure, probe_figure
+from .figures import (
+    History,
+    cross_layer_figure,
+    heatmap_figure,
+    log_figure,
+    patch_figure,
+    probe_figure,
+)
+from .run_record import log_layout
+
+NUM_PATCH_IMAGES = 4
 
 
 @dataclass
@@ -48,7 +59,8 @@ class SAEProbe(pl.Callback):
 
     Numbers go to every logger as ``{metric}/{group}/layer_{l}``, with their 95 % bootstrap intervals to
     ``probe.csv`` and ``probe.parquet`` in the run's folder (run, epoch, layer, group, metric, value,
-    low, high), and as figures to TensorBoard.
+    low, high), and as figures to TensorBoard. ``patches_epoch_{n}.jpg`` shows on which patches latents fire
+    whose descriptions match the caption, at the layer where `match` is highest.
 
     Args:
         sae_release: A SAELens release, a folder of SAELens folders, or ``suite:NAME``.
@@ -132,6 +144,7 @@ class SAEProbe(pl.Callback):
         )
         self.history: History = {}
         self._probe: Probe | None = None
+        self._layout_logged = False
 
     # -- when -------------------------------------------------------------------------------------
 
@@ -233,6 +246,7 @@ class SAEProbe(pl.Callback):
             data.attributes,
         )
         self.history[epoch] = report.rows
+        patches = self._matching_patches(trainer, module, report.rows)
         folder = trainer.log_dir  # Asks all processes.
         if not trainer.is_global_zero:
             return
@@ -242,8 +256,12 @@ class SAEProbe(pl.Callback):
             for row in report.rows
             if not row.metric.endswith("_p") and abs(row.value) != float("inf")
         }
+        scalars |= {f"probe_seconds/{name}": spent for name, spent in report.seconds.items()}
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
+        if not self._layout_logged:
+            log_layout(trainer, report.rows)
+            self._layout_logged = True
         fresh = module.hparams["adapter_weights"] is None
         control = "untrained adapter" if fresh else "adapter at the start"
         num_images = min(self.num_images, len(data.val_set))
@@ -255,14 +273,43 @@ class SAEProbe(pl.Callback):
             layers = list(self._probe.findings.layers.values())
             title = f"{min(self.costly_images, num_images)} held-out images, epoch {epoch}"
             log_figure(trainer, "probe/cross_layer", cross_layer_figure(layers, report.cross_layer, title))
-        if not trainer.fast_dev_run and folder:  # type: ignore[attr-defined]
-            self._write_tables(Path(folder), epoch, report.detectors)
+        files = Path(folder) if folder and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+        if files:
+            self._write_tables(files, epoch, report.detectors)
+        if patches is not None:
+            figure = patch_figure(*patches)
+            log_figure(trainer, "probe/patches", figure)
+            if files and figure is not None:
+                figure.savefig(files / f"patches_epoch_{epoch}.jpg", dpi=70)
         total = sum(report.seconds.values())
         parts = ", ".join(f"{name} {spent:.1f}" for name, spent in report.seconds.items())
         print(f"[probe] epoch {epoch}: {total:.1f} s ({parts})")
         for group in ("image", "text"):
             values = [row.value for row in report.rows if (row.group, row.metric) == (group, "fvu")]
             print(f"[probe] fvu of {group:5} by layer: {' '.join(f'{value:.2f}' for value in values)}")
+
+    def _matching_patches(
+        self, trainer: pl.Trainer, module: pl.LightningModule, rows: list[Row]
+    ) -> tuple[list[torch.Tensor], list[str], list[list[PatchMap]], int] | None:
+        """What `patch_figure` draws, at the layer where `match` is highest; None without `match` or where
+        the image tokens are no square grid.
+        """
+        assert self._probe is not None
+        assert isinstance(module, Limber)
+        found = {row.layer: row.value for row in rows if (row.group, row.metric) == ("image", "match")}
+        if not found:
+            return None
+        layer = max(found, key=lambda at: found[at])
+        findings = self._probe.findings
+        hook = next(name for name, at in findings.layers.items() if at == layer)
+        batch = next(iter(self._batches(trainer, NUM_PATCH_IMAGES * trainer.world_size, "Patches")))
+        latents = self._probe.patches(batch, hook)  # [B, P, K]
+        side = math.isqrt(latents.shape[1])
+        if latents.shape[1] - side**2 > 1:  # One more is the encoder's class token, which comes first.
+            return None
+        maps = findings.matching(hook, latents[:, -(side**2) :], batch.captions)
+        images = list(module.vision.transform.undo(batch.pixel_values.float().cpu()))
+        return images, [captions[0] for captions in batch.captions], maps, cast(int, layer)
 
     def _write_tables(self, folder: Path, epoch: int, detectors: list[tuple]) -> None:
         """All epochs so far as one tidy table, and this probe's detectors."""
@@ -282,4 +329,12 @@ class SAEProbe(pl.Callback):
             )
             frame = pd.DataFrame(detectors, columns=columns)
             frame.insert(0, "epoch", epoch)
+            assert self._probe is not None
+            findings = self._probe.findings
+            texts = {findings.layers[name]: known.texts for name, known in findings.descriptions.items()}
+            for kind in ("latent", "text_latent"):
+                frame[f"{kind}_description"] = [
+                    texts[layer][latent] if layer in texts else ""
+                    for layer, latent in zip(frame["layer"], frame[kind], strict=True)
+                ]
             frame.to_csv(folder / f"detectors_epoch_{epoch}.csv", index=False)

@@ -1,4 +1,11 @@
-from lightning_limber.cli import main
+import sys
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["report"]:  # Reads files: nothing that trains is imported.
+        from lightning_limber.report import main
+
+        main(sys.argv[2:])
+    else:
+        from lightning_limber.cli import main as cli
+
+        cli()

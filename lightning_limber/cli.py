@@ -19,7 +19,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_limber.callbacks import CaptionSamples, Checkpoints, SAEProbe
+from lightning_limber.callbacks import CaptionSamples, Checkpoints, RunRecord, SAEProbe
 from lightning_limber.data import CaptionData
 from lightning_limber.model import Limber
 from lightning_limber.resume import newest_checkpoint, read_checkpoint, slurm_job
@@ -239,10 +239,15 @@ def main(args: list[str] | None = None) -> LimberCLI:
             Limber,
             CaptionData,
             trainer_class=Trainer,
+            trainer_defaults={"callbacks": [RunRecord()]},
             subclass_mode_data=True,
             parser_class=Parser,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"parser_mode": "omegaconf+", **{name: dict(options) for name in SUBCOMMANDS}},
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "epilog": "Also: 'report RUN [RUN ...]' makes an HTML file of runs; see 'report --help'.",
+                **{name: dict(options) for name in SUBCOMMANDS},
+            },
             auto_configure_optimizers=False,
         )
     except (FileNotFoundError, ValueError) as error:

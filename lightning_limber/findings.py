@@ -90,6 +90,15 @@ class Descriptions:
         return cls(texts, density)
 
 
+class PatchMap(NamedTuple):
+    """Where on an image a latent fires."""
+
+    latent: int
+    description: str
+    activation: Tensor
+    """[P], in the order of the image tokens."""
+
+
 @dataclass
 class PassSums:
     """What the passes leave, of all processes' images."""
@@ -246,6 +255,38 @@ class Findings:
         if "detectors" in self.extras and truth[0][2] is not None:
             with self.clock("detectors"):
                 self._detectors(report, sums, [sorted(item[2] or ()) for item in truth], weights, pairs)
+
+    def matching(
+        self, hook: str, latents: Tensor, captions: list[list[str]], count: int = 3
+    ) -> list[list[PatchMap]]:
+        """For each image the strongest latents whose descriptions agree with a word of its captions.
+
+        As in `match`, latents that fire on much of plain text are left out; those common to many images
+        are not, as these may be too few to tell.
+
+        Args:
+            hook: The layer's hook name; it has descriptions.
+            latents: [B, P, K].
+            captions: Of each image.
+            count: Most of them an image.
+        """
+        known = self.descriptions[hook]
+        said = [{word for text in texts for word in words.content_words(text)} for texts in captions]
+        vocabulary, table = concepts.words_of([sorted(found) for found in said])
+        agrees = torch.from_numpy(words.agreement(known.texts, vocabulary))  # [K, W]
+        allowed = (known.density <= self.config.max_text_density)[:, None] & agrees
+        maps = []
+        for of_image, has in zip(latents.float().cpu(), table, strict=True):  # [P, K], [W]
+            strength = of_image.sum(0).masked_fill(~allowed[:, has].any(-1), 0)
+            best = strength.topk(min(count, len(strength)))
+            maps.append(
+                [
+                    PatchMap(latent, known.texts[latent], of_image[:, latent])
+                    for latent, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                    if value > 0
+                ]
+            )
+        return maps
 
     def _knn(self, image: Tensor, text: Tensor) -> concepts.Against:
         """Of images that have tokens left in both groups."""

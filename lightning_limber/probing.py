@@ -126,6 +126,27 @@ class Probe:
             )
         )
 
+    @torch.no_grad()
+    def patches(self, batch: Batch, name: str) -> Tensor:
+        """Latents [B, P, K] of one layer at all image positions of a batch."""
+        training = self.model.training
+        self.model.eval()
+        kept: list[Tensor] = []
+        with self.context():
+            tokens = self.model.image_tokens(batch.pixel_values)  # [B, P, D_l]
+            with self.model.llm.residual_hooks({name: kept.append}):
+                self.model.llm.decode(self.model.sequences(batch, tokens).embeds)
+        self.model.train(training)
+        images, start = torch.arange(len(tokens), device=tokens.device), len(batch.prefix_ids)
+        first = (batch.image_index == images[:, None]).int().argmax(-1)  # [B] an image's first sequence
+        x = kept[0][first, start : start + tokens.shape[1]]  # [B, P, D_l]
+        one = {name: self.saes[name]}
+        [latents] = [
+            self._sae(name, x.flatten(0, 1).float())[0]
+            for _ in chunks_on_device(one, self.model.device, self.sae_memory_gb)
+        ]
+        return latents.view(*x.shape[:2], -1)
+
     # -- passes -----------------------------------------------------------------------------------
 
     def _clean_pass(

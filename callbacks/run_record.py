@@ -1,0 +1,142 @@
+"""What is needed to read a run later and to repeat it: command, versions, hardware, hyper-parameters."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.tensorboard.summary import hparams
+
+from lightning_limber.findings import Row
+from lightning_limber.palette import GROUPS, PANELS
+from lightning_limber.resume import FREE
+
+PACKAGES = (
+    "lightning-limber",
+    "torch",
+    "lightning",
+    "transformers",
+    "sae-lens",
+    "torchmetrics",
+    "tensorboard",
+    "omegaconf",
+    "jsonargparse",
+)
+SCORES = ("cider_d", "bleu_4", "rouge_l", "clip_score", "ref_clip_score")
+HPARAM_METRICS = ("val/loss", "val/loss_shuffled", "val/accuracy", "captions/cider_d", "captions/all")
+
+
+class RunRecord(pl.Callback):
+    """Writes ``run.json`` into the run's folder and hyper-parameters to TensorBoard, and logs the memory.
+
+    ``run.json`` lists, for each start of the run (a resumed one has several): command, versions, device,
+    numbers of images. ``memory/peak_gb`` (1e9 bytes) is the device's on a GPU, the process' elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._session_end: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = trainer.log_dir  # Asks all processes.
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if folder:
+            self._write(Path(folder), trainer, data)
+        settings = flat({"model": dict(pl_module.hparams), "data": dict(data.hparams)})
+        # Not by log_hyperparams: Lightning's also logs the metrics as scalars of step 0. The tab shows
+        # the newest value of each of these tags.
+        start, session, self._session_end = hparams(settings, dict.fromkeys(HPARAM_METRICS, 0.0))
+        self._summaries(trainer, start, session)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._session_end is not None:
+            self._summaries(trainer, self._session_end)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(pl_module.device)
+        else:
+            import resource  # Not on Windows.
+
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        for logger in trainer.loggers:
+            logger.log_metrics({"memory/peak_gb": peak / 1e9}, step=trainer.global_step)
+
+    def _write(self, folder: Path, trainer: pl.Trainer, data: Any) -> None:
+        path = folder / "run.json"
+        starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        cuda = trainer.strategy.root_device.type == "cuda"
+        starts.append(
+            {
+                "command": shlex.join(["python", *sys.orig_argv[1:]]),
+                "from_step": trainer.global_step,
+                "device": torch.cuda.get_device_name()
+                if cuda
+                else f"CPU, {torch.get_num_threads()} threads",
+                "processes": trainer.world_size,
+                "precision": str(trainer.precision),
+                "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+                "images": {"train": len(data.train_set), "held out": len(data.val_set)},
+            }
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(starts, indent=1), encoding="utf-8")
+
+    @staticmethod
+    def _summaries(trainer: Any, *summaries: Any) -> None:
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_hparams"):
+                for summary in summaries:
+                    logger.experiment.file_writer.add_summary(summary)
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``a.b.c: value``, without those that change speed alone; lists become text."""
+    leaves: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in FREE - {"adapter_weights"}:
+            continue
+        if isinstance(value, dict):
+            leaves |= flat(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return leaves
+
+
+def log_layout(trainer: Any, rows: list[Row]) -> None:
+    """Lays out the charts in every logger that can (TensorBoard: the first layout of a run counts)."""
+    for logger in trainer.loggers:
+        if hasattr(logger.experiment, "add_custom_scalars"):
+            logger.experiment.add_custom_scalars(chart_layout(rows))
+
+
+def chart_layout(rows: list[Row]) -> dict[str, dict[str, list]]:
+    """TensorBoard's CUSTOM SCALARS: one metric's layers in one chart, one layer's groups in one chart."""
+    layers = sorted({row.layer for row in rows if row.layer is not None})
+    metrics = [metric for metric in PANELS if any(row.metric == metric for row in rows)]
+    layout = {
+        "training": {
+            "loss": ["Multiline", ["train/loss$", "val/loss"]],
+            "accuracy": ["Multiline", ["train/accuracy$", "val/accuracy$"]],
+            "captions: right slots, and by chance": ["Multiline", [r"captions(_chance)?/all$"]],
+            "captions: scores": ["Multiline", [f"captions/({'|'.join(SCORES)})$"]],
+        },
+        "image tokens, all layers": {
+            PANELS[metric]: ["Multiline", [rf"{metric}/image/layer_\d+$"]] for metric in metrics
+        },
+    }
+    for layer in layers:
+        layout[f"layer {layer:02d}, all groups"] = {
+            PANELS[metric]: ["Multiline", [f"{metric}/({'|'.join(GROUPS)})/layer_{layer:02d}$"]]
+            for metric in metrics
+        }
+    return layout

@@ -1,0 +1,265 @@
+"""``python -m lightning_limber report RUN [RUN ...] -o report.html``: what runs found, as one HTML file.
+
+The file holds its data and its script and asks nothing of the network. It is made from what a run leaves in
+its folder: ``probe.csv``, ``captions.csv``, ``captions_epoch_*.jsonl``, ``detectors_epoch_*.csv``,
+``patches_epoch_*.jpg``, ``config.yaml``, ``run.json`` and TensorBoard's event files; no torch is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import html
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_limber import palette
+from lightning_limber.convergence import published_curves
+
+SCALARS = ("train/", "val/", "captions/", "captions_chance/", "probe_seconds/", "memory/")
+MAX_POINTS = 200
+"""Longer training curves are drawn as means of this many equal parts."""
+Interval = tuple[float, float, float]
+"""Value, lower and upper end."""
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("lightning_limber report", description="Makes one HTML file of runs.")
+    text = "A run's folder, such as runs/default/version_0; several are compared with the first."
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help=text)
+    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="Default: report.html.")
+    options = parser.parse_args(args)
+    try:
+        page = render([read_run(folder) for folder in options.runs])
+    except (FileNotFoundError, ValueError) as error:
+        parser.exit(1, f"error: {error}\n")
+    options.out.write_text(page, encoding="utf-8")
+    print(f"[report] {options.out}: {len(page.encode()) / 1e6:.2f} MB, {len(options.runs)} run(s)")
+
+
+def render(runs: list[dict[str, Any]]) -> str:
+    """The page. Runs of one name are told apart by number."""
+    names = [run["name"] for run in runs]
+    for i, run in enumerate(runs):
+        if names.count(run["name"]) > 1:
+            run["name"] += f" ({i + 1})"
+    data = {
+        "palette": {
+            "colours": palette.COLOURS,
+            "groups": palette.GROUPS,
+            "panels": palette.PANELS,
+            "log": sorted(palette.LOG_SCALE),
+            "paper": palette.PAPER_NAME,
+        },
+        "paper": {key: published_curves()[key] for key in ("layers", "curves", "convergence_layer")},
+        "runs": runs,
+        "differences": [differences(run, runs[0]) for run in runs[1:]],
+    }
+    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    # A caption may hold "</script>"; an escaped slash is the same JSON.
+    text = json.dumps(plain(data), separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+    title = html.escape(", ".join(run["name"] for run in runs))
+    return template.replace("{{TITLE}}", title, 1).replace("{{DATA}}", text, 1)
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: floats of 4 digits, NaN as null, infinity (a layer never reached) as text."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return "never" if value > 0 else None
+        return float(f"{value:.4g}")
+    return value
+
+
+# -- what a run left ----------------------------------------------------------------------------------
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """All that the report shows of one run.
+
+    Raises:
+        FileNotFoundError: the folder does not exist or no probe has written to it.
+    """
+    if not (folder / "probe.csv").is_file():
+        inside = sorted(str(path.parent) for path in folder.glob("*/probe.csv"))
+        hint = f" Did you mean {' or '.join(inside)}?" if inside else ""
+        raise FileNotFoundError(
+            f"'{folder}' has no probe.csv: give the folder of a run whose SAE probe has run, such as "
+            f"runs/default/version_0.{hint}"
+        )
+    config, record = folder / "config.yaml", folder / "run.json"
+    settings = config.read_text(encoding="utf-8") if config.is_file() else ""
+    scalars, seconds = read_scalars(folder)
+    return {
+        "name": f"{folder.resolve().parent.name}/{folder.resolve().name}",
+        "summary": summary(yaml.safe_load(settings) or {}),
+        "config": settings,
+        "starts": json.loads(record.read_text(encoding="utf-8")) if record.is_file() else [],
+        "scalars": scalars,
+        "seconds": seconds,
+        **read_probe(folder / "probe.csv"),
+        "scores": read_scores(folder / "captions.csv"),
+        "gallery": {
+            epoch_of(path): [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            for path in folder.glob("captions_epoch_*.jsonl")
+        },
+        "patches": newest_patches(folder),
+        "detectors": {epoch_of(path): read_rows(path) for path in folder.glob("detectors_epoch_*.csv")},
+    }
+
+
+def epoch_of(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
+
+
+def newest_patches(folder: Path) -> dict[str, Any] | None:
+    """The picture of the last epoch that has one, as base64."""
+    found = sorted(folder.glob("patches_epoch_*.jpg"), key=epoch_of)
+    if not found:
+        return None
+    return {"epoch": epoch_of(found[-1]), "jpeg": base64.b64encode(found[-1].read_bytes()).decode()}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def interval(row: dict[str, str]) -> Interval:
+    """A row of a tidy table; an empty field is NaN."""
+    value, low, high = (float(row[name] or "nan") for name in ("value", "low", "high"))
+    return value, low, high
+
+
+def read_probe(path: Path) -> dict[str, Any]:
+    """The tidy table as ``curves[metric][group][epoch]``: an interval for each of ``layers``, or None; and
+    ``convergence[metric][epoch]``.
+    """
+    rows = [row for row in read_rows(path) if not row["metric"].endswith("_p")]
+    layers = sorted({int(row["layer"]) for row in rows if row["layer"]})
+    place = {layer: i for i, layer in enumerate(layers)}
+    curves: dict[str, dict[str, dict[int, list]]] = defaultdict(lambda: defaultdict(dict))
+    convergence: dict[str, dict[int, Interval]] = defaultdict(dict)
+    for row in rows:
+        epoch = int(row["epoch"])
+        if row["layer"]:
+            curve = curves[row["metric"]][row["group"]].setdefault(epoch, [None] * len(layers))
+            curve[place[int(row["layer"])]] = interval(row)
+        elif row["metric"].startswith("convergence_layer/"):
+            convergence[row["metric"].partition("/")[2]][epoch] = interval(row)
+    epochs = sorted({int(row["epoch"]) for row in rows})
+    return {"layers": layers, "epochs": epochs, "curves": curves, "convergence": convergence}
+
+
+def read_scores(path: Path) -> dict[int, dict[str, Interval]]:
+    """Caption scores by epoch."""
+    scores: dict[int, dict[str, Interval]] = defaultdict(dict)
+    for row in read_rows(path) if path.is_file() else []:
+        scores[int(row["epoch"])][row["metric"]] = interval(row)
+    return scores
+
+
+def read_scalars(folder: Path) -> tuple[dict[str, list[tuple[int, float]]], float]:
+    """Curves of the event files, thinned, and the seconds from the first to the last of their points.
+
+    A break between a run's end and its resumption counts.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
+    log.Reload()
+    events = {tag: log.Scalars(tag) for tag in log.Tags()["scalars"] if tag.startswith(SCALARS)}
+    times = [event.wall_time for of_tag in events.values() for event in of_tag]
+    curves = {tag: thin([(event.step, event.value) for event in of]) for tag, of in events.items()}
+    return curves, max(times) - min(times) if times else 0.0
+
+
+def thin(points: Sequence[tuple[int, float]], count: int = MAX_POINTS) -> list[tuple[int, float]]:
+    """At most `count` points: means of parts of (nearly) equal length, each at its last step."""
+    if len(points) <= count:
+        return list(points)
+    ends = [round(len(points) * i / count) for i in range(count + 1)]
+    parts = [points[a:b] for a, b in pairwise(ends)]
+    return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
+
+
+def summary(config: dict[str, Any]) -> dict[str, str]:
+    """What was trained on what, in a reader's words; settings that a config lacks are left out."""
+
+    def get(path: str, value: Any = config) -> Any:
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def options(path: str, names: str) -> str:
+        found = {name: get(f"{path}.{name}") for name in names.split()}
+        return ", ".join(
+            str(value) if name in ("name", "kind", "sae_release", "max_steps") else f"{name} {value}"
+            for name, value in found.items()
+            if value not in (None, False)
+        )
+
+    data = str(get("data.class_path") or "").rpartition(".")[2]
+    sources = "root annotations images shards path name train_size val_size"
+    lines = {
+        "vision encoder": options("model.vision", "name image_size layer pool"),
+        "LLM": str(get("model.llm") or ""),
+        "adapter": options("model.adapter", "kind input_norm dropout"),
+        "started from": str(get("model.adapter_weights") or ""),
+        "prompt": str(get("model.prompt") or ""),
+        "data": ", ".join(filter(None, (data, options("data.init_args", sources)))),
+        "batch": options("data.init_args", "batch_size captions_per_image"),
+        "optimiser": options("model.optimizer", "lr min_lr_ratio warmup_steps weight_decay"),
+        "steps": options("trainer", "max_steps accumulate_grad_batches gradient_clip_val precision"),
+        "SAEs": options("probe", "sae_release sae_id"),
+        "probed images": options("probe", "num_images costly_images"),
+        "seed": str(get("seed_everything")) if config else "",
+    }
+    return {name: line for name, line in lines.items() if line}
+
+
+# -- several runs -------------------------------------------------------------------------------------
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """a - b with a 95 % interval from theirs, for independent estimates.
+
+    The square-and-add method (Zou and Donner 2008, doi:10.1002/sim.3095), which keeps skewed intervals
+    skewed. Runs probed on the same images are not independent: their true interval is mostly narrower.
+    """
+    (value_a, low_a, high_a), (value_b, low_b, high_b) = a, b
+    value = value_a - value_b
+    below = math.hypot(value_a - low_a, high_b - value_b)
+    above = math.hypot(high_a - value_a, value_b - low_b)
+    return value, value - below, value + above
+
+
+def differences(run: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """`run` minus `base` at the last epoch of each: image tokens' metrics by layer, and caption scores."""
+    layers = [layer for layer in run["layers"] if layer in base["layers"]]
+
+    def last(of: dict[str, Any], metric: str) -> dict[int, Interval]:
+        by_epoch = of["curves"].get(metric, {}).get("image", {})
+        values = by_epoch.get(of["epochs"][-1], [])
+        return {layer: v for layer, v in zip(of["layers"], values, strict=False) if v is not None}
+
+    metrics: dict[str, list] = {}
+    for metric in base["curves"]:
+        a, b = last(run, metric), last(base, metric)
+        found = [(layer, *difference(a[layer], b[layer])) for layer in layers if layer in a and layer in b]
+        if found:
+            metrics[metric] = found
+    a, b = (scores[max(scores)] if scores else {} for scores in (run["scores"], base["scores"]))
+    return {"metrics": metrics, "scores": {name: difference(a[name], b[name]) for name in a if name in b}}
