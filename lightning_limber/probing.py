@@ -33,6 +33,7 @@ from torch import Tensor
 
 from lightning_limber.findings import Clock, Descriptions, Findings, PassSums, ProbeConfig, Report
 from lightning_limber.gate import TextStats
+from lightning_limber.generation import opening
 from lightning_limber.metrics import ImageSums, SAEAlignment
 from lightning_limber.model import Limber, Sequences
 from lightning_limber.prompt import Batch
@@ -125,6 +126,35 @@ class Probe:
                 cross=self.gather([(list(key), torch.cat(parts, dim=1)) for key, parts in cross.items()]),
             )
         )
+
+    @torch.no_grad()
+    def latents(
+        self, pixel_values: Tensor, read: Callable[[str, Tensor], None], names: Iterable[str] | None = None
+    ) -> None:
+        """Hands what the SAEs find in images [B, 3, H, W] to ``read(hook name, latents [B, P, K])``.
+
+        Latents are NaN at image tokens that are never counted.
+
+        Args:
+            pixel_values: On the model's device.
+            read: Called once for each layer; keep little of what it is given.
+            names: Hook names; None: all.
+        """
+        chosen = {name: sae for name, sae in self.saes.items() if names is None or name in names}
+        with self.context():
+            sequences = opening(self.model, pixel_values)
+            start, end = len(self.model.collator().prompt.prefix_ids), int(sequences.text_start[0])
+            counted = sequences.groups["image"][:, start:end]  # [B, P]
+
+            def look(name: str, residual: Tensor) -> None:
+                x = residual[:, start:end].flatten(0, 1).float()  # [B * P, D_l]
+                found, _ = self._sae(name, x)
+                never = ~(self._keep(name, x) & counted.flatten())
+                read(name, found.masked_fill(never[:, None], torch.nan).unflatten(0, counted.shape))
+
+            for chunk in chunks_on_device(chosen, self.model.device, self.sae_memory_gb):
+                with self.model.llm.residual_hooks({name: partial(look, name) for name in chunk}):
+                    self.model.llm.decode(sequences.embeds)
 
     # -- passes -----------------------------------------------------------------------------------
 
