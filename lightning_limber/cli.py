@@ -167,6 +167,9 @@ class LimberCLI(LightningCLI):
         path = requeued or (runs if ckpt_path == "last" else Path(ckpt_path))
         if path.is_dir() or ckpt_path == "last":
             path = newest_checkpoint(path)
+        if self.config.subcommand == "export":
+            self._settings.ckpt_path = str(path)
+            return
         checkpoint = read_checkpoint(path)
         saved = checkpoint["lightning_limber"]["config"]
         # A requeued job's command line is the whole one.
@@ -256,9 +259,8 @@ class LimberCLI(LightningCLI):
             names = (field.name for field in fields(Decoding))
             self.model.decoding = Decoding(**{name: settings[name] for name in names})
             probe = self._get(self.config_init, "probe") if settings.latents else None
-            self.trainer.callbacks.append(  # type: ignore[attr-defined]
-                CaptionWriter(settings.output, probe)
-            )
+            writer = CaptionWriter(settings.output, probe)
+            self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
             kwargs["return_predictions"] = False
             if settings.images is not None:
                 data = self.datamodule

@@ -145,8 +145,8 @@ def _card(checkpoint: dict[str, Any], trained: Trained, logged: dict[str, float]
         lines += [
             "## SAE probe",
             "Where in the language model the image tokens look like text, by layer; bands are 95 % "
-            "bootstrap intervals over images. Reconstruction alone does not show alignment: read it against "
-            "`text`, `noise` and the adapter at the start.",
+            "bootstrap intervals over images. Reconstruction alone does not show alignment: read it "
+            "against `text`, `noise` and the adapter at the start.",
             "![SAE probe by layer](probe.png)",
         ]
     lines += [
