@@ -210,11 +210,6 @@ class TrainedModel:
         """Layers that have an SAE."""
         return [hook_layer(name) for name in self._probe.saes]
 
-    @property
-    def layers(self) -> list[int]:
-        """Layers that have an SAE."""
-        return [hook_layer(name) for name in self._probe.saes]
-
     @cached_property
     def _sae_probe(self) -> SAEProbe:
         if "probe" not in self.config:
