@@ -123,7 +123,7 @@ def from_hub(name: str) -> Iterator[str]:
             message = (
                 f"'{name}' is no folder, not in the hub's cache, and the hub did not give it "
                 f"({_first_line(chain[-1])}). Check the network, or fetch it where there is one with "
-                f"`hf download {name}`."
+                f"`hf download {name}` (for `plan` its small files do: --include '*.json')."
             )
         raise FileNotFoundError(message) from error
 

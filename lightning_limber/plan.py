@@ -163,15 +163,16 @@ class Rehearsal:
         if precision not in PRECISIONS:
             raise ValueError(f"trainer.precision={precision!r}: `plan` knows {', '.join(PRECISIONS)}.")
         self.model, self.dtype = model, PRECISIONS[precision]
-        self.caption_tokens, self.captions_per_image = caption_tokens, captions_per_image
-        with _small_files_of(model.hparams["vision"]["name"]):
-            model.vision.load(weights=False)
-            _ = model.vision.transform  # Its file is read on first use.
-        with _small_files_of(model.hparams["llm"]):
-            model.llm.load(weights=False)
-            collate = model.collator()
-        captions = ["picture"] * captions_per_image
-        self._one = collate([Record("", _blank_image(), captions)], [captions])
+        self.caption_tokens = caption_tokens
+        model.vision.load(weights=False)
+        model.llm.load(weights=False)
+        collate = model.collator()
+        # Of a conversation one turn, with a question of one word.
+        talks = collate.prompt.is_conversation
+        captions = [[("picture", "picture")]] if talks else ["picture"] * captions_per_image
+        captions_per_image = len(captions)
+        self._one = collate([Record("", _blank_image(), [])], [captions])
+        self.captions_per_image = captions_per_image
         self._more_tokens = captions_per_image * caption_tokens - int(self._one.is_caption.sum())
         with torch.device("meta"):
             features = model.vision(self._one.pixel_values.to("meta"))
@@ -307,21 +308,6 @@ def _count(module: nn.Module) -> int:
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.numel() * t.element_size() for t in tensors}.values())
-
-
-@contextmanager
-def _small_files_of(name: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise FileNotFoundError(
-            f"`plan` needs the small files of '{name}' (config.json and the tokenizer's or the image "
-            "processor's) and found them neither in the cache nor on the hub. Fetch them where there is "
-            f"a network with `hf download {name} --include '*.json'`, or name a local folder that has "
-            f"them.\n({str(error).splitlines()[0]})"
-        ) from error
 
 
 # -- SAEs and the probe -----------------------------------------------------------------------------
@@ -497,9 +483,10 @@ def make_plan(
         raise ValueError(
             f"--caption_tokens {caption_tokens}: allowed are 1 to model.max_caption_tokens={longest}."
         )
-    for count in counts:
-        if count < 1 or data.batch_size % count:
-            raise ValueError(f"--gpus {count}: data.batch_size={data.batch_size} must divide by it.")
+    odd = [str(count) for count in counts if count < 1 or data.batch_size % count]
+    if len(odd) == len(counts):
+        raise ValueError(f"--gpus {' '.join(odd)}: data.batch_size={data.batch_size} must divide by it.")
+    counts = [count for count in counts if str(count) not in odd]
     rehearsal = Rehearsal(model, trainer.precision, caption_tokens, data.captions_per_image)
     one = rehearsal.step(1)
     steps = {count: rehearsal.step(data.batch_size // count) for count in counts}
@@ -536,8 +523,10 @@ def make_plan(
         f"{hparams['vision']['name']} -> {adapter} -> {hparams['llm']}",
         f"{trainer.precision}, attention: {model.llm.model.config._attn_implementation}",
         f"a sequence: {rehearsal.image_tokens} image + {caption_tokens} caption (--caption_tokens) + "
-        f"{prompt} prompt tokens; {data.captions_per_image} to an image",
+        f"{prompt} prompt tokens; {rehearsal.captions_per_image} to an image",
     ]
+    if odd:
+        title.append(f"not on {', '.join(odd)} GPUs: data.batch_size={data.batch_size} must divide by it")
     return Plan(
         title,
         rehearsal.parameters,

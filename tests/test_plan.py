@@ -321,7 +321,7 @@ def test_plan_says_what_is_wrong(fit, flags, message):
 
 def test_a_model_that_is_not_here(fit, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="hf download google/gemma-2-2b-it --include"):
+    with pytest.raises(FileNotFoundError, match="hf download google/gemma-2-2b-it"):
         fit("--model.llm=google/gemma-2-2b-it", "--gpus=1", command="plan")
 
 
@@ -351,3 +351,13 @@ def test_plan_imports_no_sae_lens_for_a_folder(models, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(models))  # The table, and nothing before it.
+
+
+def test_plan_of_conversations_and_of_captions_that_share_an_image(models):
+    for prompt, captions in (("{conversation}", 1), ("{bos}{image}{caption}{eos}", 3)):
+        vision = VisionConfig(str(models / "vision"), image_size=32, pool=2)
+        planned = Rehearsal(Limber(vision, str(models / "llm"), prompt=prompt), "32-true", 8, captions)
+        alone = Rehearsal(Limber(vision, str(models / "llm")), "32-true", 8)
+        assert planned.captions_per_image == captions
+        assert planned.step(2).flops["LLM forward"] > alone.step(2).flops["LLM forward"]
+        assert planned.step(2).flops["vision forward"] == alone.step(2).flops["vision forward"]

@@ -132,7 +132,7 @@ def test_against_a_second_computation(fit, models):
             record = SceneSet("val", 10, 112, 0)[i]
             with torch.no_grad():
                 image = model.image_tokens(model.vision.transform(record.image)[None])[0]
-            ids, is_caption, _ = prompt.text(record.captions[0])
+            ids, is_caption, *_ = prompt.text(record.captions[0])
             prefix, text = (model.llm.embed(torch.tensor(x)) for x in (prompt.prefix_ids, ids))
             rows = residuals(torch.cat([prefix, image, text]), hook_name)
             tokens["image"].append(rows[1:5])
@@ -208,7 +208,8 @@ def test_two_processes_are_one(models, tmp_path):
         logs.append(events(root / "runs/default/version_0"))
     one, two = logs
     assert sorted(one.Tags()["scalars"]) == sorted(two.Tags()["scalars"])
-    for tag in one.Tags()["scalars"]:
+    # How a batch is split decides what is padding.
+    for tag in set(one.Tags()["scalars"]) - {"train/padding"}:
         a, b = ([(e.step, e.value) for e in log.Scalars(tag)] for log in logs)
         assert [step for step, _ in a] == [step for step, _ in b], tag
         # 1e-3: the second epoch starts from weights that differ by the rounding of a split sum.
