@@ -100,6 +100,7 @@ def _card(checkpoint: dict[str, Any], trained: Trained, logged: dict[str, float]
     names = {"vision": model["vision"]["name"], "llm": model["llm"]}
     # A hub knows models by owner/name.
     on_hub = [name for name in names.values() if name.count("/") == 1 and not Path(name).is_dir()]
+    vision, llm = (Path(name).name if Path(name).is_dir() else name for name in names.values())
     head: dict[str, Any] = {
         "library_name": "lightning_limber",
         "pipeline_tag": "image-to-text",
@@ -111,7 +112,7 @@ def _card(checkpoint: dict[str, Any], trained: Trained, logged: dict[str, float]
     parameters = sum(value.numel() for key, value in trained.weights.items() if key.startswith("project"))
     lines = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {adapter['kind']} adapter from {names['vision']} to {names['llm']}",
+        f"# {adapter['kind']} adapter from {vision} to {llm}",
         "An adapter, trained on captions, that turns patch features of a frozen vision encoder into input "
         "tokens of a frozen language model. Neither model was changed; their weights are not in this "
         f"repository. {parameters:,} parameters.",

@@ -457,6 +457,23 @@ def test_grid_of_image_tokens(models, vision, adapter, grid, before):
     assert model.image_tokens(pixels(model, 1)).shape[1] == before + grid[0] * grid[1]
 
 
+def test_the_precision_is_the_runs(run, fit, tmp_path):
+    pictures(tmp_path / "some", 3)
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint["lightning_limber"]["trainer"]["precision"] = "bf16-mixed"
+    torch.save(checkpoint, tmp_path / "bf16.ckpt")
+    args = ["--ckpt_path=bf16.ckpt", "--images", "some", "--trainer.precision=bf16-mixed"]
+    cli = fit(*args, command="predict", base=False)
+    model = load(tmp_path / "bf16.ckpt", "cpu")
+    dtypes = {p.dtype for p in cli.model.llm.layers.parameters()}
+    assert {p.dtype for p in model.model.llm.layers.parameters()} == dtypes
+    assert torch.bfloat16 in dtypes
+    for line in read("captions.jsonl"):
+        assert model.caption(line["image"]) == line["caption"]
+    table = model.probe(["some/0.png", "some/1.png"], ["a red cat .", "a blue dog ."])
+    assert table[table.metric == "fvu"].value.gt(0).all()
+
+
 # -- export -----------------------------------------------------------------------------------------
 
 
@@ -482,6 +499,13 @@ def test_export_and_back(run, fit, tmp_path):
     for key, value in cli.model.adapter.state_dict().items():
         assert torch.equal(value, state[key])
     assert read("captions.jsonl")[0]["caption"] == original.caption(image)
+
+
+def test_export_of_the_newest_run(run, fit, monkeypatch, capsys):
+    monkeypatch.chdir(run.parents[2])
+    fit("--output=newest", command="export", base=False)
+    assert (Path("newest") / "adapter.safetensors").is_file()
+    assert "version_0/checkpoints/last.ckpt to newest" in capsys.readouterr().out
 
 
 def test_model_card(run, fit):
