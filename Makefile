@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+JOBS ?= 2
+# Tiny models gain nothing from threads, and two processes with threads slow each other down.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help fit resume test test-fast check format tensorboard clean
@@ -27,10 +30,10 @@ tensorboard: $(VENV)/.installed ## Watch the runs
 	$(VENV)/bin/tensorboard --logdir runs
 
 test: $(VENV)/.installed ## Set up and run every test
-	$(RUN) -m pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/.installed ## Without the tests marked slow
-	$(RUN) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: $(VENV)/.installed ## Lint, format, types and every test: what CI runs
 	$(RUN) -m ruff check

@@ -430,6 +430,11 @@ class LLM(nn.Module):
         fully_shard(self.model.base_model, mesh=mesh, ignored_params=whole)
         self.sharded = True
 
+    def compile_layers(self) -> None:
+        """Compiles the decoder layers' forward where a gradient is wanted; hooks see what they saw."""
+        for layer in self.layers:
+            layer.forward = _compiled(layer.forward)  # type: ignore[method-assign]
+
     @contextmanager
     def residual_hooks(self, hooks: dict[str, ResidualHook]) -> Iterator[None]:
         """Calls ``fn(residual [N, S, D_l])`` at each named place of every forward inside the context
@@ -459,6 +464,16 @@ class LLM(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _compiled(forward: Callable) -> Callable:
+    compiled = torch.compile(forward, dynamic=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Probes and generation are few and of other shapes: not worth compiling for.
+        return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+    return call
 
 
 class _Skipped(nn.Module):

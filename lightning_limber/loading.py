@@ -85,8 +85,9 @@ class Trained:
         weights = {key.removeprefix("adapter."): value for key, value in checkpoint["state_dict"].items()}
         # Tuples, which YAML lacks, become lists.
         settings = json.loads(json.dumps(checkpoint["hyper_parameters"]))
-        # The adapter that it started from, and over how many processes it was spread, are history.
+        # The adapter that it started from, and how the run was made faster, are history.
         settings |= {"adapter_weights": None, "shard_llm": False}
+        settings |= {"cache_features": False, "compile_llm": False}
         config = yaml.safe_load(saved["config"] or "{}") | {"model": settings}
         return cls(config, saved["backbones"], saved["trainer"], weights)
 

@@ -24,10 +24,12 @@ from torchmetrics import MeanMetric
 from lightning_limber import __version__
 from lightning_limber.adapters import Adapter, AdapterConfig
 from lightning_limber.backbones import LLM, VisionConfig, VisionEncoder, fingerprint
+from lightning_limber.data.base import RecordStream
+from lightning_limber.feature_cache import FeatureCache
 from lightning_limber.generation import Decoding, generate
 from lightning_limber.projectors import EXPORTED, read_projector
 from lightning_limber.prompt import Batch, Collator, Prompt, Template
-from lightning_limber.resume import differences, newest_checkpoint, training_settings
+from lightning_limber.resume import FREE, differences, newest_checkpoint, training_settings
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ class Limber(pl.LightningModule):
             the folder of its runs (``runs/NAME``: the newest), a folder that ``export`` wrote, or a
             projector of LLaVA or LiMBeR (see projectors.py). To continue a run where it stopped, use
             ``--ckpt_path`` instead.
+        cache_features: Keep the encoder's features of the training images on disk, for runs of several
+            epochs over few images; see feature_cache.py.
+        compile_llm: Compile the LLM's decoder layers for training steps (torch.compile): a minute or more
+            at the start, faster steps after it.
         shard_llm: Split the LLM's decoder layers over the processes of a DDP run, where it does not fit
             one device; all else, checkpoints included, stays as it is.
     """
@@ -101,6 +107,8 @@ class Limber(pl.LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         max_caption_tokens: int = 64,
         adapter_weights: str | None = None,
+        cache_features: bool = False,
+        compile_llm: bool = False,
         shard_llm: bool = False,
     ) -> None:
         super().__init__()
@@ -117,12 +125,15 @@ class Limber(pl.LightningModule):
                 "optimizer": asdict(self.optimizer_config),
                 "max_caption_tokens": max_caption_tokens,
                 "adapter_weights": adapter_weights,
+                "cache_features": cache_features,
+                "compile_llm": compile_llm,
                 "shard_llm": shard_llm,
             }
         )
         # Straight into __dict__: a submodule would be saved, optimised, wrapped and set to train.
         self.__dict__["vision"] = VisionEncoder(vision)
         self.__dict__["llm"] = LLM(llm)
+        self._cache: FeatureCache | None = None
         self.run_config: str | None = None
         """The run's whole config as YAML, set by the CLI; travels in the checkpoint."""
         self.decoding = Decoding()
@@ -175,6 +186,8 @@ class Limber(pl.LightningModule):
         if shard:
             device = self.trainer.strategy.root_device.type
             self.llm.shard(init_device_mesh(device, (self.trainer.world_size,)))
+        if self.hparams["compile_llm"]:
+            self.llm.compile_layers()
         hparams = self.hparams
         rank_zero_info(f"[frozen]    vision  {_millions(self.vision)}  {hparams['vision']['name']}")
         rank_zero_info(f"[frozen]    llm     {_millions(self.llm)}  {hparams['llm']}")
@@ -219,6 +232,17 @@ class Limber(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self._calibrate()
+        if self.hparams["cache_features"]:
+            self._cache = self._open_cache()
+
+    def _open_cache(self) -> FeatureCache:
+        data = cast(Any, self.trainer).datamodule
+        if isinstance(data.train_set, RecordStream):
+            raise ValueError("model.cache_features: a stream has no places to keep features by.")
+        settings = {name: repr(value) for name, value in data.hparams.items() if name not in FREE}
+        key = [self.backbones["vision"], self.hparams["vision"], type(data).__name__, settings]
+        key.append(self.trainer.precision)
+        return FeatureCache(key, len(data.train_set), tuple(self._feature_shape))
 
     def on_validation_start(self) -> None:
         self._calibrate()
@@ -332,9 +356,21 @@ class Limber(pl.LightningModule):
         rows = hidden.flatten(0, 1).index_select(0, position)  # [n, D_l]
         return self.llm.token_losses(rows, batch.text_ids[row, column])
 
+    def cached_image_tokens(self, batch: Batch) -> Tensor:
+        """`image_tokens` of training images, with the encoder's features from disk where they are."""
+        assert self._cache is not None
+        features = self._cache.read(batch.index)  # [B, P, D_v]
+        if features is None:
+            features = self.vision(batch.pixel_values)
+            self._cache.write(batch.index, features)
+        return self.adapter(features.to(self.device))
+
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Image tokens [B, P, D_l], losses [n] and correctness [n] of the target tokens."""
-        image_tokens = self.image_tokens(batch.pixel_values)
+        if self._cache is not None and self.training and batch.index:
+            image_tokens = self.cached_image_tokens(batch)
+        else:
+            image_tokens = self.image_tokens(batch.pixel_values)
         sequences = self.sequences(batch, image_tokens)
         hidden = self.llm.decode(
             sequences.embeds, mask=sequences.mask, positions=sequences.positions

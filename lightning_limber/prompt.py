@@ -103,6 +103,11 @@ class Batch:
         return self
 
 
+def images(batch: Batch) -> int:
+    """Images of a batch, as Lightning's ThroughputMonitor asks for them (``batch_size_fn``)."""
+    return len(batch.pixel_values)
+
+
 class Prompt:
     """A template bound to a tokenizer.
 

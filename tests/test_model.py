@@ -275,3 +275,41 @@ def test_a_sliding_window_that_is_too_short_is_named(models, tmp_path):
     batch = model.collator()(records[:1], [["a red cat .", "two"]], share_prefix=True)
     with pytest.raises(ValueError, match="window of .*, 8: set data.share_prefix to false"):
         model(batch)
+
+
+# -- speed that changes no number -------------------------------------------------------------------
+
+
+def test_cached_features_spare_the_encoder_and_change_no_number(fit, monkeypatch, tmp_path):
+    from lightning_limber.backbones import VisionEncoder
+
+    monkeypatch.setenv("LIGHTNING_LIMBER_CACHE", str(tmp_path / "cache"))
+    forward, calls = VisionEncoder.forward, []
+
+    def counted(self, pixels):
+        calls.append(len(pixels))
+        return forward(self, pixels)
+
+    monkeypatch.setattr(VisionEncoder, "forward", counted)
+    weights, seen = [], []
+    for cached in ("false", "true", "true"):
+        calls.clear()
+        cli = fit(f"--model.cache_features={cached}", "--trainer.limit_val_batches=0")
+        weights.append(cli.model.adapter.project.weight.detach().clone())
+        seen.append(sum(calls) - 1 - 16)  # The blank image of building, and calibration.
+    # 12 steps of 4 images; 16 images; the third run finds them all.
+    assert seen == [48, 16, 0]
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights[2], weights[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_no_number(fit):
+    weights = [
+        fit(
+            f"--model.compile_llm={compiled}", "--trainer.max_steps=6"
+        ).model.adapter.project.weight.detach()
+        for compiled in ("false", "true")
+    ]
+    assert not torch.equal(*weights)  # It did something.
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,280 @@
+"""One probe of all layers: this project's, TransformerLens' cache and SAELens' SAEs, dense caching.
+
+All run the same LLM weights on the same embeddings, with image and with the captions alone, in the same
+precision, and the same SAEs (JumpReLU, thresholds set so that about one latent in 128 is active, float32).
+Ours makes every reconstruction metric of image, caption and text tokens by image, and their bootstrap
+intervals. The peers add up less, which favours them: squared error, squared norm, mean, cosine and l0 of
+each layer and group. Names of contenders:
+
+    limber      `Probe.run` without extras
+    saelens     HookedSAETransformer.run_with_cache of all layers' residual streams, then each SAE
+    dense       residual streams of all layers written to one .pt an image, then read again for the SAEs
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from bench import measure
+from bench.measure import Laps, Row
+from bench.sizes import Pictures, Setup, attach, limber, pictures
+from lightning_limber.cli import default_precision
+from lightning_limber.gate import TextStats
+from lightning_limber.model import Sequences
+from lightning_limber.probing import Probe, ProbeConfig
+from lightning_limber.prompt import Batch
+
+NAMES = ["limber", "saelens", "dense"]
+ACTIVE_SHARE = 1 / 128
+Groups = dict[str, Tensor]
+"""Flat positions of each group's tokens in [N * S]."""
+Found = dict[tuple[str, int], dict[str, float]]
+"""Metrics by group and layer."""
+
+
+class Sums:
+    """What a peer keeps of a layer and a group: the field's usual numbers, in float32."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+        self.total: Tensor | float = 0.0
+
+    def update(self, x: Tensor, latents: Tensor, reconstruction: Tensor) -> None:
+        error = (x - reconstruction).pow(2).sum()
+        cosine = torch.cosine_similarity(x, reconstruction, dim=-1).sum()
+        l0 = (latents > 0).sum().float()
+        self.values.append(torch.stack([error, x.pow(2).sum(), cosine, l0, error.new_tensor(len(x))]))
+        self.total = self.total + x.sum(0)
+
+    def compute(self) -> dict[str, float]:
+        error, squares, cosine, l0, count = torch.stack(self.values).sum(0).tolist()
+        mean = self.total / count
+        variance = squares - count * float(mean @ mean)  # type: ignore[operator]
+        return {"fvu": error / variance, "cosine": cosine / count, "l0": l0 / count}
+
+
+class Contenders:
+    """The model, its SAEs and the ways to probe it; every one returns the metrics it made."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.device = setup, setup.device
+        precision = default_precision(setup.device)
+        self.bf16 = precision == "bf16-mixed"
+        self.model = limber(setup.size, setup.folder)
+        self.model.configure_model()
+        self.model.to(self.device)
+        batch = move_data_to_device(pictures(setup.size, self.model, 1).ready[0], self.device)
+        self.model.adapter.calibrate(
+            self.model.vision(batch.pixel_values), torch.tensor(self.model.token_norm, device=self.device)
+        )
+        if self.bf16:
+            self.model.llm.prepare_autocast(torch.bfloat16)
+        self.names = [f"blocks.{i}.hook_resid_post" for i in range(len(self.model.llm.layers))]
+        self.saes = self._make_saes(batch)
+        self.hooked: Any = None
+
+    def context(self) -> Any:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
+
+    @torch.no_grad()
+    def _make_saes(self, batch: Batch) -> dict[str, Any]:
+        from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+        width, latents = self.model.llm.hidden_size, self.setup.size.d_sae
+        saes: dict[str, Any] = {}
+
+        def build(name: str, residual: Tensor) -> None:
+            torch.manual_seed(len(saes))
+            config = JumpReLUSAEConfig(d_in=width, d_sae=latents, dtype="float32", device=self.device)
+            config.metadata.hook_name = name
+            sae: Any = JumpReLUSAE(config).eval().requires_grad_(False)
+            x = residual[:, 1:].flatten(0, 1).float()  # The first position is a sink.
+            with torch.autocast(self.device, enabled=False):
+                active = sae.encode(x).flatten()
+            kept = max(1, int(ACTIVE_SHARE * active.numel()))
+            sae.threshold.fill_(float(active.topk(kept).values[-1]))
+            saes[name] = sae
+
+        hooks: dict[str, Any] = {name: partial(build, name) for name in self.names}
+        with self.context(), self.model.llm.residual_hooks(hooks):
+            self.model.llm.decode(self.model.sequences(batch, self._image_tokens(batch)).embeds)
+        return saes
+
+    def _image_tokens(self, batch: Batch) -> Tensor:
+        return self.model.image_tokens(batch.pixel_values)
+
+    def batches(self, num_images: int) -> Iterator[Batch]:
+        """The first held-out images, each batch made when it is asked for, as in a run."""
+        size = self.setup.size
+        data = Pictures(num_images, size.features.image_size or 224, batch_size=1)
+        attach(data, self.model)
+        for batch in data.probe_dataloader(num_images):
+            yield move_data_to_device(batch, self.device)
+
+    def forwards(self, batch: Batch) -> Iterator[tuple[Sequences, Groups]]:
+        """The batch with its images, and its captions alone."""
+        with_image = self.model.sequences(batch, self._image_tokens(batch))
+        alone = self.model.sequences(batch, None)
+        flat = {name: mask.flatten().nonzero()[:, 0] for name, mask in with_image.groups.items()}
+        yield with_image, flat
+        yield alone, {"text": alone.groups["caption"].flatten().nonzero()[:, 0]}
+
+    # -- contenders -------------------------------------------------------------------------------
+
+    def limber(self, batches: Iterable[Batch]) -> Found:
+        # Nothing is an outlier, as for the peers.
+        text = dict.fromkeys(self.names, TextStats(1e30, 1.0, 0.0, 0.0))
+        probe = Probe(self.model, self.saes, text, ProbeConfig(extras=()), context=self.context)
+        found: Found = {}
+        for row in probe.run(batches).rows:
+            if row.layer is not None:
+                found.setdefault((row.group, row.layer), {})[row.metric] = row.value
+        return found
+
+    @torch.no_grad()
+    def saelens(self, batches: Iterable[Batch]) -> Found:
+        hooked = self._hooked_transformer()
+        sums: dict[tuple[str, int], Sums] = {}
+        for batch in batches:
+            with self.context():
+                for sequences, groups in self.forwards(batch):
+                    _, cache = hooked.run_with_cache(
+                        sequences.embeds.to(hooked.cfg.dtype),
+                        start_at_layer=0,
+                        return_type=None,
+                        names_filter=self.names,
+                    )
+                    for layer, name in enumerate(self.names):
+                        for group, index in groups.items():
+                            x = cache[name].flatten(0, 1).index_select(0, index).float()
+                            self._add(sums, group, layer, x)
+        return {key: of.compute() for key, of in sums.items()}
+
+    @torch.no_grad()
+    def dense(self, batches: Iterable[Batch]) -> Found:
+        hooks: dict[str, Any]
+        folder = self.setup.folder / "dense"
+        folder.mkdir()
+        llm = self.model.llm
+        for batch in batches:
+            with self.context():
+                for sequences, groups in self.forwards(batch):
+                    kept: dict[str, Tensor] = {}
+                    hooks = {name: partial(kept.__setitem__, name) for name in self.names}
+                    with llm.residual_hooks(hooks):
+                        llm.decode(sequences.embeds)
+                    residuals = torch.stack(
+                        [kept[name] for name in self.names], dim=1
+                    ).cpu()  # [N, L, S, D]
+                    length = residuals.shape[2]
+                    for row, place in enumerate(batch.index):
+                        own = {g: (i[i // length == row] % length).cpu() for g, i in groups.items()}
+                        path = folder / f"{'text' if 'text' in groups else 'image'}-{place}.pt"
+                        torch.save((residuals[row].clone(), own), path)
+        self.bytes_on_disk = sum(path.stat().st_size for path in folder.iterdir())
+        sums: dict[tuple[str, int], Sums] = {}
+        for path in sorted(folder.iterdir()):
+            residual, own = torch.load(path)
+            for layer in range(len(self.names)):
+                for group, index in own.items():
+                    x = residual[layer].index_select(0, index).to(self.device).float()
+                    self._add(sums, group, layer, x)
+            path.unlink()
+        folder.rmdir()
+        return {key: of.compute() for key, of in sums.items()}
+
+    def _add(self, sums: dict[tuple[str, int], Sums], group: str, layer: int, x: Tensor) -> None:
+        sae = self.saes[self.names[layer]]
+        with torch.autocast(self.device, enabled=False):
+            latents = sae.encode(x)
+            sums.setdefault((group, layer), Sums()).update(x, latents, sae.decode(latents))
+
+    def _hooked_transformer(self) -> Any:
+        """The same weights in TransformerLens' layout, in the precision that its users would load."""
+        if self.hooked is None:
+            from sae_lens import HookedSAETransformer
+            from transformer_lens import HookedTransformerConfig
+            from transformer_lens.loading_from_pretrained import (
+                convert_hf_model_config,
+                get_pretrained_state_dict,
+            )
+            from transformers import AutoModelForCausalLM
+
+            folder = str(self.setup.folder / "llm")
+            # Its settings for Gemma 2 hang on the name.
+            gemma = self.model.llm.model.config.model_type == "gemma2"
+            known = convert_hf_model_config("google/gemma-2-2b" if gemma else folder)
+            dtype = torch.bfloat16 if self.bf16 else torch.float32
+            known |= {"n_ctx": 512, "dtype": dtype, "device": self.device, "init_weights": False}
+            known["tokenizer_name"] = None
+            config = HookedTransformerConfig.from_dict(known)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            state = get_pretrained_state_dict(folder, config, model, dtype=dtype)
+            self.hooked = HookedSAETransformer(config).eval().requires_grad_(False)
+            self.hooked.load_and_process_state_dict(
+                state, fold_ln=False, center_writing_weights=False, center_unembed=False
+            )
+        return self.hooked
+
+    def run(self, name: str, batches: Iterable[Batch]) -> tuple[float, Found]:
+        """Seconds of one probe, and what it found."""
+        made: Callable[[Iterable[Batch]], Found] = getattr(self, name)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        found = made(batches)  # Ends in Python numbers: nothing is queued any more.
+        return time.perf_counter() - start, found
+
+
+def _memory(setup: Setup, name: str) -> Row:
+    """Bytes of one contender with N and 4N images; runs in a process of its own."""
+    contenders = Contenders(setup)
+    found: Row = {}
+    contenders.run(name, contenders.batches(setup.size.num_images))  # Warms up.
+    for factor in (1, 4):
+        images = contenders.batches(factor * setup.size.num_images)
+        memory = measure.peak_memory(setup.device, partial(contenders.run, name, images))
+        found |= {f"{key}_{factor}n": value for key, value in memory.items()}
+    return found
+
+
+def main(setup: Setup) -> Row:
+    """Measures the contenders."""
+    contenders, images = Contenders(setup), setup.size.num_images
+    names = setup.only or NAMES
+    print("  warming up", file=sys.stderr)
+    # Ready before the clock starts: what making them costs is measured by `data`.
+    batches = list(contenders.batches(images))
+    found = {name: contenders.run(name, batches)[1] for name in names}
+
+    def timed(name: str, _: int) -> list[float]:
+        return [contenders.run(name, batches)[0]]
+
+    runs: dict[str, Laps] = {name: partial(timed, name) for name in names}
+    rounds = measure.alternate(runs, setup.repeats, 1)
+    rows = []
+    for name in names:
+        row: Row = {"name": name, **measure.step_times(rounds[name])}
+        row["images_per_s"] = images / row["step_s"]
+        row |= measure.speedup(rounds[names[0]], rounds[name])
+        row["bytes_on_disk"] = contenders.bytes_on_disk if name == "dense" else 0
+        of_image = found[name]["image", len(contenders.names) // 2]
+        row |= {f"{key}_image_middle": of_image[key] for key in ("fvu", "cosine", "l0")}
+        row |= measure.in_new_process(_memory, setup, name)
+        rows.append(row)
+    work = {"images": images, "layers": len(contenders.names), "d_sae": setup.size.d_sae}
+    return {"precision": "bf16-mixed" if contenders.bf16 else "32-true", "work": work, "results": rows}
+
+
+COLUMNS = (
+    "name images_per_s step_s step_s_p10 step_s_p90 speedup speedup_min speedup_max bytes_on_disk "
+    "peak_bytes_1n peak_bytes_4n fvu_image_middle cosine_image_middle l0_image_middle"
+).split()

@@ -1,0 +1,249 @@
+"""The three sizes of everything, and models of random weights in the on-disk layouts of real ones."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_limber.adapters import AdapterConfig
+from lightning_limber.backbones import VisionConfig
+from lightning_limber.data import CaptionData
+from lightning_limber.data.base import RecordSet
+from lightning_limber.data.scenes import SceneSet
+from lightning_limber.model import Limber
+from lightning_limber.prompt import Batch, Record
+from tests import tiny
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured.
+
+    Attributes:
+        llm: Makes the LLM's config.
+        vision: Makes the encoder's config.
+        features: Which of the encoder's features become image tokens (`name` is filled in).
+        batch_size: Images in a training step.
+        steps: Timed steps of a contender in a round.
+        d_sae: Latents of each layer's SAE.
+        num_images: Probed images.
+    """
+
+    llm: Callable[[], Any]
+    vision: Callable[[], Any]
+    features: VisionConfig
+    batch_size: int
+    steps: int
+    d_sae: int
+    num_images: int
+
+    def many_tokens(self) -> Size:
+        """For prefix sharing: the encoder's whole grid, and fewer images in a batch."""
+        image_size = 224 if self.features.image_size == 112 else self.features.image_size
+        features = replace(self.features, image_size=image_size, pool=1)
+        return replace(self, features=features, batch_size=max(2, self.batch_size // 4))
+
+
+def _tiny_llama() -> Any:
+    return tiny.llm_configs()["llama"]
+
+
+def _tiny_dinov2() -> Any:
+    return tiny.vision_configs()["dinov2"]
+
+
+def _llama() -> Any:
+    from transformers import LlamaConfig
+
+    # SmolLM2-135M
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def _gemma2() -> Any:
+    from transformers import Gemma2Config
+
+    # Gemma 2 2B
+    return Gemma2Config(
+        vocab_size=256000,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        query_pre_attn_scalar=256,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def _dinov2() -> Any:
+    from transformers import Dinov2Config
+
+    # ViT-S/14
+    return Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14
+    )
+
+
+def _clip() -> Any:
+    from transformers import CLIPVisionConfig
+
+    # ViT-L/14
+    return CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=14,
+    )
+
+
+SIZES = {
+    "tiny": Size(
+        _tiny_llama,
+        _tiny_dinov2,
+        VisionConfig(image_size=32, layer=1, pool=2),
+        batch_size=4,
+        steps=2,
+        d_sae=256,
+        num_images=4,
+    ),
+    # configs/default.yaml
+    "default": Size(
+        _llama,
+        _dinov2,
+        VisionConfig(image_size=112, layer=8, pool=2),
+        batch_size=16,
+        steps=10,
+        d_sae=16 * 576,
+        num_images=32,
+    ),
+    # Venhoff et al. (arXiv 2506.11976)
+    "venhoff": Size(_gemma2, _clip, VisionConfig(layer=-1), 16, 10, d_sae=16384, num_images=64),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One call of the bench; `folder` has the models and takes what is written."""
+
+    size: Size
+    folder: Path
+    device: str
+    repeats: int
+    steps: int
+    captions: int
+    only: list[str] | None
+
+
+def write_models(size: Size, folder: Path, device: str) -> None:
+    """Writes ``llm`` and ``vision`` of random weights, for `from_pretrained`."""
+    from transformers import AutoModel, AutoModelForCausalLM, BitImageProcessorPil
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        llm = AutoModelForCausalLM.from_config(size.llm())
+        vision = AutoModel.from_config(size.vision())
+    # Billions of weights are kept as they are published.
+    large = sum(p.numel() for p in llm.parameters()) > 1e9
+    llm.to(torch.bfloat16 if large else torch.float32).save_pretrained(folder / "llm")
+    tiny.write_tokenizer(folder / "llm")
+    vision.save_pretrained(folder / "vision")
+    square = {"height": 224, "width": 224}
+    BitImageProcessorPil(size={"shortest_edge": 224}, crop_size=square).save_pretrained(folder / "vision")
+
+
+def limber(size: Size, folder: Path) -> Limber:
+    """The default run's module on the models in `folder`, not loaded yet."""
+    return Limber(
+        replace(size.features, name=str(folder / "vision")),
+        str(folder / "llm"),
+        AdapterConfig(kind="linear", input_norm="channel"),
+    )
+
+
+class _Scenes:
+    """Drawn scenes, each with the captions of `captions` scenes."""
+
+    def __init__(self, split: str, count: int, captions: int, image_size: int) -> None:
+        self.scenes = SceneSet(split, count * captions, image_size, seed=0)
+        self.count, self.captions = count, captions
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Record:
+        first, *others = [self.scenes[index * self.captions + i] for i in range(self.captions)]
+        first.captions += [caption for other in others for caption in other.captions]
+        return first
+
+
+class Pictures(CaptionData):
+    """The default run's data with several captions an image, and batches made ready beforehand.
+
+    What making them costs is measured by ``python -m bench data``.
+    """
+
+    def __init__(self, count: int, image_size: int, **kwargs: Any) -> None:
+        super().__init__(num_workers=0, **kwargs)
+        self.count, self.image_size = count, image_size
+        self.ready: list[Batch] = []
+
+    def datasets(self) -> tuple[RecordSet, RecordSet]:
+        train, val = (
+            _Scenes(split, self.count, self.captions_per_image, self.image_size)
+            for split in ("train", "val")
+        )
+        return train, val
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(cast(Any, self.ready), batch_size=None)
+
+
+def pictures(
+    size: Size, model: Limber, batches: int, captions: int = 1, share_prefix: bool = False
+) -> Pictures:
+    """Training batches for `model`, in ``ready``."""
+    data = Pictures(
+        batches * size.batch_size,
+        size.features.image_size or 224,
+        batch_size=size.batch_size,
+        captions_per_image=captions,
+        **({"share_prefix": True} if share_prefix else {}),
+    )
+    attach(data, model)
+    data.ready = list(CaptionData.train_dataloader(data))
+    return data
+
+
+def can_share_prefix() -> bool:
+    """Whether this version lays several captions of an image in one sequence (``data.share_prefix``)."""
+    return "share_prefix" in inspect.signature(CaptionData).parameters
+
+
+def attach(data: CaptionData, model: Limber) -> None:
+    """Sets a data module up without a Trainer."""
+    data.trainer = cast(Any, SimpleNamespace(lightning_module=model, global_rank=0, world_size=1))
+    data.setup()
