@@ -8,7 +8,8 @@ is measured is in lightning_limber/probing.py, what is made of it in findings.py
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -182,7 +183,6 @@ class SAEProbe(pl.Callback):
     # -- what -------------------------------------------------------------------------------------
 
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """SAEs, descriptions, and the text gate, which also measures the probe's yardsticks."""
         assert isinstance(module, Limber)
         if self._probe is not None:
             return
@@ -190,36 +190,6 @@ class SAEProbe(pl.Callback):
             raise ValueError(
                 f"probe.num_images={self.num_images}: each of {trainer.world_size} processes needs one."
             )
-        folder = suite_folder(self.sae_release)
-        saes = load_saes(self.sae_release, self.sae_id, self.layers, module.llm)
-        if self.sae_memory_gb is None:
-            for sae in saes.values():
-                sae.to(module.device)
-        prefix = module.collator().prompt.prefix_ids
-        bos = module.llm.tokenizer.bos_token_id
-        text: dict[str, gate.TextStats] = {}
-        for chunk in chunks_on_device(saes, module.device, self.sae_memory_gb):
-            text |= gate.measure(
-                module.llm,
-                chunk,
-                [bos] if prefix[:1] == [bos] else [],
-                self.config.outlier_factor,
-                trainer.precision_plugin.val_step_context,
-            )
-        ids = {name: sae.cfg.metadata.sae_id for name, sae in saes.items()}
-        gate.check(text, gate.expected(self.sae_release, folder, ids), self.text_gate)
-        numbers = [f"{name.split('.')[1]}: {stats.fvu:.2f}, {stats.l0:.0f}" for name, stats in text.items()]
-        rank_zero_info(f"[text gate] fvu and l0 of plain text by layer: {'; '.join(numbers)}")
-        descriptions = {}
-        if "match" in self.config.extras:
-            pattern = self.descriptions or (f"{folder}/descriptions/{{hook}}" if folder else None)
-            if pattern is not None and (self.descriptions or Path(pattern).parent.is_dir()):
-                descriptions = {
-                    name: Descriptions.read(
-                        pattern.format(hook=name, layer=name.split(".")[1]), sae.cfg.d_sae
-                    )
-                    for name, sae in saes.items()
-                }
 
         def gather(items: list) -> list:
             if trainer.world_size == 1:
@@ -228,10 +198,53 @@ class SAEProbe(pl.Callback):
             torch.distributed.all_gather_object(parts, items)
             return [item for part in parts for item in part]
 
-        context = trainer.precision_plugin.val_step_context
-        self._probe = Probe(
-            module, saes, text, self.config, descriptions, context, gather, self.sae_memory_gb
-        )
+        self._probe = self.load(module, trainer.precision_plugin.val_step_context, gather)
+
+    def load(
+        self,
+        model: Limber,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+        gather: Callable[[list], list] = lambda items: items,
+    ) -> Probe:
+        """SAEs, descriptions, and the text gate, which also measures the probe's yardsticks.
+
+        Args:
+            model: On its device, with its LLM loaded.
+            context: See `Probe`.
+            gather: See `Probe`.
+
+        Raises:
+            FileNotFoundError: see `load_saes`.
+            ValueError: see `load_saes` and `gate.check`.
+        """
+        folder = suite_folder(self.sae_release)
+        saes = load_saes(self.sae_release, self.sae_id, self.layers, model.llm)
+        if self.sae_memory_gb is None:
+            for sae in saes.values():
+                sae.to(model.device)
+        prefix = model.collator().prompt.prefix_ids
+        bos = model.llm.tokenizer.bos_token_id
+        text: dict[str, gate.TextStats] = {}
+        for chunk in chunks_on_device(saes, model.device, self.sae_memory_gb):
+            text |= gate.measure(
+                model.llm,
+                chunk,
+                [bos] if prefix[:1] == [bos] else [],
+                self.config.outlier_factor,
+                context,
+            )
+        ids = {name: sae.cfg.metadata.sae_id for name, sae in saes.items()}
+        gate.check(text, gate.expected(self.sae_release, folder, ids), self.text_gate)
+        numbers = [f"{name.split('.')[1]}: {stats.fvu:.2f}, {stats.l0:.0f}" for name, stats in text.items()]
+        rank_zero_info(f"[text gate] fvu and l0 of plain text by layer: {'; '.join(numbers)}")
+        descriptions = {}
+        pattern = self.descriptions or (f"{folder}/descriptions/{{hook}}" if folder else None)
+        if pattern is not None and (self.descriptions or Path(pattern).parent.is_dir()):
+            descriptions = {
+                name: Descriptions.read(pattern.format(hook=name, layer=name.split(".")[1]), sae.cfg.d_sae)
+                for name, sae in saes.items()
+            }
+        return Probe(model, saes, text, self.config, descriptions, context, gather, self.sae_memory_gb)
 
     def _batches(self, trainer: pl.Trainer, num_images: int, label: str) -> Batches:
         return Batches(trainer, num_images, label)
@@ -303,7 +316,9 @@ class SAEProbe(pl.Callback):
         findings = self._probe.findings
         hook = next(name for name, at in findings.layers.items() if at == layer)
         batch = next(iter(self._batches(trainer, NUM_PATCH_IMAGES * trainer.world_size, "Patches")))
-        latents = self._probe.patches(batch, hook)  # [B, P, K]
+        found_at: dict[str, torch.Tensor] = {}
+        self._probe.latents(batch.pixel_values, found_at.__setitem__, [hook])
+        latents = found_at[hook].nan_to_num()  # [B, P, K]
         side = math.isqrt(latents.shape[1])
         if latents.shape[1] - side**2 > 1:  # One more is the encoder's class token, which comes first.
             return None

@@ -2,4 +2,19 @@
 and measure, while it trains, where in the LLM the image tokens start to look like text.
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_limber.loading import load
+
+__all__ = ["load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Only who loads a model waits for torch and transformers."""
+    if name == "load":
+        from lightning_limber.loading import load
+
+        return load
+    raise AttributeError(f"module 'lightning_limber' has no attribute '{name}'")

@@ -70,6 +70,19 @@ def resolve(name: str) -> str:
     return name
 
 
+def source(name: str) -> str:
+    """Where a model's weights come from, as exactly as is known: package and hash, or hub revision."""
+    if name.startswith(PREFIX):
+        asset = ASSETS[name.removeprefix(PREFIX)]
+        return f"{asset.package}=={asset.version}, {asset.member}, SHA-256 {asset.member_sha256}"
+    if Path(name).expanduser().is_dir():
+        return "a local folder"
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    return f"revision {Path(cached).parent.name}" if isinstance(cached, str) else "revision unknown"
+
+
 @contextmanager
 def from_hub(name: str) -> Iterator[str]:
     """`resolve` for what is loaded inside the context, with one clear message when a hub does not give it.

@@ -149,6 +149,8 @@ class VisionEncoder(nn.Module):
         self.config = config
         self.model: Any = None
         self._layer = config.layer
+        self.grid = (0, 0)
+        """Rows and columns of patches in the last forward; their tokens come last, row by row."""
 
     @cached_property
     def transform(self) -> ImageTransform:
@@ -226,6 +228,7 @@ class VisionEncoder(nn.Module):
             cls, patches = features.split([features.shape[1] - h * w, h * w], dim=1)
             grid = patches.transpose(1, 2).unflatten(2, (h, w))
         grid = self._pool(grid)
+        self.grid = grid.shape[-2], grid.shape[-1]
         patches = grid.flatten(2).transpose(1, 2)  # [B, P, D_v]
         return torch.cat([cls, patches], dim=1) if self.config.keep_cls else patches
 

@@ -1,4 +1,4 @@
-"""``python -m lightning_limber fit|validate|test|predict|plan``: configs in, a Trainer that runs out.
+"""``python -m lightning_limber fit|validate|test|predict|plan|export``: configs in, a running Trainer out.
 
 Layers of configuration, later ones win: configs/default.yaml, each ``--config``, then flags. A run that
 goes on from a checkpoint starts from the config that the checkpoint carries instead of the default.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,10 +22,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_limber.callbacks import CaptionSamples, Checkpoints, RunRecord, SAEProbe
 from lightning_limber.data import CaptionData
+from lightning_limber.generation import Decoding
 from lightning_limber.model import Limber
+from lightning_limber.predict import CaptionWriter, Images
 from lightning_limber.resume import newest_checkpoint, read_checkpoint, slurm_job
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan")
+SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "export")
 
 
 def config_dir() -> Path:
@@ -64,10 +67,18 @@ def default_precision(accelerator: str) -> str:
 
 
 class Trainer(pl.Trainer):
-    """Lightning's, and the name of one more subcommand; `LimberCLI` does what it says."""
+    """Lightning's, and the names of two more subcommands; `LimberCLI` does what they say."""
 
     def plan(self) -> None:
         """Says what a run will cost (FLOPs, memory, hours), without loading a weight."""
+
+    def export(self, ckpt_path: str = "last", output: str = "export") -> None:
+        """Writes a run's adapter as a folder for a hub: weights, config, model card.
+
+        Args:
+            ckpt_path: A checkpoint, a run's folder, or ``last``.
+            output: The folder.
+        """
 
 
 NOT_ACCEPTED = re.compile(
@@ -97,17 +108,32 @@ class Parser(LightningArgumentParser):
 class LimberCLI(LightningCLI):
     """LightningCLI with the probe, the caption samples and the checkpoints as config groups of their
     own (``probe``, ``captions``, ``checkpoint``), with a resume that never changes a setting
-    silently, and with a subcommand ``plan``.
+    silently, and with the subcommands ``plan`` and ``export``.
     """
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "plan": set()}
+        known = LightningCLI.subcommands()
+        # `predict` writes each batch and keeps none.
+        return {
+            **known,
+            "predict": known["predict"] | {"return_predictions"},
+            "plan": set(),
+            "export": set(),
+        }
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            add = parser.add_argument
+            text = "Images and folders to caption; null takes the held-out images of the data."
+            add("--images", nargs="+", type=str, default=None, help=text)
+            add("--output", type=str, default="captions.jsonl", help="Written anew: a JSON object a line.")
+            text = "Also write the strongest SAE latents of each image by layer, and where they fire."
+            add("--latents", type=bool, default=False, help=text)
+            parser.add_class_arguments(Decoding)
         if subcommand == "plan":
             add = parser.add_argument
             add(
@@ -138,7 +164,12 @@ class LimberCLI(LightningCLI):
             return
         logger = self._settings.trainer.logger
         runs = Path(logger.init_args.save_dir) / logger.init_args.name
-        path = requeued or (newest_checkpoint(runs) if ckpt_path == "last" else Path(ckpt_path))
+        path = requeued or (runs if ckpt_path == "last" else Path(ckpt_path))
+        if path.is_dir() or ckpt_path == "last":
+            path = newest_checkpoint(path)
+        if self.config.subcommand == "export":
+            self._settings.ckpt_path = str(path)
+            return
         checkpoint = read_checkpoint(path)
         saved = checkpoint["lightning_limber"]["config"]
         # A requeued job's command line is the whole one.
@@ -192,12 +223,20 @@ class LimberCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """None for a plan: the accelerators and devices that the config names are elsewhere."""
-        return None if self.subcommand == "plan" else super().instantiate_trainer(**kwargs)
+        """None for a plan or an export: they run nothing, and a plan's devices are elsewhere."""
+        return None if self.subcommand in ("plan", "export") else super().instantiate_trainer(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand != "plan":
-            return super()._run_subcommand(subcommand)
+        if subcommand == "plan":
+            self._plan()
+        elif subcommand == "export":
+            from lightning_limber.export import export
+
+            export(self._settings.ckpt_path, self._settings.output)
+        else:
+            super()._run_subcommand(subcommand)
+
+    def _plan(self) -> None:
         from lightning_limber import plan
 
         settings, probe = self._settings, self._get(self.config_init, "probe")
@@ -212,6 +251,21 @@ class LimberCLI(LightningCLI):
             caption_tokens=settings.caption_tokens,
         )
         print(plan.table(made))
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "predict":
+            settings = self._settings
+            names = (field.name for field in fields(Decoding))
+            self.model.decoding = Decoding(**{name: settings[name] for name in names})
+            probe = self._get(self.config_init, "probe") if settings.latents else None
+            writer = CaptionWriter(settings.output, probe)
+            self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+            kwargs["return_predictions"] = False
+            if settings.images is not None:
+                data = self.datamodule
+                kwargs["datamodule"] = Images(settings.images, data.val_batch_size, data.num_workers)
+        return kwargs
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,8 @@ from lightning_limber.adapters import Adapter, AdapterConfig
 from lightning_limber.backbones import LLM, VisionConfig, VisionEncoder, fingerprint
 from lightning_limber.data.base import RecordStream
 from lightning_limber.feature_cache import FeatureCache
-from lightning_limber.projectors import read_projector
+from lightning_limber.generation import Decoding, generate
+from lightning_limber.projectors import EXPORTED, read_projector
 from lightning_limber.prompt import Batch, Collator, Prompt, Template
 from lightning_limber.resume import FREE, differences, newest_checkpoint, training_settings
 
@@ -82,8 +83,9 @@ class Limber(pl.LightningModule):
         optimizer: Learning rate and schedule.
         max_caption_tokens: Longer captions are cut there (the end token stays).
         adapter_weights: Start from the adapter in this file, as a new run: a checkpoint of this project,
-            the folder of its runs (``runs/NAME``: the newest), or a projector of LLaVA or LiMBeR (see
-            projectors.py). To continue a run where it stopped, use ``--ckpt_path`` instead.
+            the folder of its runs (``runs/NAME``: the newest), a folder that ``export`` wrote, or a
+            projector of LLaVA or LiMBeR (see projectors.py). To continue a run where it stopped, use
+            ``--ckpt_path`` instead.
         cache_features: Keep the encoder's features of the training images on disk, for runs of several
             epochs over few images; see feature_cache.py.
         compile_llm: Compile the LLM's decoder layers for training steps (torch.compile): a minute or more
@@ -134,6 +136,8 @@ class Limber(pl.LightningModule):
         self._cache: FeatureCache | None = None
         self.run_config: str | None = None
         """The run's whole config as YAML, set by the CLI; travels in the checkpoint."""
+        self.decoding = Decoding()
+        """How `predict` writes, set by the CLI."""
         # Held-out images with their own captions, and with another image's.
         self.val_loss, self.val_loss_shuffled, self.val_accuracy = (
             MeanMetric().set_dtype(torch.float64) for _ in range(3)
@@ -214,7 +218,7 @@ class Limber(pl.LightningModule):
             )
 
     def _load_adapter(self, path: str) -> None:
-        if Path(path).is_dir():
+        if Path(path).is_dir() and not (Path(path) / EXPORTED).is_file():
             path = str(newest_checkpoint(Path(path)))
         state = read_projector(path)
         own = {key: value.shape for key, value in self.adapter.state_dict().items()}
@@ -268,6 +272,13 @@ class Limber(pl.LightningModule):
         else:  # Text alone: the adapter still takes part, so that DDP gets its gradient, zero.
             features = pixel_values.new_zeros(0, *self._feature_shape)
         return self.adapter(features)  # [B, P, D_l]
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of the last forward's image tokens; a kept CLS stands before them."""
+        height, width = self.vision.grid
+        r = self.adapter_config.shuffle if self.adapter_config.kind == "pixel_shuffle" else 1
+        return height // r, width // r
 
     def sequences(self, batch: Batch, image_tokens: Tensor | None) -> Sequences:
         """Puts the image tokens among the embeddings; None gives the same text without an image."""
@@ -367,31 +378,10 @@ class Limber(pl.LightningModule):
         )  # [N, S, D_l]
         return (image_tokens, *self.token_losses(batch, sequences.text_start, hidden))
 
-    @torch.no_grad()
     def generate(self, pixel_values: Tensor, max_new_tokens: int = 48) -> list[str]:
-        """Captions of images [B, 3, H, W], greedily."""
-        batch_size = pixel_values.shape[0]
-        prompt = self.collator().prompt
-        image = self.image_tokens(pixel_values)  # [B, P, D_l]
-        parts = [
-            self.llm.embed(torch.tensor(ids, dtype=torch.long, device=image.device))
-            .expand(batch_size, -1, -1)
-            .to(self.llm.embedding.weight.dtype)
-            for ids in (prompt.prefix_ids, prompt.generation_ids)
-        ]
-        embeds = torch.cat([parts[0], image.to(parts[0].dtype), parts[1]], dim=1)  # [B, S, D_l]
-        tokenizer = self.llm.tokenizer
-        ids = self.llm.model.generate(
-            inputs_embeds=embeds,
-            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-            # A process that is done goes on with the others: each of them holds a part of the layers.
-            synced_gpus=self.llm.sharded,
-        )
-        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        """Captions of images [B, 3, H, W], greedily; see generation.py for more."""
+        decoding = Decoding(max_new_tokens)
+        return [caption.text for caption in generate(self, pixel_values, decoding, log_probabilities=False)]
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -476,10 +466,24 @@ class Limber(pl.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
     on_test_start = on_validation_start
 
+    def on_predict_start(self) -> None:
+        if not self.adapter.calibrated:
+            raise ValueError(
+                "An untrained adapter has nothing to say: give --ckpt_path (last, or a .ckpt file) or "
+                "--model.adapter_weights."
+            )
+
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        captions = self.generate(batch.pixel_values)
+        decoding = replace(self.decoding, seed=self.decoding.seed + batch_idx)
+        captions = generate(self, batch.pixel_values, decoding)
         return [
-            {"image": name, "caption": caption, "references": references}
+            {
+                "image": name,
+                "caption": caption.text,
+                "log_probability": caption.log_probability,
+                "tokens": caption.tokens,
+                **({"references": references} if references else {}),
+            }
             for name, caption, references in zip(batch.ids, captions, batch.captions, strict=True)
         ]
 

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from lightning_limber.findings import Clock, Descriptions, Findings, PassSums, ProbeConfig, Report
 from lightning_limber.gate import TextStats
+from lightning_limber.generation import opening
 from lightning_limber.metrics import ImageSums, SAEAlignment
 from lightning_limber.model import Limber, Sequences
 from lightning_limber.prompt import Batch
@@ -127,25 +128,36 @@ class Probe:
         )
 
     @torch.no_grad()
-    def patches(self, batch: Batch, name: str) -> Tensor:
-        """Latents [B, P, K] of one layer at all image positions of a batch."""
+    def latents(
+        self, pixel_values: Tensor, read: Callable[[str, Tensor], None], names: Iterable[str] | None = None
+    ) -> None:
+        """Hands what the SAEs find in images [B, 3, H, W] to ``read(hook name, latents [B, P, K])``.
+
+        Latents are NaN at image tokens that are never counted.
+
+        Args:
+            pixel_values: On the model's device.
+            read: Called once for each layer; keep little of what it is given.
+            names: Hook names; None: all.
+        """
+        chosen = {name: sae for name, sae in self.saes.items() if names is None or name in names}
         training = self.model.training
         self.model.eval()
-        kept: list[Tensor] = []
         with self.context():
-            tokens = self.model.image_tokens(batch.pixel_values)  # [B, P, D_l]
-            with self.model.llm.residual_hooks({name: kept.append}):
-                self.model.llm.decode(self.model.sequences(batch, tokens).embeds)
+            sequences = opening(self.model, pixel_values)
+            start, end = len(self.model.collator().prompt.prefix_ids), int(sequences.text_start[0])
+            counted = sequences.groups["image"][:, start:end]  # [B, P]
+
+            def look(name: str, residual: Tensor) -> None:
+                x = residual[:, start:end].flatten(0, 1).float()  # [B * P, D_l]
+                found, _ = self._sae(name, x)
+                never = ~(self._keep(name, x) & counted.flatten())
+                read(name, found.masked_fill(never[:, None], torch.nan).unflatten(0, counted.shape))
+
+            for chunk in chunks_on_device(chosen, self.model.device, self.sae_memory_gb):
+                with self.model.llm.residual_hooks({name: partial(look, name) for name in chunk}):
+                    self.model.llm.decode(sequences.embeds)
         self.model.train(training)
-        images, start = torch.arange(len(tokens), device=tokens.device), len(batch.prefix_ids)
-        first = (batch.image_index == images[:, None]).int().argmax(-1)  # [B] an image's first sequence
-        x = kept[0][first, start : start + tokens.shape[1]]  # [B, P, D_l]
-        one = {name: self.saes[name]}
-        [latents] = [
-            self._sae(name, x.flatten(0, 1).float())[0]
-            for _ in chunks_on_device(one, self.model.device, self.sae_memory_gb)
-        ]
-        return latents.view(*x.shape[:2], -1)
 
     # -- passes -----------------------------------------------------------------------------------
 

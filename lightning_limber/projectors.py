@@ -11,7 +11,7 @@ A layout is recognised by the keys in the file, never by the file's name:
   (``weight``, ``bias``), loaded strictly into ``image_prefix.proj`` (github.com/jmerullo/limber:
   use_limber.py, image_prefix.py); a state dict of the whole model is read too, also below ``module.``.
 * Any other ``nn.Linear`` alone in its file, with or without a prefix before ``weight`` and ``bias``.
-* A checkpoint of this project.
+* A checkpoint of this project, or a folder that its ``export`` wrote.
 
 A projector is only the same map behind the same features and before the same LLM: the config must
 name the encoder, layer, image size, crop and prompt that it was trained with, and the LLM. For
@@ -31,6 +31,8 @@ from torch import Tensor
 
 from lightning_limber.resume import read_checkpoint
 
+EXPORTED = "adapter.safetensors"
+"""Weights in a folder that ``export`` wrote."""
 # What stands before the projector's own keys in a file that may hold much else.
 STEMS = ("mm_projector", "multi_modal_projector", "image_prefix.proj")
 # The projector's layers by the name they have there, and in adapters.py.
@@ -45,18 +47,21 @@ def read_projector(path: str | Path) -> dict[str, Tensor]:
     """Reads an adapter's weights as a state dict of `adapters.Adapter`.
 
     Args:
-        path: A ``.safetensors`` file, or one that ``torch.load`` reads (plain values and tensors only).
+        path: A ``.safetensors`` file, one that ``torch.load`` reads (plain values and tensors only), or an
+            exported folder.
 
     Returns:
-        A checkpoint of this project: its adapter, unchanged. Any other: float32 ``project.weight``
-        [D_l, D_v] and ``project.bias`` [D_l] (kind ``linear``), or the same under ``project.0.`` and
-        ``project.2.`` (kind ``mlp``); a missing bias is zero. ``calibrated`` is true, so that the
-        published scale is kept; there is no input norm (``input_norm: none``).
+        A checkpoint or export of this project: its adapter, unchanged. Any other: float32
+        ``project.weight`` [D_l, D_v] and ``project.bias`` [D_l] (kind ``linear``), or the same under
+        ``project.0.`` and ``project.2.`` (kind ``mlp``); a missing bias is zero. ``calibrated`` is true,
+        so that the published scale is kept; there is no input norm (``input_norm: none``).
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: its keys are in none of the layouts above.
     """
+    if (Path(path) / EXPORTED).is_file():
+        path = Path(path) / EXPORTED
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"No file at '{path}'. Give a checkpoint or projector file (of a model in several files, "
@@ -71,6 +76,8 @@ def read_projector(path: str | Path) -> dict[str, Tensor]:
     if "lightning_limber" in weights:
         own = read_checkpoint(path)["state_dict"]
         return {key.removeprefix("adapter."): value for key, value in own.items()}
+    if "calibrated" in weights:  # Only this project's adapters have it.
+        return weights
     projector = _projector(weights)
     for layers in LAYOUTS:
         required = {f"{layer}weight" for layer in layers}

@@ -93,8 +93,8 @@ class Batch:
     scenes: list[dict[str, Any] | None] = field(default_factory=list)
     index: list[int] = field(default_factory=list)
     """Places of the images in their data set, B."""
-    skipped: list[str] = field(default_factory=list)
-    """Records that could not be read and are not in the batch, with the reason."""
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+    """Records that could not be read and are not in the batch: place in their data set and reason."""
 
     def pin_memory(self) -> Batch:
         for name, value in vars(self).items():
@@ -191,6 +191,14 @@ class Prompt:
         # A space that ends the prompt belongs to the caption's first token.
         return self._encode(before.rstrip(" "))
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens at which a caption is over: EOS, and the special token that the prompt puts behind it."""
+        after = self._between_turns(1)[2] + self.after if self.is_conversation else self.after
+        tokens = self.tokenizer.added_tokens_decoder
+        ends = [i for i in self._encode(after)[:1] if i in tokens and tokens[i].special]
+        return list(dict.fromkeys([self.tokenizer.eos_token_id, *ends]))
+
     def text(
         self, caption: str | Turns, has_image: bool = True
     ) -> tuple[list[int], list[bool], list[bool], bool]:
@@ -260,7 +268,7 @@ class Collator:
         records: Sequence[Record],
         captions: Sequence[Sequence[str | Turns]],
         index: Sequence[int] = (),
-        skipped: Sequence[str] = (),
+        skipped: Sequence[tuple[int, str]] = (),
         share_prefix: bool = False,
     ) -> Batch:
         """Makes the batch.

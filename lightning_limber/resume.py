@@ -50,12 +50,13 @@ def slurm_job() -> str | None:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The most recently written ``last.ckpt`` of the runs in `folder`.
+    """The most recently written ``last.ckpt`` of the runs in `folder`, or of the run that it is.
 
     Raises:
         FileNotFoundError: no run there has saved anything.
     """
-    found = sorted(folder.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    runs = (*folder.glob("*/checkpoints/last.ckpt"), *folder.glob("checkpoints/last.ckpt"))
+    found = sorted(runs, key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(
             f"--ckpt_path last: no run in '{folder}' has saved a checkpoint yet. Start one with `fit` "

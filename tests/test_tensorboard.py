@@ -159,7 +159,9 @@ def test_patch_maps_against_a_second_computation(cli):
     [loader] = [cli.datamodule.probe_dataloader(4)]
     batch = next(iter(loader))
     hook = "blocks.2.hook_resid_post"
-    latents = probe.patches(batch, hook)  # [B, P, K]
+    found_at = {}
+    probe.latents(batch.pixel_values, found_at.__setitem__, [hook])
+    latents = found_at[hook].nan_to_num()  # [B, P, K]
     maps = probe.findings.matching(hook, latents, batch.captions)
     model.eval()
     for i in range(4):

@@ -100,7 +100,7 @@ class _BatchSource:
                 indices.append(index)
             # A picture that cannot be read: left out, counted, and too many stop the run (BatchLoader).
             except (OSError, SyntaxError) as error:
-                skipped.append(f"record {index}: {error}")
+                skipped.append((index, str(error)))
         # The control: every image with the captions of the next one, whatever the batches are.
         owners = [self._next(i) for i in indices] if self.shuffled else records
         captions = [
@@ -248,8 +248,8 @@ class BatchLoader:
                 self._report(batch.skipped, bad, seen)
             yield batch
 
-    def _report(self, skipped: list[str], bad: int, seen: int) -> None:
-        lines = "\n  ".join(skipped)
+    def _report(self, skipped: list[tuple[int, str]], bad: int, seen: int) -> None:
+        lines = "\n  ".join(f"record {index}: {reason}" for index, reason in skipped)
         if bad > max(8, self.max_bad_share * max(seen, 1000)):
             raise ValueError(
                 f"{bad} of {seen} records could not be read, more than data.max_bad_share="
