@@ -15,7 +15,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -149,6 +149,7 @@ class VisionEncoder(nn.Module):
         self.config = config
         self.model: Any = None
         self._layer = config.layer
+        self._autocast_dtype: torch.dtype | None = None
         self.grid = (0, 0)
         """Rows and columns of patches in the last forward; their tokens come last, row by row."""
 
@@ -201,8 +202,11 @@ class VisionEncoder(nn.Module):
         self._layer = used - 1
 
     def prepare_autocast(self, dtype: torch.dtype) -> None:
-        """Stores the matrices in `dtype`, as autocast would round them at every call."""
+        """Stores the matrices in `dtype`, as autocast would round them at every call; from now on every
+        forward is under autocast.
+        """
         store_matrices(self.model, dtype)
+        self._autocast_dtype = dtype
 
     @property
     def _patch_size(self) -> int | tuple[int, int]:
@@ -211,7 +215,9 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
-        output = self.model(pixel_values, **self._kwargs)
+        dtype = self._autocast_dtype
+        with torch.autocast(pixel_values.device.type, dtype) if dtype else nullcontext():
+            output = self.model(pixel_values, **self._kwargs)
         layer = self._layer
         if layer != -1 and not -len(output.hidden_states) <= layer < len(output.hidden_states):
             raise ValueError(

@@ -260,7 +260,7 @@ class Limber(pl.LightningModule):
             )
         if not len(batch.pixel_values):
             raise ValueError(f"None of the first {len(batch.ids)} training records has an image.")
-        features = self.vision(batch.pixel_values.to(self.device))
+        features = self.vision(batch.pixel_values.to(self.device)).float()
         self.adapter.calibrate(features, torch.tensor(self.token_norm, device=self.device))
 
     # -- forward ----------------------------------------------------------------------------------

@@ -313,3 +313,15 @@ def test_compiled_layers_change_no_number(fit):
     ]
     assert not torch.equal(*weights)  # It did something.
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", ["dinov2", "resnet"])
+def test_bf16_autocast_runs_the_same_experiment(fit, tmp_path, encoder):
+    flags = [f"--model.vision.name={tiny.write_vision(tmp_path, encoder)}", "--model.vision.pool=1"]
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        cli = fit(f"--trainer.precision={precision}", "--trainer.max_steps=4", *flags, probe=True)
+        losses.append(float(cli.trainer.callback_metrics["val/loss"]))
+    assert cli.model.llm.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)

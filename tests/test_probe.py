@@ -208,8 +208,10 @@ def test_two_processes_are_one(models, tmp_path):
         logs.append(events(root / "runs/default/version_0"))
     one, two = logs
     assert sorted(one.Tags()["scalars"]) == sorted(two.Tags()["scalars"])
-    # How a batch is split decides what is padding.
-    for tag in set(one.Tags()["scalars"]) - {"train/padding"}:
+    for tag in one.Tags()["scalars"]:
+        # How a batch is split decides what is padding; time and memory are what they are.
+        if tag == "train/padding" or tag.startswith(("probe_seconds/", "memory/")):
+            continue
         a, b = ([(e.step, e.value) for e in log.Scalars(tag)] for log in logs)
         assert [step for step, _ in a] == [step for step, _ in b], tag
         # 1e-3: the second epoch starts from weights that differ by the rounding of a split sum.
@@ -303,7 +305,7 @@ def test_memory_by_image(fit):
         def at_the_end_of_the_passes(*args):
             nonlocal peak
             gc.collect()
-            peak = sum(x.nbytes for x in gc.get_objects() if isinstance(x, torch.Tensor))
+            peak = sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor)
 
         probe.findings._geometry = at_the_end_of_the_passes
         probe.run(callback._batches(trainer, images, ""))
