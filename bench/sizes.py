@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_limber.adapters import AdapterConfig
 from lightning_limber.backbones import VisionConfig
 from lightning_limber.data import CaptionData
-from lightning_limber.data.base import RecordSet
+from lightning_limber.data.loader import RecordSet
 from lightning_limber.data.scenes import SceneSet
 from lightning_limber.model import Limber
 from lightning_limber.prompt import Batch, Record

@@ -24,7 +24,7 @@ from torchmetrics import MeanMetric
 from lightning_limber import __version__
 from lightning_limber.adapters import Adapter, AdapterConfig
 from lightning_limber.backbones import LLM, VisionConfig, VisionEncoder, fingerprint
-from lightning_limber.data.base import RecordStream
+from lightning_limber.data.loader import RecordStream
 from lightning_limber.feature_cache import FeatureCache
 from lightning_limber.generation import Decoding, generate
 from lightning_limber.projectors import EXPORTED, read_projector

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from lightning_limber.data import CaptionData, ImageFolder, Scenes
-from lightning_limber.data.base import BatchLoader, _BatchSource
 from lightning_limber.data.image_folder import hash_share, open_image
+from lightning_limber.data.loader import BatchLoader, BatchSource
 from lightning_limber.data.scenes import (
     COLOURS,
     HELD_OUT,
@@ -51,7 +51,7 @@ class Drawn(NamedTuple):
 
 
 def loader(count: int = 22, rank: int = 0, world_size: int = 1, **kwargs) -> BatchLoader:
-    source = _BatchSource(
+    source = BatchSource(
         Numbers(count), lambda records, captions, *_: Drawn([r.id for r in records], captions), 1, 0
     )
     kwargs = {"shuffle": True, "num_workers": 0, **kwargs}

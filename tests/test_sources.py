@@ -17,7 +17,7 @@ from PIL import Image
 
 from lightning_limber.backbones import LLM, ImageTransform
 from lightning_limber.data import CocoCaptions, HuggingFaceCaptions, ImageFolder, LLaVAConversations, Shards
-from lightning_limber.data.base import PackedList, shuffled_order
+from lightning_limber.data.loader import PackedList, shuffled_order
 from lightning_limber.data.shards import expand_braces
 from lightning_limber.prompt import Collator, Prompt
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_limber.data.base import CaptionData, PackedList, RecordSet
+from lightning_limber.data.base import CaptionData
 from lightning_limber.data.image_folder import hash_share, open_image
+from lightning_limber.data.loader import PackedList, RecordSet
 from lightning_limber.prompt import Record, Turns
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_limber.data.base import CaptionData, RecordSet, RecordStream
+from lightning_limber.data.base import CaptionData
 from lightning_limber.data.image_folder import open_image
+from lightning_limber.data.loader import RecordSet, RecordStream
 from lightning_limber.prompt import Record
 
 SHUFFLE_BUFFER = 10_000

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from lightning_limber.assets import cache_dir
-from lightning_limber.data.base import CaptionData, RecordSet
+from lightning_limber.data.base import CaptionData
+from lightning_limber.data.loader import RecordSet
 from lightning_limber.prompt import Record
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}

@@ -17,7 +17,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from lightning_limber.data.base import CaptionData, RecordSet
+from lightning_limber.data.base import CaptionData
+from lightning_limber.data.loader import RecordSet
 from lightning_limber.prompt import Record
 
 COLOURS = {

@@ -22,8 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 from lightning_limber.assets import cache_dir
-from lightning_limber.data.base import CaptionData, RecordSet
+from lightning_limber.data.base import CaptionData
 from lightning_limber.data.image_folder import SUFFIXES, open_image
+from lightning_limber.data.loader import RecordSet
 from lightning_limber.prompt import Record
 
 
