@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -231,16 +230,11 @@ def pictures(
         size.features.image_size or 224,
         batch_size=size.batch_size,
         captions_per_image=captions,
-        **({"share_prefix": True} if share_prefix else {}),
+        share_prefix=share_prefix,
     )
     attach(data, model)
     data.ready = list(CaptionData.train_dataloader(data))
     return data
-
-
-def can_share_prefix() -> bool:
-    """Whether this version lays several captions of an image in one sequence (``data.share_prefix``)."""
-    return "share_prefix" in inspect.signature(CaptionData).parameters
 
 
 def attach(data: CaptionData, model: Limber) -> None:

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import measure
 from bench.measure import Clock, Laps, Row
-from bench.sizes import Setup, Size, can_share_prefix, limber, pictures
+from bench.sizes import Setup, Size, limber, pictures
 from lightning_limber.backbones import VisionEncoder
 from lightning_limber.cli import default_precision
 from lightning_limber.prompt import Batch
@@ -259,8 +259,7 @@ class Contenders:
     def names(self) -> list[str]:
         bf16 = self.precision == "bf16-mixed"
         if self.captions > 1:
-            shared = ["limber-shared"] if can_share_prefix() else []
-            return [*shared, "limber", "llava-bf16" if bf16 else "llava-fp32"]
+            return ["limber-shared", "limber", "llava-bf16" if bf16 else "llava-fp32"]
         names = ["limber", "limber-step", "llava-fp32", "plain-fp32"]
         if bf16:
             names += ["limber-fp32", "llava-bf16", "llava-bf16-weights", "plain-bf16"]
