@@ -127,7 +127,7 @@ def test_cost_is_logged(log):
 def test_the_run_says_how_it_was_made(folder, cli):
     [start] = json.loads((folder / "run.json").read_text())
     assert start["images"] == {"train": 16, "held out": 60}
-    assert start["versions"]["torch"] == torch.__version__
+    assert start["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert start["from_step"] == 0
     assert start["command"].startswith("python ")
 
