@@ -6,7 +6,9 @@ Ours makes every reconstruction metric of image, caption and text tokens by imag
 intervals. The peers add up less, which favours them: squared error, squared norm, mean, cosine and l0 of
 each layer and group. Names of contenders:
 
-    limber      `Probe.run` without extras
+    limber      `Probe.run` without extras, as at the epochs of a run after the first probe: what the
+                frozen LLM makes of the captions alone is known by then
+    limber-first  the first probe of a run
     saelens     HookedSAETransformer.run_with_cache of all layers' residual streams, then each SAE
     dense       residual streams of all layers written to one .pt an image, then read again for the SAEs
 """
@@ -32,7 +34,7 @@ from lightning_limber.model import Sequences
 from lightning_limber.probing import Probe, ProbeConfig
 from lightning_limber.prompt import Batch
 
-NAMES = ["limber", "saelens", "dense"]
+NAMES = ["limber", "limber-first", "saelens", "dense"]
 ACTIVE_SHARE = 1 / 128
 Groups = dict[str, Tensor]
 """Flat positions of each group's tokens in [N * S]."""
@@ -80,6 +82,12 @@ class Contenders:
         self.names = [f"blocks.{i}.hook_resid_post" for i in range(len(self.model.llm.layers))]
         self.saes = self._make_saes(batch)
         self.hooked: Any = None
+        self.probe = self.make_probe()
+
+    def make_probe(self) -> Probe:
+        # Nothing is an outlier, as for the peers.
+        text = dict.fromkeys(self.names, TextStats(1e30, 1.0, 0.0, 0.0))
+        return Probe(self.model, self.saes, text, ProbeConfig(extras=()), context=self.context)
 
     def context(self) -> Any:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
@@ -129,15 +137,15 @@ class Contenders:
 
     # -- contenders -------------------------------------------------------------------------------
 
-    def limber(self, batches: Iterable[Batch]) -> Found:
-        # Nothing is an outlier, as for the peers.
-        text = dict.fromkeys(self.names, TextStats(1e30, 1.0, 0.0, 0.0))
-        probe = Probe(self.model, self.saes, text, ProbeConfig(extras=()), context=self.context)
+    def limber(self, batches: Iterable[Batch], same_captions: bool = True) -> Found:
         found: Found = {}
-        for row in probe.run(batches).rows:
+        for row in self.probe.run(batches, same_captions=same_captions).rows:
             if row.layer is not None:
                 found.setdefault((row.group, row.layer), {})[row.metric] = row.value
         return found
+
+    def limber_first(self, batches: Iterable[Batch]) -> Found:
+        return self.limber(batches, same_captions=False)
 
     @torch.no_grad()
     def saelens(self, batches: Iterable[Batch]) -> Found:
@@ -226,7 +234,7 @@ class Contenders:
 
     def run(self, name: str, batches: Iterable[Batch]) -> tuple[float, Found]:
         """Seconds of one probe, and what it found."""
-        made: Callable[[Iterable[Batch]], Found] = getattr(self, name)
+        made: Callable[[Iterable[Batch]], Found] = getattr(self, name.replace("-", "_"))
         if self.device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -240,6 +248,7 @@ def _memory(setup: Setup, name: str) -> Row:
     found: Row = {}
     contenders.run(name, contenders.batches(setup.size.num_images))  # Warms up.
     for factor in (1, 4):
+        contenders.probe = contenders.make_probe()  # Other images: their captions are not known yet.
         images = contenders.batches(factor * setup.size.num_images)
         memory = measure.peak_memory(setup.device, partial(contenders.run, name, images))
         found |= {f"{key}_{factor}n": value for key, value in memory.items()}

@@ -257,6 +257,7 @@ class SAEProbe(pl.Callback):
             self._batches(trainer, self.num_images, "Probing"),
             self._batches(trainer, self.costly_images, "Probing layer by layer") if costly else (),
             data.attributes,
+            same_captions=True,
         )
         self.history[epoch] = report.rows
         patches = self._matching_patches(trainer, module, report.rows)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -293,6 +294,8 @@ class LLM(nn.Module):
         config = self.model.config.get_text_config()
         self.hidden_size: int = config.hidden_size
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        self.longest_row: int = getattr(config, "sliding_window", None) or sys.maxsize
+        """Longest sequence in which a mask can keep texts apart; 0 where the model heeds none."""
         self.layers = self._find_layers(config.num_hidden_layers)
         if weights:
             self._check_steps()
@@ -334,6 +337,15 @@ class LLM(nn.Module):
                 "not add up to the model's own logits. Its head does something this project does not "
                 "know about (a scale, a soft cap); it is not supported."
             )
+        # Twice in one row, kept apart by a mask: not every architecture heeds it (recurrent ones do not).
+        length = ids.shape[1]
+        number = torch.arange(2).repeat_interleave(length)  # [2 * S]
+        apart = (number[:, None] == number).tril()[None, None]
+        positions = torch.arange(length).repeat(2)[None]
+        if 2 * length <= self.longest_row:
+            both = self.decode(self.embed(ids.repeat(1, 2)), mask=apart, positions=positions)[0]
+            if not torch.allclose(both[length:], whole, rtol=1e-3, atol=1e-3):
+                self.longest_row = 0
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -374,7 +386,7 @@ class LLM(nn.Module):
         """
         extra: dict[str, Tensor] = {}
         if mask is not None and positions is not None:
-            self._check_window(int(inputs_embeds.shape[1]))
+            self._check_row(int(inputs_embeds.shape[1]))
             lowest = torch.finfo(torch.bfloat16).min  # Of every dtype that attention may be computed in.
             extra["attention_mask"] = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(
                 ~mask, lowest
@@ -395,12 +407,14 @@ class LLM(nn.Module):
                 self.layers[i] = layer
         return output.last_hidden_state
 
-    def _check_window(self, length: int) -> None:
-        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        if window is not None and length > window:
+    def _check_row(self, length: int) -> None:
+        if length > self.longest_row:
+            why = f"longer than the sliding window of {self.name}, {self.longest_row}"
+            if not self.longest_row:
+                why = f"and {self.name} does not keep texts apart by a mask"
             raise ValueError(
-                f"Captions that share an image make sequences of {length} tokens, longer than the sliding "
-                f"window of {self.name}, {window}: set data.share_prefix to false."
+                f"Captions that share an image make sequences of {length} tokens, {why}: set "
+                "data.share_prefix to false."
             )
 
     def logits(self, hidden: Tensor) -> Tensor:

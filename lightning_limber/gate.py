@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lightning_limber.backbones import LLM
 from lightning_limber.metrics import SAEAlignment, alignment
+from lightning_limber.sae import reconstruct
 from lightning_limber.suite import activations
 
 TEXT = Path(__file__).parent / "gate_text.txt"
@@ -100,7 +101,7 @@ def measure(
             return
         with torch.autocast(device.type, enabled=False):
             latents = saes[name].encode(x)
-            reconstruction = saes[name].decode(latents)
+            reconstruction = reconstruct(saes[name], latents)
         row = torch.zeros(len(x), dtype=torch.long, device=device)
         metrics[name].update(x, reconstruction, latents, row, [0], norm <= limits[name])
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}
-"""Of float32 logits at a time: about what a CPU's cache holds; enough to fill a GPU."""
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+"""Of float32 logits at a time. The head's weights are read once for each chunk: fewer are faster (two CPU
+cores, 213 targets, 49,152 x 576 in float32: 0.43 s with 2**23, 0.25 s with 2**25, 0.23 s in one chunk)."""
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -32,7 +33,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         """Weight is [V, D_l]; `softcap` is Gemma 2's: logits are softcap * tanh(logits / softcap)."""
-        rows = max(1, CHUNK_BYTES.get(hidden.device.type, 2**23) // (4 * len(weight)))
+        rows = max(1, CHUNK_BYTES.get(hidden.device.type, 2**25) // (4 * len(weight)))
         losses = torch.empty(len(hidden), device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         gradient = torch.empty_like(hidden, dtype=weight.dtype) if ctx.needs_input_grad[0] else None

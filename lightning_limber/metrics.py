@@ -173,21 +173,19 @@ class SAEAlignment(Metric):
         Args:
             x: [n, D] residual stream.
             reconstruction: [n, D] of the SAE, on the same scale.
-            latents: [n, K] of the SAE; a latent is active where it is positive.
+            latents: [n, K] of the SAE, none negative; a latent is active where it is positive.
             row: [n] which of the B images each token belongs to.
             image: [B] places of these images in the held-out set.
             keep: [n] false at tokens to leave out and count as outliers; None keeps all.
         """
         image = torch.as_tensor(image, device=x.device)
         keep = torch.ones(len(x), dtype=torch.bool, device=x.device) if keep is None else keep
-        left_out, weight = ~keep[:, None], keep.double()
-        x, reconstruction = (t.double().masked_fill(left_out, 0) for t in (x, reconstruction))
-        latents = latents.float().masked_fill(left_out, 0)
+        x, reconstruction = x.double(), reconstruction.double()
         norm, norm_reconstruction = x.norm(dim=-1), reconstruction.norm(dim=-1)
         by_token = torch.stack(
             [
-                weight,
-                1 - weight,
+                torch.ones_like(norm),
+                torch.zeros_like(norm),
                 norm**2,
                 ((x - reconstruction) ** 2).sum(-1),
                 # A zero vector has no direction and no length to compare with: it counts as 0.
@@ -197,15 +195,19 @@ class SAEAlignment(Metric):
                 (latents > 0).sum(-1).double(),
             ],
             dim=-1,
-        )
+        )  # [n, 8]
+        # Of a token that is left out it is known that it was, and no more.
+        outlier = by_token.new_tensor([name == "outliers" for name in SUMS])
+        by_token = torch.where(keep[:, None], by_token, outlier)
 
-        def by_image(values: Tensor) -> Tensor:
-            return values.new_zeros(len(image), values.shape[-1]).index_add_(0, row, values)
+        def by_image(values: Tensor, row: Tensor) -> Tensor:
+            return values.new_zeros(len(image) + 1, values.shape[-1]).index_add_(0, row, values)[:-1]
 
+        kept_row = torch.where(keep, row, len(image))  # The last row takes what is left out.
         self.image.append(image)
-        self.sums.append(by_image(by_token))
-        self.total.append(by_image(x))
-        self.strength.append(by_image(latents.clamp_min(0)).bfloat16())
+        self.sums.append(by_image(by_token, row))
+        self.total.append(by_image(x, kept_row))
+        self.strength.append(by_image(latents.float(), kept_row).bfloat16())
 
     def compute(self) -> ImageSums:
         """All images' sums, on the CPU, in the order of the held-out set."""

@@ -27,6 +27,7 @@ from lightning_limber.backbones import LLM, VisionConfig, VisionEncoder, fingerp
 from lightning_limber.data.loader import RecordStream
 from lightning_limber.feature_cache import FeatureCache
 from lightning_limber.generation import Decoding, generate
+from lightning_limber.packing import fill_rows, pack
 from lightning_limber.projectors import EXPORTED, read_projector
 from lightning_limber.prompt import Batch, Collator, Prompt, Template
 from lightning_limber.resume import FREE, differences, newest_checkpoint, training_settings
@@ -337,13 +338,16 @@ class Limber(pl.LightningModule):
         positions = torch.where(place >= 0, text_start[:, None] + column - first, column)
         return mask[:, None], positions
 
-    def token_losses(self, batch: Batch, text_start: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def token_losses(
+        self, batch: Batch, sequences: Sequences, hidden: Tensor, place: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Cross-entropy in nats and correctness of each of the n target tokens: two tensors [n].
 
         Args:
             batch: Has the targets.
-            text_start: [N] position of the first text token.
-            hidden: [N, S, D_l] last hidden states.
+            sequences: What the LLM was given, before packing.
+            hidden: [N, S, D_l] last hidden states; packed, [R, W, D_l].
+            place: [N * S] where each position is in packed ones.
         """
         row, column = batch.target_index.unbind(1)  # [n]
         # A token is predicted one position before it stands; the first of a caption, before the captions.
@@ -353,7 +357,9 @@ class Limber(pl.LightningModule):
             opens = number[row, column] != number[row, before.clamp_min(0)]
             before = torch.where(opens, -1, before)
         # Only target rows reach the vocabulary.
-        position = row * hidden.shape[1] + text_start[row] + before
+        position = row * sequences.embeds.shape[1] + sequences.text_start[row] + before
+        if place is not None:
+            position = place[position]
         rows = hidden.flatten(0, 1).index_select(0, position)  # [n, D_l]
         return self.llm.token_losses(rows, batch.text_ids[row, column])
 
@@ -373,10 +379,24 @@ class Limber(pl.LightningModule):
         else:
             image_tokens = self.image_tokens(batch.pixel_values)
         sequences = self.sequences(batch, image_tokens)
-        hidden = self.llm.decode(
-            sequences.embeds, mask=sequences.mask, positions=sequences.positions
-        )  # [N, S, D_l]
-        return (image_tokens, *self.token_losses(batch, sequences.text_start, hidden))
+        embeds, mask, positions, place = self._pack(batch, sequences, image_tokens.shape[1])
+        hidden = self.llm.decode(embeds, mask=mask, positions=positions)  # [N, S, D_l] or packed
+        return (image_tokens, *self.token_losses(batch, sequences, hidden, place))
+
+    def _pack(
+        self, batch: Batch, sequences: Sequences, image_tokens: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Several sequences to a row where that spares padding; see packing.py."""
+        embeds, mask, positions = sequences.embeds, sequences.mask, sequences.positions
+        lengths = [
+            length + image_tokens * has for length, has in zip(batch.lengths, batch.has_image, strict=True)
+        ]
+        rows = fill_rows(lengths, embeds.shape[1], self.llm.hidden_size, self.llm.longest_row)
+        place = None
+        if len(rows) < len(lengths):
+            embeds, mask, positions, place = pack(embeds, mask, positions, rows, lengths)
+        self.position_counts = sum(lengths), embeds.shape[0] * embeds.shape[1]
+        return embeds, mask, positions, place
 
     def generate(self, pixel_values: Tensor, max_new_tokens: int = 48) -> list[str]:
         """Captions of images [B, 3, H, W], greedily; see generation.py for more."""
@@ -393,8 +413,13 @@ class Limber(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         image_tokens, losses, correct = self(batch)
         norms = image_tokens.detach().float().norm(dim=-1)  # [B, P]
-        positions = self._positions(batch, image_tokens.shape[1])
-        counts = [len(losses), norms.numel(), *positions, sum(batch.truncated), len(batch.truncated)]
+        counts = [
+            len(losses),
+            norms.numel(),
+            *self.position_counts,
+            sum(batch.truncated),
+            len(batch.truncated),
+        ]
         sums = torch.cat(
             [
                 torch.stack([losses.detach().sum(), correct.sum().float(), norms.sum()]),
@@ -415,7 +440,7 @@ class Limber(pl.LightningModule):
             "train/accuracy": correct_sum / count,
             # Mean norm of the image tokens, in units of the LLM's own token embeddings.
             "train/adapter_norm": norm_sum / image_count / self.token_norm,
-            # Share of all positions that are padding, and of the captions that are cut.
+            # Share of the LLM's positions that no target needs, and of the captions that are cut.
             "train/padding": 1 - real / padded,
             "train/truncated": cut / texts,
         }
@@ -423,14 +448,6 @@ class Limber(pl.LightningModule):
         self.log("loss", log["train/loss"], prog_bar=True, logger=False, batch_size=len(batch.ids))
         self.log("train/lr", cast(Any, self.lr_schedulers()).get_last_lr()[0])
         return loss
-
-    @staticmethod
-    def _positions(batch: Batch, image_tokens: int) -> tuple[int, int]:
-        """Positions of the batch's sequences: real ones, and all with padding."""
-        prefix, (count, width) = len(batch.prefix_ids), batch.text_ids.shape
-        with_image = count - batch.text_only
-        real = batch.text_tokens + prefix * count + image_tokens * with_image
-        return real, count * (prefix + width + image_tokens * bool(with_image))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]

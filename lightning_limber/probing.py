@@ -37,7 +37,7 @@ from lightning_limber.generation import opening
 from lightning_limber.metrics import ImageSums, SAEAlignment
 from lightning_limber.model import Limber, Sequences
 from lightning_limber.prompt import Batch
-from lightning_limber.sae import chunks_on_device, hook_layer
+from lightning_limber.sae import chunks_on_device, hook_layer, reconstruct
 
 
 class Probe:
@@ -71,6 +71,7 @@ class Probe:
         self.context, self.gather, self.sae_memory_gb = context, gather, sae_memory_gb
         self.extras = set(config.extras)
         self.clock = Clock()
+        self._text_sums: dict[str, ImageSums] = {}
         layers = {name: hook_layer(name) for name in self.saes}
         self.findings = Findings(layers, text, config, descriptions or {}, model.llm, self.clock)
 
@@ -80,6 +81,7 @@ class Probe:
         batches: Iterable[Batch],
         costly_batches: Iterable[Batch] = (),
         attributes: Callable[[Any], set[str] | None] = lambda scene: None,
+        same_captions: bool = False,
     ) -> Report:
         """Measures everything.
 
@@ -88,12 +90,16 @@ class Probe:
                 of SAEs.
             costly_batches: The first of them again, for the costly metrics; may be empty.
             attributes: Truth of a scene in words, for the detectors.
+            same_captions: The captions are the same at every call: what the LLM makes of them without an
+                image is then measured by the first alone, as neither LLM nor SAEs ever change.
         """
         self.clock.seconds.clear()
         training = self.model.training
         self.model.eval()
-        groups = ["image", "caption", "text", *(["noise"] if "noise" in self.extras else [])]
-        sums: dict[tuple[str, str], ImageSums] = {}
+        known = self._text_sums if same_captions else {}
+        groups = ["image", "caption", *([] if known else ["text"])]
+        groups += ["noise"] if "noise" in self.extras else []
+        sums = {("text", name): of for name, of in known.items()}
         truth: dict[int, tuple[int, list[str], set[str] | None]] = {}
         lens: dict[str, list[Tensor]] = {name: [] for name in self.saes}
         losses: dict[int, list[float]] = defaultdict(list)
@@ -112,10 +118,17 @@ class Probe:
             for batch in costly_batches:
                 self._costly_pass(batch, names, sums, losses, cross)
         self.model.train(training)
+        if same_captions:
+            self._text_sums = {name: sums["text", name] for name in self.saes}
         return self.findings.report(
             PassSums(
                 # In one order, whatever the chunks were.
-                groups={(group, name): sums[group, name] for group in groups for name in self.saes},
+                groups={
+                    (group, name): sums[group, name]
+                    for group in ("image", "caption", "text", "noise")
+                    for name in self.saes
+                    if (group, name) in sums
+                },
                 truth=sorted(self.gather(list(truth.values())), key=lambda item: item[0]),
                 lens={
                     name: set(self.gather(torch.cat(parts).tolist()))
@@ -150,7 +163,8 @@ class Probe:
 
             def look(name: str, residual: Tensor) -> None:
                 x = residual[:, start:end].flatten(0, 1).float()  # [B * P, D_l]
-                found, _ = self._sae(name, x)
+                with torch.autocast(x.device.type, enabled=False):
+                    found = self.saes[name].encode(x)  # [B * P, K]
                 never = ~(self._keep(name, x) & counted.flatten())
                 read(name, found.masked_fill(never[:, None], torch.nan).unflatten(0, counted.shape))
 
@@ -173,7 +187,9 @@ class Probe:
             tokens = self.model.image_tokens(batch.pixel_values)
             sequences = self.model.sequences(batch, tokens)
             self._forward(batch, names, sequences, {"image": "image", "caption": "caption"}, metrics, lens)
-            self._forward(batch, names, self.model.sequences(batch, None), {"text": "caption"}, metrics)
+            if ("text", names[0]) in metrics:
+                alone = self.model.sequences(batch, None)
+                self._forward(batch, names, alone, {"text": "caption"}, metrics)
             if "noise" in self.extras:
                 with self.clock("noise"):
                     noise = self.model.sequences(batch, gaussian_like(tokens, batch.ids))
@@ -226,7 +242,7 @@ class Probe:
         """Latents [n, K] and reconstruction [n, D_l] of float32 tokens."""
         with torch.autocast(x.device.type, enabled=False):
             latents = self.saes[name].encode(x)
-            return latents, self.saes[name].decode(latents)
+            return latents, reconstruct(self.saes[name], latents)
 
     def _keep(self, name: str, x: Tensor) -> Tensor:
         """Which of the tokens [n, D_l] are no outliers."""
@@ -283,7 +299,7 @@ class Probe:
 
     def _losses(self, batch: Batch, sequences: Sequences, hidden: Tensor) -> Tensor:
         """Cross-entropy summed over each image's targets, [B] float64."""
-        losses, _ = self.model.token_losses(batch, sequences.text_start, hidden)
+        losses, _ = self.model.token_losses(batch, sequences, hidden)
         row = batch.image_index[batch.target_index[:, 0]]
         return losses.new_zeros(len(batch.ids), dtype=torch.float64).index_add_(0, row, losses.double())
 

@@ -82,8 +82,10 @@ class Batch:
     """[n, 2] sequence and text position of every token that the loss is taken on."""
     text_tokens: int = 0
     """Tokens of all texts together; the rest of [N, T] is padding."""
-    text_only: int = 0
-    """Sequences without an image."""
+    lengths: list[int] = field(default_factory=list)
+    """Of each sequence the tokens, without those of the image, that come before its last target; N."""
+    has_image: list[bool] = field(default_factory=list)
+    """Whether each sequence is about an image; N. The same as ``image_index >= 0``, on the host."""
     caption_number: Tensor | None = None
     """[N, T] which of the sequence's captions each token belongs to, where they share an image."""
     truncated: list[bool] = field(default_factory=list)
@@ -95,6 +97,11 @@ class Batch:
     """Places of the images in their data set, B."""
     skipped: list[tuple[int, str]] = field(default_factory=list)
     """Records that could not be read and are not in the batch: place in their data set and reason."""
+
+    @property
+    def text_only(self) -> int:
+        """Sequences without an image."""
+        return self.has_image.count(False)
 
     def pin_memory(self) -> Batch:
         for name, value in vars(self).items():
@@ -307,18 +314,21 @@ class Collator:
         counts = [1 if share_prefix else len(chosen) for chosen in captions]
         image_index = torch.where(torch.tensor(has_image, dtype=torch.bool), place, -1)
         image_index = image_index.repeat_interleave(torch.tensor(counts, dtype=torch.long))
+        image_index = image_index if records else torch.tensor([-1])
+        last_target = (is_target * torch.arange(width)).amax(1).tolist()
         with_image = [record for record in records if record.image is not None]
         pixels = [self.transform(record.image) for record in with_image]  # type: ignore[arg-type]
         return Batch(
             ids=[record.id for record in records],
             pixel_values=torch.stack(pixels) if pixels else torch.zeros(0, 3, 1, 1),
-            image_index=image_index if records else torch.tensor([-1]),
+            image_index=image_index,
             prefix_ids=torch.tensor(self.prompt.prefix_ids, dtype=torch.long),
             text_ids=text_ids,
             is_caption=is_caption,
             target_index=is_target.nonzero(),
             text_tokens=sum(len(ids) for row in sequences for ids, *_ in row),
-            text_only=int((image_index < 0).sum()) if records else 1,
+            lengths=[len(self.prompt.prefix_ids) + last for last in last_target],
+            has_image=(image_index >= 0).tolist(),
             caption_number=number if any(len(row) > 1 for row in sequences) else None,
             truncated=[cut for row in sequences for *_, cut in row],
             captions=[record.captions for record in with_image],

@@ -19,6 +19,8 @@ from lightning_limber.assets import from_hub
 from lightning_limber.backbones import HOOK_NAME, LLM
 
 SUITE_PREFIX = "suite:"
+SPARSE = 0.05
+"""Share of active latents up to which a sparse product is the faster one on a CPU."""
 SUITES = Path(__file__).parent / "suites"
 
 
@@ -110,6 +112,22 @@ def _say_of_which_llm(trained_on: str | None, release: str, llm: LLM) -> None:
             f"[warning] probe.sae_release={release} was trained on {trained_on}, model.llm is {llm.name}: "
             "the text gate says how well it fits."
         )
+
+
+def reconstruct(sae: Any, latents: Tensor) -> Tensor:
+    """What the SAE makes of latents [n, K]: [n, D].
+
+    On a CPU, where few are active, only their rows of the decoder are read: two to three times faster at
+    16 or more times as many latents as dimensions. A GPU multiplies faster than it could count them.
+    """
+    if latents.device.type == "cpu":
+        active = latents.nonzero()  # [m, 2]
+        if len(active) <= SPARSE * latents.numel():
+            values = latents[active[:, 0], active[:, 1]]
+            latents = torch.sparse_coo_tensor(
+                active.T, values, latents.shape, check_invariants=False, is_coalesced=True
+            )
+    return sae.decode(latents)
 
 
 def chunks_on_device(

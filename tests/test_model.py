@@ -270,7 +270,7 @@ def test_a_sliding_window_that_is_too_short_is_named(models, tmp_path):
     name = tiny.write_llm(tmp_path, "gemma3")
     model = Limber(vision=VisionConfig(str(models / "vision"), image_size=32, pool=2), llm=name)
     model.configure_model()
-    model.llm.model.config.sliding_window = 8
+    model.llm.longest_row = 8
     records, _ = mixed_records()
     batch = model.collator()(records[:1], [["a red cat .", "two"]], share_prefix=True)
     with pytest.raises(ValueError, match="window of .*, 8: set data.share_prefix to false"):

@@ -377,7 +377,7 @@ def test_loss_recovered_against_a_second_computation(probed):
         sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
         with model.llm.residual_hooks(hooks):
             hidden = model.llm.decode(sequences.embeds)
-        return float(model.token_losses(batch, sequences.text_start, hidden)[0].double().sum())
+        return float(model.token_losses(batch, sequences, hidden)[0].double().sum())
 
     with torch.no_grad():
         for batch in batches:
