@@ -6,16 +6,24 @@ import base64
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 
 from lightning_limber.data import CaptionData
+from lightning_limber.metrics import interval, resamples
 from lightning_limber.model import Limber
-from lightning_limber.scores import Score, caption_scores
+from lightning_limber.scores import Score, caption_scores, most_frequent_caption
 
 from .figures import caption_figure, log_figure
+
+
+class Baseline(NamedTuple):
+    """One caption for all images, and its scores."""
+
+    caption: str
+    scores: dict[str, Score]
 
 
 class CaptionSamples(pl.Callback):
@@ -24,13 +32,18 @@ class CaptionSamples(pl.Callback):
     Scores against the images' own captions (see lightning_limber/scores.py) are logged as
     ``captions/{score}``: cider_d, bleu_4, rouge_l and, with a CLIP, clip_score and ref_clip_score. With
     their 95 % bootstrap intervals over images they go to ``captions.csv`` in the run's folder (run, epoch,
-    metric, value, low, high). ``validate`` and ``test`` score the checkpoint that they are given, as the
-    last epoch that it finished. ``captions_epoch_{n}.jsonl`` holds the captions of the drawn images, with a
-    small JPEG of each.
+    writer, metric, value, low, high). ``validate`` and ``test`` score the checkpoint that they are given,
+    as the last epoch that it finished. ``captions_epoch_{n}.jsonl`` holds the captions of the drawn images,
+    with a small JPEG of each.
 
     Where the data set can score a caption (`CaptionData.score_caption`; scenes can, exactly), the share
-    of right slots is logged as ``captions/{slot}``, and ``captions_chance/{slot}`` is the same with each
-    caption scored against the next image's truth: what a model that is blind to the image reaches.
+    of right slots is logged as ``captions/{slot}`` (in the table ``slots/{slot}``), and
+    ``captions_chance/{slot}`` is the same with each caption scored against the next image's truth.
+
+    Two captions that are the same for every image, and for every epoch, are scored beside the model's, as
+    what is reached without looking: the most frequent one of (up to 4,096) training records, and what the
+    LLM writes greedily when the prompt has no image. They are the table's writers ``most_frequent`` and
+    ``no_image``, ``captions_{writer}/{score}`` in the log, and in words in ``captions_baselines.json``.
 
     Args:
         num_images: Held-out images that are captioned; 0 switches this off.
@@ -48,6 +61,7 @@ class CaptionSamples(pl.Callback):
         self.max_new_tokens = max_new_tokens
         self.clip = clip
         self.history: dict[int, dict[str, Score]] = {}
+        self.baselines: dict[str, Baseline] = {}
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Limber)
@@ -75,37 +89,69 @@ class CaptionSamples(pl.Callback):
             images += [data.val_set[index].image for index in batch.index] if self.clip else []
             pixels = batch.pixel_values[: self.num_shown - len(shown)].float().cpu()
             shown += list(pl_module.vision.transform.undo(pixels))
+        # In `fit` they are the same at every epoch; `validate` and `test` may be given other data.
+        new = trainer.state.fn != "fit" or not self.baselines
+        if new:
+            with trainer.precision_plugin.val_step_context():
+                [without_image] = pl_module.generate(None, self.max_new_tokens)
+            most_frequent = most_frequent_caption(data.training_captions())
+            self.baselines = {
+                "most_frequent": Baseline(most_frequent, {}),
+                "no_image": Baseline(without_image, {}),
+            }
         if not trainer.is_global_zero:
             return
+
+        def score(captions: list[str]) -> dict[str, Score]:
+            agreement = caption_scores(captions, references, images, self.clip, pl_module.device)
+            return agreement | slot_scores(data, captions, scenes)
+
+        if new:
+            for baseline in self.baselines.values():
+                baseline.scores.update(score([baseline.caption] * len(references)))
         figure = caption_figure(shown, [captions[0] for captions in references], written)
         log_figure(trainer, "captions", figure)
-        scores = caption_scores(written, references, images, self.clip, pl_module.device)
+        scores = score(written)
         epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else max(self.history, default=0)
         self.history[epoch] = scores
         if not trainer.fast_dev_run and folder:  # type: ignore[attr-defined]
             self._write_table(Path(folder))
             write_gallery(Path(folder) / f"captions_epoch_{epoch}.jsonl", shown, references, written)
-        values = slot_shares(data, written, scenes, "captions") | slot_shares(
-            data, written, scenes[1:] + scenes[:1], "captions_chance"
-        )
-        scalars = values | {f"captions/{name}": score.value for name, score in scores.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.global_step)
-        parts = [
-            f"{name} {value:.3f} [{low:.3f}, {high:.3f}]" for name, (value, low, high) in scores.items()
-        ]
-        print(f"[captions] step {trainer.global_step}: {', '.join(parts)}")
-        if values:
-            self._print(trainer, values)
+        if new:
+            parts = [f"{writer} {_in_words(of.scores)}" for writer, of in self.baselines.items()]
+            print(f"[captions] without looking: {'; '.join(parts)}")
+        self._log(trainer, scores, slot_scores(data, written, scenes[1:] + scenes[:1]))
 
     on_test_epoch_end = on_validation_epoch_end
+
+    def _log(self, trainer: pl.Trainer, scores: dict[str, Score], chance: dict[str, Score]) -> None:
+        tags = {"captions": scores, "captions_chance": chance}
+        tags |= {f"captions_{writer}": baseline.scores for writer, baseline in self.baselines.items()}
+        scalars = {
+            f"{tag}/{name.removeprefix('slots/')}": score.value
+            for tag, of_writer in tags.items()
+            for name, score in of_writer.items()
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)
+        print(f"[captions] step {trainer.global_step}: {_in_words(scores)}")
+        if chance:
+            parts = [
+                f"{name.removeprefix('slots/')} {scores[name].value:.0%} ({by_chance.value:.0%})"
+                for name, by_chance in chance.items()
+            ]
+            print(f"[captions] step {trainer.global_step}: right slots (chance): {', '.join(parts)}")
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "history": {
                 epoch: {name: list(score) for name, score in scores.items()}
                 for epoch, scores in self.history.items()
-            }
+            },
+            "baselines": {
+                writer: [caption, {name: list(score) for name, score in scores.items()}]
+                for writer, (caption, scores) in self.baselines.items()
+            },
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -113,30 +159,38 @@ class CaptionSamples(pl.Callback):
             epoch: {name: Score(*score) for name, score in scores.items()}
             for epoch, scores in state_dict["history"].items()
         }
+        self.baselines = {
+            writer: Baseline(caption, {name: Score(*score) for name, score in scores.items()})
+            for writer, (caption, scores) in state_dict.get("baselines", {}).items()
+        }
 
     def _write_table(self, folder: Path) -> None:
-        """All epochs so far as one tidy table."""
+        """All epochs so far as one tidy table, and the baselines' words."""
         import pandas as pd
 
         folder.mkdir(parents=True, exist_ok=True)
         run = f"{folder.parent.name}/{folder.name}"
+        blind = {writer: baseline.scores for writer, baseline in self.baselines.items()}
         table = pd.DataFrame(
             [
-                (run, epoch, name, *score)
+                (run, epoch, writer, name, *score)
                 for epoch, scores in sorted(self.history.items())
-                for name, score in scores.items()
+                for writer, of_writer in {"model": scores, **blind}.items()
+                for name, score in of_writer.items()
             ],
-            columns=["run", "epoch", "metric", *Score._fields],
+            columns=["run", "epoch", "writer", "metric", *Score._fields],
         )
         table.to_csv(folder / "captions.csv", index=False)
+        words = {writer: baseline.caption for writer, baseline in self.baselines.items()}
+        (folder / "captions_baselines.json").write_text(json.dumps(words, indent=1), encoding="utf-8")
 
-    def _print(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
-        slots = [name.split("/")[1] for name in values if name.startswith("captions/")]
-        parts = [
-            f"{slot} {values[f'captions/{slot}']:.0%} ({values[f'captions_chance/{slot}']:.0%})"
-            for slot in slots
-        ]
-        print(f"[captions] step {trainer.global_step}: right slots (chance): {', '.join(parts)}")
+
+def _in_words(scores: dict[str, Score]) -> str:
+    """What agrees with the references, and all slots together."""
+    shown = {name: score for name, score in scores.items() if "/" not in name or name == "slots/all"}
+    return ", ".join(
+        f"{name} {value:.3f} [{low:.3f}, {high:.3f}]" for name, (value, low, high) in shown.items()
+    )
 
 
 def write_gallery(
@@ -156,14 +210,17 @@ def write_gallery(
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def slot_shares(data: CaptionData, written: list[str], scenes: list[Any], prefix: str) -> dict[str, float]:
-    """Share of right slots by kind of slot, and over ``all`` of them; empty without ground truth."""
-    right: dict[str, int] = {}
-    total: dict[str, int] = {}
-    for caption, scene in zip(written, scenes, strict=True):
-        for slot, (hits, count) in (data.score_caption(caption, scene) or {}).items():
+def slot_scores(data: CaptionData, written: list[str], scenes: list[Any]) -> dict[str, Score]:
+    """Share of right slots of I captions by kind of slot, and over ``slots/all`` of them, with intervals
+    over images; empty without ground truth.
+    """
+    counts: dict[str, torch.Tensor] = {}  # [I, 2] right slots and all.
+    for i, (caption, scene) in enumerate(zip(written, scenes, strict=True)):
+        for slot, found in (data.score_caption(caption, scene) or {}).items():
             # `held_out` repeats slots of other kinds: it is not counted twice.
             for name in (slot,) if slot == "held_out" else (slot, "all"):
-                right[name] = right.get(name, 0) + hits
-                total[name] = total.get(name, 0) + count
-    return {f"{prefix}/{slot}": right[slot] / total[slot] for slot in total}
+                of_slot = counts.setdefault(name, torch.zeros(len(written), 2, dtype=torch.float64))
+                of_slot[i] += torch.tensor(found)
+    weights = resamples(len(written), 1000, seed=0)  # [R, I]
+    sums = {name: weights @ of_slot for name, of_slot in counts.items()}  # [R, 2]
+    return {f"slots/{name}": Score(*interval(of[:, 0] / of[:, 1])) for name, of in sums.items()}

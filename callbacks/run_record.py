@@ -127,7 +127,8 @@ def chart_layout(rows: list[Row]) -> dict[str, dict[str, list]]:
         "training": {
             "loss": ["Multiline", ["train/loss$", "val/loss"]],
             "accuracy": ["Multiline", ["train/accuracy$", "val/accuracy$"]],
-            "captions: right slots, and by chance": ["Multiline", [r"captions(_chance)?/all$"]],
+            "captions: right slots, and without looking": ["Multiline", [r"captions(_\w+)?/all$"]],
+            "captions: CIDEr-D, and without looking": ["Multiline", [r"captions(_\w+)?/cider_d$"]],
             "captions: scores": ["Multiline", [f"captions/({'|'.join(SCORES)})$"]],
         },
         "image tokens, all layers": {

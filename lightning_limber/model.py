@@ -378,8 +378,8 @@ class Limber(pl.LightningModule):
         )  # [N, S, D_l]
         return (image_tokens, *self.token_losses(batch, sequences.text_start, hidden))
 
-    def generate(self, pixel_values: Tensor, max_new_tokens: int = 48) -> list[str]:
-        """Captions of images [B, 3, H, W], greedily; see generation.py for more."""
+    def generate(self, pixel_values: Tensor | None, max_new_tokens: int = 48) -> list[str]:
+        """Captions of images [B, 3, H, W], greedily (None: one without an image); see generation.py."""
         decoding = Decoding(max_new_tokens)
         return [caption.text for caption in generate(self, pixel_values, decoding, log_probabilities=False)]
 

@@ -1,8 +1,9 @@
 """``python -m lightning_limber report RUN [RUN ...] -o report.html``: what runs found, as one HTML file.
 
 The file holds its data and its script and asks nothing of the network. It is made from what a run leaves in
-its folder: ``probe.csv``, ``captions.csv``, ``captions_epoch_*.jsonl``, ``detectors_epoch_*.csv``,
-``patches_epoch_*.jpg``, ``config.yaml``, ``run.json`` and TensorBoard's event files; no torch is loaded.
+its folder: ``probe.csv``, ``captions.csv``, ``captions_baselines.json``, ``captions_epoch_*.jsonl``,
+``detectors_epoch_*.csv``, ``patches_epoch_*.jpg``, ``config.yaml``, ``run.json`` and the event files of
+TensorBoard; no torch is loaded.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "scalars": scalars,
         "seconds": seconds,
         **read_probe(folder / "probe.csv"),
-        "scores": read_scores(folder / "captions.csv"),
+        **read_scores(folder),
         "gallery": {
             epoch_of(path): [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for path in folder.glob("captions_epoch_*.jsonl")
@@ -163,12 +164,21 @@ def read_probe(path: Path) -> dict[str, Any]:
     return {"layers": layers, "epochs": epochs, "curves": curves, "convergence": convergence}
 
 
-def read_scores(path: Path) -> dict[int, dict[str, Interval]]:
-    """Caption scores by epoch."""
+def read_scores(folder: Path) -> dict[str, Any]:
+    """Caption scores as ``scores[epoch][metric]``; and what is reached without looking,
+    ``baselines[writer]``: the one caption and its scores.
+    """
     scores: dict[int, dict[str, Interval]] = defaultdict(dict)
-    for row in read_rows(path) if path.is_file() else []:
-        scores[int(row["epoch"])][row["metric"]] = interval(row)
-    return scores
+    blind: dict[str, dict[str, Interval]] = defaultdict(dict)
+    table, captions = folder / "captions.csv", folder / "captions_baselines.json"
+    for row in read_rows(table) if table.is_file() else []:
+        # Runs of before there were baselines have no writers.
+        writer = row.get("writer", "model")
+        of_writer = scores[int(row["epoch"])] if writer == "model" else blind[writer]
+        of_writer[row["metric"]] = interval(row)
+    words = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {}
+    baselines = {writer: {"caption": words[writer], "scores": of} for writer, of in blind.items()}
+    return {"scores": scores, "baselines": baselines}
 
 
 def read_scalars(folder: Path) -> tuple[dict[str, list[tuple[int, float]]], float]:

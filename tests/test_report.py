@@ -48,9 +48,11 @@ def write_run(
             table.writerow(["a/b", epoch, 0, "image", "loss_recovered_p", 0.2, "", ""])
     with (folder / "captions.csv").open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow("run epoch metric value low high".split())
+        table.writerow("run epoch writer metric value low high".split())
         for epoch in range(1, epochs + 1):
-            table.writerow(["a/b", epoch, "cider_d", 1.0 + 0.1 * epoch + seed, 0.9, 1.5])
+            table.writerow(["a/b", epoch, "model", "cider_d", 1.0 + 0.1 * epoch + seed, 0.9, 1.5])
+            table.writerow(["a/b", epoch, "no_image", "cider_d", 0.25, 0.2, 0.3])
+    (folder / "captions_baselines.json").write_text('{"no_image": "What <i>is</i> this?"}')
     shot = {
         "references": ["a </script> <b>red</b> circle"],
         "caption": "a blue & green square",
@@ -91,11 +93,22 @@ def test_the_page_holds_the_tables_numbers(tmp_path):
         "2": [2, 1, "never"],
     }
     assert "loss_recovered_p" not in run["curves"]
-    assert run["scores"]["2"]["cider_d"] == [1.2, 0.9, 1.5]
+    assert run["scores"]["2"] == {"cider_d": [1.2, 0.9, 1.5]}
+    blind = {"caption": "What <i>is</i> this?", "scores": {"cider_d": [0.25, 0.2, 0.3]}}
+    assert run["baselines"] == {"no_image": blind}
     assert run["summary"]["LLM"] == "some/llm"
     assert run["gallery"]["2"][0]["references"] == ["a </script> <b>red</b> circle"]
     assert data["paper"]["curves"]["mse"]["image"][0] == pytest.approx(115.46, rel=1e-3)
     assert data["palette"]["colours"] == palette.COLOURS
+
+
+def test_a_run_of_before_there_were_baselines(tmp_path):
+    folder = write_run(tmp_path / "runs/a")
+    (folder / "captions_baselines.json").unlink()
+    (folder / "captions.csv").write_text("run,epoch,metric,value,low,high\na/b,1,cider_d,1.0,0.9,1.5\n")
+    run = read_run(folder)
+    assert run["scores"] == {1: {"cider_d": (1.0, 0.9, 1.5)}}
+    assert run["baselines"] == {}
 
 
 def test_training_curves_come_from_the_event_file(tmp_path):
@@ -218,3 +231,4 @@ def test_a_browser_draws_a_large_run(tmp_path):
     assert parts["panels"].count("<svg") == 12
     assert "never" in parts["convergence"]
     assert "&lt;b&gt;red" in parts["gallery"]
+    assert "What &lt;i&gt;is&lt;/i&gt; this?" in done.stdout

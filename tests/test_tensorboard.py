@@ -79,6 +79,8 @@ def test_charts_hold_a_metrics_layers_and_a_layers_groups(log):
         for category in layout.category
         for chart in category.chart
     }
+    blind = {f"captions{kind}/all" for kind in ("", "_chance", "_most_frequent", "_no_image")}
+    assert charts["training", "captions: right slots, and without looking"] == blind
     assert charts["training", "loss"] == {"train/loss", "val/loss", "val/loss_shuffled"}
     fvu = palette.PANELS["fvu"]
     assert charts["image tokens, all layers", fvu] == {"fvu/image/layer_00", "fvu/image/layer_02"}
@@ -200,7 +202,8 @@ def test_the_report_of_a_real_run(folder, cli):
             shown = run["curves"][row.metric][row.group][1][run["layers"].index(row.layer)]
             pairs = zip(shown, (row.value, row.low, row.high), strict=True)
             assert all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in pairs)
-    assert set(run["scores"][1]) == {"cider_d", "bleu_4", "rouge_l"}
+    assert {"cider_d", "bleu_4", "rouge_l", "slots/all"} <= set(run["scores"][1])
+    assert set(run["baselines"]) == {"most_frequent", "no_image"}
     assert len(run["gallery"][1]) == 4
     assert run["gallery"][1][0]["references"]
     assert run["patches"]["epoch"] == 1
