@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_limber.data import CaptionData
+from lightning_limber.data.loader import RecordSet
 from lightning_limber.metrics import interval, resamples
 from lightning_limber.model import Limber
 from lightning_limber.scores import Score, caption_scores, most_frequent_caption
@@ -26,15 +28,29 @@ class Baseline(NamedTuple):
     scores: dict[str, Score]
 
 
+@dataclass
+class Captioned:
+    """Images with their own captions and the model's; one entry an image."""
+
+    written: list[str] = field(default_factory=list)
+    references: list[list[str]] = field(default_factory=list)
+    scenes: list[Any] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
+    """As in the data set; for a CLIP only."""
+    shown: list[torch.Tensor] = field(default_factory=list)
+    """[3, H, W] each, of the first images, as the encoder sees them."""
+
+
 class CaptionSamples(pl.Callback):
     """Generates captions, logs them beside their images and scores them.
 
     Scores against the images' own captions (see lightning_limber/scores.py) are logged as
     ``captions/{score}``: cider_d, bleu_4, rouge_l and, with a CLIP, clip_score and ref_clip_score. With
     their 95 % bootstrap intervals over images they go to ``captions.csv`` in the run's folder (run, epoch,
-    writer, metric, value, low, high). ``validate`` and ``test`` score the checkpoint that they are given,
-    as the last epoch that it finished. ``captions_epoch_{n}.jsonl`` holds the captions of the drawn images,
-    with a small JPEG of each.
+    writer, metric, value, low, high). ``captions_epoch_{n}.jsonl`` holds the captions of the drawn images,
+    with a small JPEG of each. ``validate`` and ``test`` score the checkpoint that they are given, as the
+    last epoch that it finished; ``test`` on the data set's test part (where it has none, the held-out set),
+    with ``captions_test`` for ``captions`` in all names.
 
     Where the data set can score a caption (`CaptionData.score_caption`; scenes can, exactly), the share
     of right slots is logged as ``captions/{slot}`` (in the table ``slots/{slot}``), and
@@ -73,74 +89,78 @@ class CaptionSamples(pl.Callback):
         if not trainer.is_global_zero and not pl_module.llm.sharded:
             return
         data: CaptionData = trainer.datamodule  # type: ignore[attr-defined]
-        loader = data.probe_dataloader(self.num_images)
-        loader.rank, loader.world_size = 0, 1
-        written: list[str] = []
-        references: list[list[str]] = []
-        scenes: list[Any] = []
-        images: list[Any] = []
-        shown: list[torch.Tensor] = []
-        for batch in loader:
-            batch = trainer.strategy.batch_to_device(batch)
-            with trainer.precision_plugin.val_step_context():
-                written += pl_module.generate(batch.pixel_values, self.max_new_tokens)
-            references += batch.captions
-            scenes += batch.scenes
-            images += [data.val_set[index].image for index in batch.index] if self.clip else []
-            pixels = batch.pixel_values[: self.num_shown - len(shown)].float().cpu()
-            shown += list(pl_module.vision.transform.undo(pixels))
+        testing = trainer.state.fn == "test"
+        found = self._write(trainer, pl_module, data, data.test_dataset() if testing else data.val_set)
         # In `fit` they are the same at every epoch; `validate` and `test` may be given other data.
-        new = trainer.state.fn != "fit" or not self.baselines
+        baselines = self.baselines if trainer.state.fn == "fit" else {}
+        new = not baselines
         if new:
             with trainer.precision_plugin.val_step_context():
                 [without_image] = pl_module.generate(None, self.max_new_tokens)
             most_frequent = most_frequent_caption(data.training_captions())
-            self.baselines = {
+            baselines = {
                 "most_frequent": Baseline(most_frequent, {}),
                 "no_image": Baseline(without_image, {}),
             }
+        if not testing:
+            self.baselines = baselines
         if not trainer.is_global_zero:
             return
 
         def score(captions: list[str]) -> dict[str, Score]:
-            agreement = caption_scores(captions, references, images, self.clip, pl_module.device)
-            return agreement | slot_scores(data, captions, scenes)
+            agreement = caption_scores(
+                captions, found.references, found.images, self.clip, pl_module.device
+            )
+            return agreement | slot_scores(data, captions, found.scenes)
 
         if new:
-            for baseline in self.baselines.values():
-                baseline.scores.update(score([baseline.caption] * len(references)))
-        figure = caption_figure(shown, [captions[0] for captions in references], written)
-        log_figure(trainer, "captions", figure)
-        scores = score(written)
+            for baseline in baselines.values():
+                baseline.scores.update(score([baseline.caption] * len(found.written)))
+        scores = score(found.written)
         epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else max(self.history, default=0)
-        self.history[epoch] = scores
+        # What `test` finds, on other images, is no epoch of the run.
+        history = {} if testing else self.history
+        history[epoch] = scores
+        name = "captions_test" if testing else "captions"
         if not trainer.fast_dev_run and folder:  # type: ignore[attr-defined]
-            self._write_table(Path(folder))
-            write_gallery(Path(folder) / f"captions_epoch_{epoch}.jsonl", shown, references, written)
+            write_table(Path(folder) / f"{name}.csv", history, baselines)
+            words = json.dumps({writer: of.caption for writer, of in baselines.items()}, indent=1)
+            (Path(folder) / f"{name}_baselines.json").write_text(words, encoding="utf-8")
+            write_gallery(Path(folder) / f"{name}_epoch_{epoch}.jsonl", found)
+        first = [captions[0] for captions in found.references]
+        log_figure(trainer, name, caption_figure(found.shown, first, found.written))
+        chance = slot_scores(data, found.written, found.scenes[1:] + found.scenes[:1])
+        tags = {name: scores, f"{name}_chance": chance}
+        _log(trainer, tags | {f"{name}_{writer}": of.scores for writer, of in baselines.items()})
         if new:
-            parts = [f"{writer} {_in_words(of.scores)}" for writer, of in self.baselines.items()]
-            print(f"[captions] without looking: {'; '.join(parts)}")
-        self._log(trainer, scores, slot_scores(data, written, scenes[1:] + scenes[:1]))
+            parts = [f"{writer} {_in_words(of.scores)}" for writer, of in baselines.items()]
+            print(f"[{name}] without looking: {'; '.join(parts)}")
+        print(f"[{name}] step {trainer.global_step}: {_in_words(scores)}")
+        if chance:
+            parts = [
+                f"{slot.removeprefix('slots/')} {scores[slot].value:.0%} ({by_chance.value:.0%})"
+                for slot, by_chance in chance.items()
+            ]
+            print(f"[{name}] step {trainer.global_step}: right slots (chance): {', '.join(parts)}")
 
     on_test_epoch_end = on_validation_epoch_end
 
-    def _log(self, trainer: pl.Trainer, scores: dict[str, Score], chance: dict[str, Score]) -> None:
-        tags = {"captions": scores, "captions_chance": chance}
-        tags |= {f"captions_{writer}": baseline.scores for writer, baseline in self.baselines.items()}
-        scalars = {
-            f"{tag}/{name.removeprefix('slots/')}": score.value
-            for tag, of_writer in tags.items()
-            for name, score in of_writer.items()
-        }
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.global_step)
-        print(f"[captions] step {trainer.global_step}: {_in_words(scores)}")
-        if chance:
-            parts = [
-                f"{name.removeprefix('slots/')} {scores[name].value:.0%} ({by_chance.value:.0%})"
-                for name, by_chance in chance.items()
-            ]
-            print(f"[captions] step {trainer.global_step}: right slots (chance): {', '.join(parts)}")
+    def _write(
+        self, trainer: pl.Trainer, model: Limber, data: CaptionData, records: RecordSet
+    ) -> Captioned:
+        found = Captioned()
+        loader = data.probe_dataloader(self.num_images, records)
+        loader.rank, loader.world_size = 0, 1
+        for batch in loader:
+            batch = trainer.strategy.batch_to_device(batch)
+            with trainer.precision_plugin.val_step_context():
+                found.written += model.generate(batch.pixel_values, self.max_new_tokens)
+            found.references += batch.captions
+            found.scenes += batch.scenes
+            found.images += [records[index].image for index in batch.index] if self.clip else []
+            pixels = batch.pixel_values[: self.num_shown - len(found.shown)].float().cpu()
+            found.shown += list(model.vision.transform.undo(pixels))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -164,25 +184,34 @@ class CaptionSamples(pl.Callback):
             for writer, (caption, scores) in state_dict.get("baselines", {}).items()
         }
 
-    def _write_table(self, folder: Path) -> None:
-        """All epochs so far as one tidy table, and the baselines' words."""
-        import pandas as pd
 
-        folder.mkdir(parents=True, exist_ok=True)
-        run = f"{folder.parent.name}/{folder.name}"
-        blind = {writer: baseline.scores for writer, baseline in self.baselines.items()}
-        table = pd.DataFrame(
-            [
-                (run, epoch, writer, name, *score)
-                for epoch, scores in sorted(self.history.items())
-                for writer, of_writer in {"model": scores, **blind}.items()
-                for name, score in of_writer.items()
-            ],
-            columns=["run", "epoch", "writer", "metric", *Score._fields],
-        )
-        table.to_csv(folder / "captions.csv", index=False)
-        words = {writer: baseline.caption for writer, baseline in self.baselines.items()}
-        (folder / "captions_baselines.json").write_text(json.dumps(words, indent=1), encoding="utf-8")
+def write_table(path: Path, history: dict[int, dict[str, Score]], baselines: dict[str, Baseline]) -> None:
+    """All epochs so far as one tidy table, with the baselines' scores at each."""
+    import pandas as pd
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run = f"{path.parent.parent.name}/{path.parent.name}"
+    blind = {writer: baseline.scores for writer, baseline in baselines.items()}
+    table = pd.DataFrame(
+        [
+            (run, epoch, writer, name, *score)
+            for epoch, scores in sorted(history.items())
+            for writer, of_writer in {"model": scores, **blind}.items()
+            for name, score in of_writer.items()
+        ],
+        columns=["run", "epoch", "writer", "metric", *Score._fields],
+    )
+    table.to_csv(path, index=False)
+
+
+def _log(trainer: pl.Trainer, tags: dict[str, dict[str, Score]]) -> None:
+    scalars = {
+        f"{tag}/{name.removeprefix('slots/')}": score.value
+        for tag, scores in tags.items()
+        for name, score in scores.items()
+    }
+    for logger in trainer.loggers:
+        logger.log_metrics(scalars, step=trainer.global_step)
 
 
 def _in_words(scores: dict[str, Score]) -> str:
@@ -193,14 +222,12 @@ def _in_words(scores: dict[str, Score]) -> str:
     )
 
 
-def write_gallery(
-    path: Path, images: list[torch.Tensor], references: list[list[str]], written: list[str]
-) -> None:
-    """One line an image: its captions, the model's, and a JPEG of 112 px in base64."""
+def write_gallery(path: Path, found: Captioned) -> None:
+    """One line a drawn image: its captions, the model's, and a JPEG of 112 px in base64."""
     from PIL import Image
 
     lines = []
-    for image, captions, caption in zip(images, references, written, strict=False):
+    for image, captions, caption in zip(found.shown, found.references, found.written, strict=False):
         pixels = (image.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().numpy()  # [H, W, 3]
         picture, jpeg = Image.fromarray(pixels), io.BytesIO()
         picture.thumbnail((112, 112))

@@ -446,6 +446,7 @@ class Limber(pl.LightningModule):
             self.val_accuracy.update(correct.double())
 
     def on_validation_epoch_end(self) -> None:
+        split = "test" if self.trainer.state.fn == "test" else "val"
         loss = self.val_loss.compute()
         values = {
             "loss": loss,
@@ -454,9 +455,9 @@ class Limber(pl.LightningModule):
             "perplexity": loss.exp(),
             "accuracy": self.val_accuracy.compute(),
         }
-        self.log_dict({f"val/{name}": value.float() for name, value in values.items()}, prog_bar=True)
+        self.log_dict({f"{split}/{name}": value.float() for name, value in values.items()}, prog_bar=True)
         rank_zero_info(
-            f"[val] step {self.global_step}: "
+            f"[{split}] step {self.global_step}: "
             + ", ".join(f"{name} {float(value):.3f}" for name, value in values.items())
         )
         for metric in (self.val_loss, self.val_loss_shuffled, self.val_accuracy):

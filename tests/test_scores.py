@@ -356,9 +356,50 @@ def test_fit_validate_and_test_score_captions(fit, clip, tmp_path):
         assert logged == pytest.approx(own.value.tolist(), abs=1e-6)
     assert {"captions/all", "captions_chance/all"} <= set(log.Tags()["scalars"])
     last = table[table.epoch == 2].drop(columns="run").reset_index(drop=True)
-    for version, command in enumerate(("validate", "test"), start=1):
-        fit("--ckpt_path=last", command=command, base=False)
-        again = pd.read_csv(tmp_path / f"runs/default/version_{version}/captions.csv")
-        assert again.epoch.unique().tolist() == [1, 2]
-        again = again[again.epoch == 2].drop(columns="run").reset_index(drop=True)
-        pd.testing.assert_frame_equal(again, last)
+    fit("--ckpt_path=last", command="validate", base=False)
+    again = pd.read_csv(tmp_path / "runs/default/version_1/captions.csv")
+    assert again.epoch.unique().tolist() == [1, 2]
+    again = again[again.epoch == 2].drop(columns="run").reset_index(drop=True)
+    pd.testing.assert_frame_equal(again, last)
+    # Scenes have no test part: `test` sees the same images, under its own name.
+    fit("--ckpt_path=last", command="test", base=False)
+    tested = pd.read_csv(tmp_path / "runs/default/version_2/captions_test.csv").drop(columns="run")
+    pd.testing.assert_frame_equal(tested, last)
+
+
+def test_test_scores_the_test_part_and_leaves_validation_alone(fit, models, tmp_path):
+    from test_sources import write_karpathy
+
+    (tmp_path / "coco").mkdir()
+    write_karpathy(tmp_path / "coco", 12)
+    data = [f"--data.annotations={tmp_path}/coco/dataset_coco.json", f"--data.images={tmp_path}/coco"]
+    flags = [flag for flag in tiny.arguments(models, probe=False) if "_size=1" not in flag]  # Of Scenes.
+    cli = fit("--data=CocoCaptions", *data, *flags, "--trainer.max_steps=6", base=False)
+    run = tmp_path / "runs/default/version_0"
+    files = {path: path.read_bytes() for path in run.glob("captions*")}
+    assert {path.name for path in files} == {
+        "captions.csv",
+        "captions_baselines.json",
+        *(f"captions_epoch_{n}.jsonl" for n in (1, 2)),
+    }
+    history = dict(cli.trainer.callbacks[1].history)
+    # In the same folder, from Python.
+    found = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0]
+    names = ("loss", "loss_shuffled", "perplexity", "accuracy")
+    assert set(found) == {f"test/{name}" for name in names}
+    assert {path: path.read_bytes() for path in files} == files
+    assert cli.trainer.callbacks[1].history == history
+    records = [cli.datamodule.test_dataset()[i] for i in range(4)]
+    assert records[0].captions != cli.datamodule.val_set[0].captions
+    pixels = torch.stack([cli.model.vision.transform(record.image) for record in records])
+    expected = caption_scores(cli.model.generate(pixels, 8), [record.captions for record in records])
+    table = pd.read_csv(run / "captions_test.csv")
+    assert table.epoch.unique().tolist() == [2]
+    own = table[table.writer == "model"].set_index("metric")
+    for name, score in expected.items():
+        assert own.loc[name, ["value", "low", "high"]].tolist() == pytest.approx(list(score))
+    shown = [json.loads(line) for line in (run / "captions_test_epoch_2.jsonl").read_text().splitlines()]
+    assert [line["references"] for line in shown] == [record.captions for record in records]
+    log = EventAccumulator(str(run)).Reload()
+    assert [event.step for event in log.Scalars("captions/cider_d")] == [3, 6]
+    assert log.Scalars("captions_test/cider_d")[-1].value == pytest.approx(own.value["cider_d"], abs=1e-6)

@@ -157,9 +157,10 @@ class CaptionData(pl.LightningDataModule):
     def predict_dataloader(self) -> Any:
         return self._loader(self.val_set, self.val_batch_size, shuffle=False)
 
-    def probe_dataloader(self, num_images: int) -> BatchLoader:
-        """The first `num_images` held-out images, always the same, in this process' share."""
-        return self._loader(self.val_set, self.val_batch_size, shuffle=False, limit=num_images)
+    def probe_dataloader(self, num_images: int, records: RecordSet | None = None) -> BatchLoader:
+        """The first `num_images` of the held-out records, or of `records`, in this process' share."""
+        records = self.val_set if records is None else records
+        return self._loader(records, self.val_batch_size, shuffle=False, limit=num_images)
 
     def training_captions(self, limit: int = 4096) -> Iterator[str]:
         """All captions of `limit` training records, spaced evenly; of a stream, of its first ones.
