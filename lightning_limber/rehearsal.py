@@ -2,9 +2,8 @@
 
 There is no formula for a model here. `Rehearsal` builds the models that a config names from their
 ``config.json`` alone and runs the project's own training step on fake tensors, which have shapes and
-dtypes but no values: FLOPs are counted and bytes are followed, seconds even for large models. Products
-are counted (2 FLOPs a multiply-add), as torch's FlopCounterMode does; causal attention counts whole
-squares, and what a fused attention kernel computes twice counts twice.
+dtypes but no values: FLOPs are counted (flops.py) and bytes are followed, seconds even for large models.
+Causal attention counts whole squares, and what a fused attention kernel computes twice counts twice.
 
 Attention is the implementation that transformers picks for the model, with torch's fused kernel where it
 picks SDPA. The GPUs' rules of autocast hold, see `GPUAutocast`.
@@ -26,31 +25,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from lightning_limber.adapters import Adapter
+from lightning_limber.flops import FlopCounter
 from lightning_limber.model import Limber, _blank_image
 from lightning_limber.prompt import Batch, Record
 
-# torch's counter knows the fused attention kernels of GPUs only.
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value)
-    ),
-}
 PRECISIONS: dict[str, torch.dtype | None] = {
     "32-true": None,
     "16-mixed": torch.float16,
     "bf16-mixed": torch.bfloat16,
 }
-
-
-def flop_counter() -> FlopCounterMode:
-    """Counts the FLOPs of what is run within it, also of attention on a CPU."""
-    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
 
 
 class Meter(TorchDispatchMode):
@@ -200,12 +185,12 @@ class Rehearsal:
         """Runs forward and backward of a batch."""
         model, flops = self.model, {}
         known = [t for part in self.parts.values() for t in (*part.parameters(), *part.buffers())]
-        with self.fake, flop_counter() as counter, Meter(known) as meter:
+        with self.fake, FlopCounter() as counter, Meter(known) as meter:
             done = 0
 
             def mark(name: str) -> None:
                 nonlocal done
-                flops[name], done = counter.get_total_flops() - done, counter.get_total_flops()
+                flops[name], done = counter.total - done, counter.total
 
             def after_decoder(_module: nn.Module, _args: Any, output: Any) -> None:
                 mark("LLM forward")
@@ -237,9 +222,9 @@ class Rehearsal:
         """Forward of the LLM over one image's sequences without the image."""
         with self.fake, torch.no_grad(), self._autocast():
             sequences = self.model.sequences(self._batch(1), None)
-            with flop_counter() as counter:
+            with FlopCounter() as counter:
                 self.model.llm.decode(sequences.embeds)
-        return counter.get_total_flops()
+        return counter.total
 
     def _batch(self, images: int) -> Batch:
         one, texts = self._one, (images, self.text_tokens)

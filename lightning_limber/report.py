@@ -25,7 +25,7 @@ import yaml
 from lightning_limber import palette
 from lightning_limber.convergence import published_curves
 
-SCALARS = ("train/", "val/", "captions/", "captions_chance/", "probe_seconds/", "memory/")
+SCALARS = ("train/", "val/", "captions/", "captions_chance/", "probe_seconds/", "memory/", "flops/")
 MAX_POINTS = 200
 """Longer training curves are drawn as means of this many equal parts."""
 Interval = tuple[float, float, float]

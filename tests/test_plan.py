@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_limber.adapters import AdapterConfig
 from lightning_limber.backbones import VisionConfig
+from lightning_limber.flops import CPU_ATTENTION
 from lightning_limber.model import Limber
 from lightning_limber.plan import probe_flops, sae_sizes, width_in_name
 from lightning_limber.prompt import Record
-from lightning_limber.rehearsal import Rehearsal, flop_counter
+from lightning_limber.rehearsal import Rehearsal
 
 IMAGES, CAPTION_TOKENS = 3, 12
 SUITE = "--probe.sae_release=suite:smollm2-135m-instruct", "--probe.sae_id=blocks.{layer}.hook_resid_post"
@@ -66,7 +68,7 @@ def run(model: Limber, batch, precision: str) -> None:
 
 
 def counted(function) -> int:
-    with flop_counter() as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         function()
     return counter.get_total_flops()
 
