@@ -39,10 +39,10 @@ class RunRecord(pl.Callback):
     """Writes ``run.json`` into the run's folder and hyper-parameters to TensorBoard, and logs its costs.
 
     ``run.json`` lists, for each start of the run (a resumed one has several): command, versions, device,
-    numbers of images. ``memory/peak_gb`` (1e9 bytes) is the device's on a GPU, the process' elsewhere.
-    ``flops/step`` and ``flops/image`` are counted in forward and backward of the run's first batch, over
-    all processes (see flops.py): other batches have captions of other lengths,
-    and with `cache_features` later epochs have no encoder. Compiled layers cannot be counted.
+    numbers of trained parameters and of images. ``memory/peak_gb`` (1e9 bytes) is the device's on a GPU,
+    the process' elsewhere. ``flops/step`` and ``flops/image`` are counted in forward and backward of the
+    run's first batch, over all processes (see flops.py): other batches have captions of other lengths, and
+    with `cache_features` later epochs have no encoder. Compiled layers cannot be counted.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class RunRecord(pl.Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if folder:
-            self._write(Path(folder), trainer, data)
+            self._write(Path(folder), trainer, pl_module, data)
         settings = flat({"model": dict(pl_module.hparams), "data": dict(data.hparams)})
         # Not by log_hyperparams: Lightning's also logs the metrics as scalars of step 0. The tab shows
         # the newest value of each of these tags.
@@ -104,7 +104,7 @@ class RunRecord(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"memory/peak_gb": peak / 1e9}, step=trainer.global_step)
 
-    def _write(self, folder: Path, trainer: pl.Trainer, data: Any) -> None:
+    def _write(self, folder: Path, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
         path = folder / "run.json"
         starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         cuda = trainer.strategy.root_device.type == "cuda"
@@ -118,6 +118,7 @@ class RunRecord(pl.Callback):
                 "processes": trainer.world_size,
                 "precision": str(trainer.precision),
                 "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+                "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
                 "images": {"train": len(data.train_set), "held out": len(data.val_set)},
             }
         )

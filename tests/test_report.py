@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 import re
 import shutil
@@ -176,6 +177,59 @@ def test_several_runs_are_compared_with_the_first(tmp_path):
     assert rows[1][1:] == pytest.approx(list(difference(a[1], b[1])), abs=2e-3)
     assert other["scores"]["cider_d"][0] == 1.0
     assert all(row[1] == 0 and row[2] < 0 < row[3] for row in same["metrics"]["fvu"])
+
+
+def test_several_runs_are_a_table_of_text(tmp_path, capsys):
+    """Every cell is the run's own number; what no run has is no column."""
+    folders = [write_run(tmp_path / f"{name}/v", layers, seed=i) for i, (name, layers) in enumerate(
+        [("linear", 7), ("mlp", 7), ("deep", 9)]
+    )]  # fmt: skip
+    (folders[1] / "run.json").write_text('[{"trained_parameters": 12345}]')
+    (folders[2] / "captions.csv").unlink()
+    main([*map(str, folders), "-o", "out.html"])
+    scores, probe = capsys.readouterr().out.partition("MB, 3 run(s)\n\n")[2].split("\n\n")
+    head, *rows = (re.split("  +", line) for line in scores.splitlines()[1:])
+    assert head == ["run", "parameters", "loss", "cider_d", "minus the first"]  # No accuracy, no slots.
+    assert rows == [
+        ["linear/v", "0.500", "1.2 [0.9, 1.5]"],
+        [
+            "mlp/v",
+            "12,345",
+            "0.500",
+            "2.2 [0.9, 1.5]",
+            "1 [-0.334, 1.76]",
+        ],  # 1 - hypot(1.3, 0.3), 1 + hypot(0.7, 0.3)
+        ["deep/v", "0.500"],
+    ]
+    head, *rows = (re.split("  +", line) for line in probe.splitlines()[1:])
+    # The middles of the thirds of layers 0 to 6, which all have.
+    places = [1, 3, 5]
+    assert head == ["run", *(f"{metric} @{i}" for metric in ("l0", "loss_recovered") for i in places)]
+    for folder, (name, *cells) in zip(folders, rows, strict=True):
+        run = read_run(folder)
+        assert name == run["name"]
+        expected = [
+            run["curves"][metric]["image"][2][i] for metric in ("l0", "loss_recovered") for i in places
+        ]
+        assert [re.findall(r"[-\d.e]+", cell) for cell in cells] == [
+            [f"{x:.3g}" for x in value] for value in expected
+        ]
+
+
+def test_runs_that_share_no_layer_and_what_was_not_measured(tmp_path, capsys):
+    from lightning_limber.report import columns, comparison, in_brackets
+
+    assert in_brackets((0.12345, math.nan, math.nan)) == "0.123"
+    assert in_brackets((math.nan, 0.1, 0.2)) == in_brackets(None) == ""
+    assert in_brackets((578.4, 560.0, 12345.6)) == "578 [560, 12346]"
+    assert (
+        columns([["run", "a", "b"], ["x", "", "1"], ["long", "", "22"]]) == "run    b\nx      1\nlong  22"
+    )
+    runs = [read_run(write_run(tmp_path / name)) for name in "ab"]
+    runs[1]["layers"] = [7, 8, 9]
+    assert comparison(runs).endswith(
+        "SAE probe of image tokens, by layer\nrun\nr/a\nr/b".replace("r/", tmp_path.name + "/")
+    )
 
 
 def test_a_folder_without_a_probe_is_named(tmp_path, capsys):

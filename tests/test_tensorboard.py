@@ -188,6 +188,11 @@ def test_an_error_in_the_first_step_ends_the_counting(fit, monkeypatch):
 def test_the_run_says_how_it_was_made(folder, cli):
     [start] = json.loads((folder / "run.json").read_text())
     assert start["images"] == {"train": 16, "held out": 60}
+    assert (
+        start["trained_parameters"]
+        == sum(p.numel() for p in cli.model.adapter.parameters())
+        == 24 * 32 + 32
+    )
     assert start["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert start["from_step"] == 0
     assert start["command"].startswith("python ")
