@@ -5,17 +5,40 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 
 from lightning_limber.data import CaptionData
+from lightning_limber.data.loader import RecordSet
+from lightning_limber.metrics import interval, resamples
 from lightning_limber.model import Limber
-from lightning_limber.scores import Score, caption_scores
+from lightning_limber.scores import Score, caption_scores, most_frequent_caption
 
 from .figures import caption_figure, log_figure
+
+
+class Baseline(NamedTuple):
+    """One caption for all images, and its scores."""
+
+    caption: str
+    scores: dict[str, Score]
+
+
+@dataclass
+class Captioned:
+    """Images with their own captions and the model's; one entry an image."""
+
+    written: list[str] = field(default_factory=list)
+    references: list[list[str]] = field(default_factory=list)
+    scenes: list[Any] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
+    """As in the data set; for a CLIP only."""
+    shown: list[torch.Tensor] = field(default_factory=list)
+    """[3, H, W] each, of the first images, as the encoder sees them."""
 
 
 class CaptionSamples(pl.Callback):
@@ -24,13 +47,19 @@ class CaptionSamples(pl.Callback):
     Scores against the images' own captions (see lightning_limber/scores.py) are logged as
     ``captions/{score}``: cider_d, bleu_4, rouge_l and, with a CLIP, clip_score and ref_clip_score. With
     their 95 % bootstrap intervals over images they go to ``captions.csv`` in the run's folder (run, epoch,
-    metric, value, low, high). ``validate`` and ``test`` score the checkpoint that they are given, as the
-    last epoch that it finished. ``captions_epoch_{n}.jsonl`` holds the captions of the drawn images, with a
-    small JPEG of each.
+    writer, metric, value, low, high). ``captions_epoch_{n}.jsonl`` holds the captions of the drawn images,
+    with a small JPEG of each. ``validate`` and ``test`` score the checkpoint that they are given, as the
+    last epoch that it finished; ``test`` on the data set's test part (where it has none, the held-out set),
+    with ``captions_test`` for ``captions`` in all names.
 
     Where the data set can score a caption (`CaptionData.score_caption`; scenes can, exactly), the share
-    of right slots is logged as ``captions/{slot}``, and ``captions_chance/{slot}`` is the same with each
-    caption scored against the next image's truth: what a model that is blind to the image reaches.
+    of right slots is logged as ``captions/{slot}`` (in the table ``slots/{slot}``), and
+    ``captions_chance/{slot}`` is the same with each caption scored against the next image's truth.
+
+    Two captions that are the same for every image, and for every epoch, are scored beside the model's, as
+    what is reached without looking: the most frequent one of (up to 4,096) training records, and what the
+    LLM writes greedily when the prompt has no image. They are the table's writers ``most_frequent`` and
+    ``no_image``, ``captions_{writer}/{score}`` in the log, and in words in ``captions_baselines.json``.
 
     Args:
         num_images: Held-out images that are captioned; 0 switches this off.
@@ -48,6 +77,7 @@ class CaptionSamples(pl.Callback):
         self.max_new_tokens = max_new_tokens
         self.clip = clip
         self.history: dict[int, dict[str, Score]] = {}
+        self.baselines: dict[str, Baseline] = {}
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Limber)
@@ -59,53 +89,89 @@ class CaptionSamples(pl.Callback):
         if not trainer.is_global_zero and not pl_module.llm.sharded:
             return
         data: CaptionData = trainer.datamodule  # type: ignore[attr-defined]
-        loader = data.probe_dataloader(self.num_images)
+        testing = trainer.state.fn == "test"
+        found = self._write(trainer, pl_module, data, data.test_dataset() if testing else data.val_set)
+        # In `fit` they are the same at every epoch; `validate` and `test` may be given other data.
+        baselines = self.baselines if trainer.state.fn == "fit" else {}
+        new = not baselines
+        if new:
+            with trainer.precision_plugin.val_step_context():
+                [without_image] = pl_module.generate(None, self.max_new_tokens)
+            most_frequent = most_frequent_caption(data.training_captions())
+            baselines = {
+                "most_frequent": Baseline(most_frequent, {}),
+                "no_image": Baseline(without_image, {}),
+            }
+        if not testing:
+            self.baselines = baselines
+        if not trainer.is_global_zero:
+            return
+
+        def score(captions: list[str]) -> dict[str, Score]:
+            agreement = caption_scores(
+                captions, found.references, found.images, self.clip, pl_module.device
+            )
+            return agreement | slot_scores(data, captions, found.scenes)
+
+        if new:
+            for baseline in baselines.values():
+                baseline.scores.update(score([baseline.caption] * len(found.written)))
+        scores = score(found.written)
+        epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else max(self.history, default=0)
+        # What `test` finds, on other images, is no epoch of the run.
+        history = {} if testing else self.history
+        history[epoch] = scores
+        name = "captions_test" if testing else "captions"
+        if not trainer.fast_dev_run and folder:  # type: ignore[attr-defined]
+            write_table(Path(folder) / f"{name}.csv", history, baselines)
+            words = json.dumps({writer: of.caption for writer, of in baselines.items()}, indent=1)
+            (Path(folder) / f"{name}_baselines.json").write_text(words, encoding="utf-8")
+            write_gallery(Path(folder) / f"{name}_epoch_{epoch}.jsonl", found)
+        first = [captions[0] for captions in found.references]
+        log_figure(trainer, name, caption_figure(found.shown, first, found.written))
+        chance = slot_scores(data, found.written, found.scenes[1:] + found.scenes[:1])
+        tags = {name: scores, f"{name}_chance": chance}
+        _log(trainer, tags | {f"{name}_{writer}": of.scores for writer, of in baselines.items()})
+        if new:
+            parts = [f"{writer} {_in_words(of.scores)}" for writer, of in baselines.items()]
+            print(f"[{name}] without looking: {'; '.join(parts)}")
+        print(f"[{name}] step {trainer.global_step}: {_in_words(scores)}")
+        if chance:
+            parts = [
+                f"{slot.removeprefix('slots/')} {scores[slot].value:.0%} ({by_chance.value:.0%})"
+                for slot, by_chance in chance.items()
+            ]
+            print(f"[{name}] step {trainer.global_step}: right slots (chance): {', '.join(parts)}")
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _write(
+        self, trainer: pl.Trainer, model: Limber, data: CaptionData, records: RecordSet
+    ) -> Captioned:
+        found = Captioned()
+        loader = data.probe_dataloader(self.num_images, records)
         loader.rank, loader.world_size = 0, 1
-        written: list[str] = []
-        references: list[list[str]] = []
-        scenes: list[Any] = []
-        images: list[Any] = []
-        shown: list[torch.Tensor] = []
         for batch in loader:
             batch = trainer.strategy.batch_to_device(batch)
             with trainer.precision_plugin.val_step_context():
-                written += pl_module.generate(batch.pixel_values, self.max_new_tokens)
-            references += batch.captions
-            scenes += batch.scenes
-            images += [data.val_set[index].image for index in batch.index] if self.clip else []
-            pixels = batch.pixel_values[: self.num_shown - len(shown)].float().cpu()
-            shown += list(pl_module.vision.transform.undo(pixels))
-        if not trainer.is_global_zero:
-            return
-        figure = caption_figure(shown, [captions[0] for captions in references], written)
-        log_figure(trainer, "captions", figure)
-        scores = caption_scores(written, references, images, self.clip, pl_module.device)
-        epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else max(self.history, default=0)
-        self.history[epoch] = scores
-        if not trainer.fast_dev_run and folder:  # type: ignore[attr-defined]
-            self._write_table(Path(folder))
-            write_gallery(Path(folder) / f"captions_epoch_{epoch}.jsonl", shown, references, written)
-        values = slot_shares(data, written, scenes, "captions") | slot_shares(
-            data, written, scenes[1:] + scenes[:1], "captions_chance"
-        )
-        scalars = values | {f"captions/{name}": score.value for name, score in scores.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.global_step)
-        parts = [
-            f"{name} {value:.3f} [{low:.3f}, {high:.3f}]" for name, (value, low, high) in scores.items()
-        ]
-        print(f"[captions] step {trainer.global_step}: {', '.join(parts)}")
-        if values:
-            self._print(trainer, values)
-
-    on_test_epoch_end = on_validation_epoch_end
+                found.written += model.generate(batch.pixel_values, self.max_new_tokens)
+            found.references += batch.captions
+            found.scenes += batch.scenes
+            found.images += [records[index].image for index in batch.index] if self.clip else []
+            pixels = batch.pixel_values[: self.num_shown - len(found.shown)].float().cpu()
+            found.shown += list(model.vision.transform.undo(pixels))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "history": {
                 epoch: {name: list(score) for name, score in scores.items()}
                 for epoch, scores in self.history.items()
-            }
+            },
+            "baselines": {
+                writer: [caption, {name: list(score) for name, score in scores.items()}]
+                for writer, (caption, scores) in self.baselines.items()
+            },
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -113,40 +179,55 @@ class CaptionSamples(pl.Callback):
             epoch: {name: Score(*score) for name, score in scores.items()}
             for epoch, scores in state_dict["history"].items()
         }
-
-    def _write_table(self, folder: Path) -> None:
-        """All epochs so far as one tidy table."""
-        import pandas as pd
-
-        folder.mkdir(parents=True, exist_ok=True)
-        run = f"{folder.parent.name}/{folder.name}"
-        table = pd.DataFrame(
-            [
-                (run, epoch, name, *score)
-                for epoch, scores in sorted(self.history.items())
-                for name, score in scores.items()
-            ],
-            columns=["run", "epoch", "metric", *Score._fields],
-        )
-        table.to_csv(folder / "captions.csv", index=False)
-
-    def _print(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
-        slots = [name.split("/")[1] for name in values if name.startswith("captions/")]
-        parts = [
-            f"{slot} {values[f'captions/{slot}']:.0%} ({values[f'captions_chance/{slot}']:.0%})"
-            for slot in slots
-        ]
-        print(f"[captions] step {trainer.global_step}: right slots (chance): {', '.join(parts)}")
+        self.baselines = {
+            writer: Baseline(caption, {name: Score(*score) for name, score in scores.items()})
+            for writer, (caption, scores) in state_dict.get("baselines", {}).items()
+        }
 
 
-def write_gallery(
-    path: Path, images: list[torch.Tensor], references: list[list[str]], written: list[str]
-) -> None:
-    """One line an image: its captions, the model's, and a JPEG of 112 px in base64."""
+def write_table(path: Path, history: dict[int, dict[str, Score]], baselines: dict[str, Baseline]) -> None:
+    """All epochs so far as one tidy table, with the baselines' scores at each."""
+    import pandas as pd
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run = f"{path.parent.parent.name}/{path.parent.name}"
+    blind = {writer: baseline.scores for writer, baseline in baselines.items()}
+    table = pd.DataFrame(
+        [
+            (run, epoch, writer, name, *score)
+            for epoch, scores in sorted(history.items())
+            for writer, of_writer in {"model": scores, **blind}.items()
+            for name, score in of_writer.items()
+        ],
+        columns=["run", "epoch", "writer", "metric", *Score._fields],
+    )
+    table.to_csv(path, index=False)
+
+
+def _log(trainer: pl.Trainer, tags: dict[str, dict[str, Score]]) -> None:
+    scalars = {
+        f"{tag}/{name.removeprefix('slots/')}": score.value
+        for tag, scores in tags.items()
+        for name, score in scores.items()
+    }
+    for logger in trainer.loggers:
+        logger.log_metrics(scalars, step=trainer.global_step)
+
+
+def _in_words(scores: dict[str, Score]) -> str:
+    """What agrees with the references, and all slots together."""
+    shown = {name: score for name, score in scores.items() if "/" not in name or name == "slots/all"}
+    return ", ".join(
+        f"{name} {value:.3f} [{low:.3f}, {high:.3f}]" for name, (value, low, high) in shown.items()
+    )
+
+
+def write_gallery(path: Path, found: Captioned) -> None:
+    """One line a drawn image: its captions, the model's, and a JPEG of 112 px in base64."""
     from PIL import Image
 
     lines = []
-    for image, captions, caption in zip(images, references, written, strict=False):
+    for image, captions, caption in zip(found.shown, found.references, found.written, strict=False):
         pixels = (image.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().numpy()  # [H, W, 3]
         picture, jpeg = Image.fromarray(pixels), io.BytesIO()
         picture.thumbnail((112, 112))
@@ -156,14 +237,17 @@ def write_gallery(
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def slot_shares(data: CaptionData, written: list[str], scenes: list[Any], prefix: str) -> dict[str, float]:
-    """Share of right slots by kind of slot, and over ``all`` of them; empty without ground truth."""
-    right: dict[str, int] = {}
-    total: dict[str, int] = {}
-    for caption, scene in zip(written, scenes, strict=True):
-        for slot, (hits, count) in (data.score_caption(caption, scene) or {}).items():
+def slot_scores(data: CaptionData, written: list[str], scenes: list[Any]) -> dict[str, Score]:
+    """Share of right slots of I captions by kind of slot, and over ``slots/all`` of them, with intervals
+    over images; empty without ground truth.
+    """
+    counts: dict[str, torch.Tensor] = {}  # [I, 2] right slots and all.
+    for i, (caption, scene) in enumerate(zip(written, scenes, strict=True)):
+        for slot, found in (data.score_caption(caption, scene) or {}).items():
             # `held_out` repeats slots of other kinds: it is not counted twice.
             for name in (slot,) if slot == "held_out" else (slot, "all"):
-                right[name] = right.get(name, 0) + hits
-                total[name] = total.get(name, 0) + count
-    return {f"{prefix}/{slot}": right[slot] / total[slot] for slot in total}
+                of_slot = counts.setdefault(name, torch.zeros(len(written), 2, dtype=torch.float64))
+                of_slot[i] += torch.tensor(found)
+    weights = resamples(len(written), 1000, seed=0)  # [R, I]
+    sums = {name: weights @ of_slot for name, of_slot in counts.items()}  # [R, 2]
+    return {f"slots/{name}": Score(*interval(of[:, 0] / of[:, 1])) for name, of in sums.items()}

@@ -15,7 +15,9 @@ import torch
 from torch.utils.tensorboard.summary import hparams
 
 from lightning_limber.findings import Row
+from lightning_limber.flops import FlopCounter
 from lightning_limber.palette import GROUPS, PANELS
+from lightning_limber.prompt import Batch
 from lightning_limber.resume import FREE
 
 PACKAGES = (
@@ -34,14 +36,19 @@ HPARAM_METRICS = ("val/loss", "val/loss_shuffled", "val/accuracy", "captions/cid
 
 
 class RunRecord(pl.Callback):
-    """Writes ``run.json`` into the run's folder and hyper-parameters to TensorBoard, and logs the memory.
+    """Writes ``run.json`` into the run's folder and hyper-parameters to TensorBoard, and logs its costs.
 
     ``run.json`` lists, for each start of the run (a resumed one has several): command, versions, device,
-    numbers of images. ``memory/peak_gb`` (1e9 bytes) is the device's on a GPU, the process' elsewhere.
+    numbers of trained parameters and of images. ``memory/peak_gb`` (1e9 bytes) is the device's on a GPU,
+    the process' elsewhere. ``flops/step`` and ``flops/image`` are counted in forward and backward of the
+    run's first batch, over all processes (see flops.py): other batches have captions of other lengths, and
+    with `cache_features` later epochs have no encoder. Compiled layers cannot be counted.
     """
 
     def __init__(self) -> None:
         self._session_end: Any = None
+        self._counter: FlopCounter | None = None
+        self._records = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = trainer.log_dir  # Asks all processes.
@@ -49,7 +56,7 @@ class RunRecord(pl.Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if folder:
-            self._write(Path(folder), trainer, data)
+            self._write(Path(folder), trainer, pl_module, data)
         settings = flat({"model": dict(pl_module.hparams), "data": dict(data.hparams)})
         # Not by log_hyperparams: Lightning's also logs the metrics as scalars of step 0. The tab shows
         # the newest value of each of these tags.
@@ -59,6 +66,32 @@ class RunRecord(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._session_end is not None:
             self._summaries(trainer, self._session_end)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        if trainer.global_step == batch_idx == 0 and not pl_module.hparams["compile_llm"]:
+            self._records = len(batch.ids)
+            self._counter = FlopCounter()
+            self._counter.__enter__()
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._counter is None:
+            return
+        counter, self._counter = self._counter, None
+        counter.__exit__(None, None, None)
+        counts = torch.tensor([counter.total, self._records], device=pl_module.device)
+        flops, records = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        scalars = {"flops/step": flops * trainer.accumulate_grad_batches, "flops/image": flops / records}
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        # It would count on in whatever this process does next.
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.device.type == "cuda":
@@ -71,7 +104,7 @@ class RunRecord(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"memory/peak_gb": peak / 1e9}, step=trainer.global_step)
 
-    def _write(self, folder: Path, trainer: pl.Trainer, data: Any) -> None:
+    def _write(self, folder: Path, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
         path = folder / "run.json"
         starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         cuda = trainer.strategy.root_device.type == "cuda"
@@ -85,6 +118,7 @@ class RunRecord(pl.Callback):
                 "processes": trainer.world_size,
                 "precision": str(trainer.precision),
                 "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+                "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
                 "images": {"train": len(data.train_set), "held out": len(data.val_set)},
             }
         )
@@ -127,7 +161,8 @@ def chart_layout(rows: list[Row]) -> dict[str, dict[str, list]]:
         "training": {
             "loss": ["Multiline", ["train/loss$", "val/loss"]],
             "accuracy": ["Multiline", ["train/accuracy$", "val/accuracy$"]],
-            "captions: right slots, and by chance": ["Multiline", [r"captions(_chance)?/all$"]],
+            "captions: right slots, and without looking": ["Multiline", [r"captions(_\w+)?/all$"]],
+            "captions: CIDEr-D, and without looking": ["Multiline", [r"captions(_\w+)?/cider_d$"]],
             "captions: scores": ["Multiline", [f"captions/({'|'.join(SCORES)})$"]],
         },
         "image tokens, all layers": {

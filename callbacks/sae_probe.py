@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from lightning_limber import gate
 from lightning_limber.findings import EXTRAS, Descriptions, PatchMap, ProbeConfig, Row
+from lightning_limber.flops import FlopCounter
 from lightning_limber.model import Limber
 from lightning_limber.probing import Probe
 from lightning_limber.prompt import Batch
@@ -60,8 +61,9 @@ class SAEProbe(pl.Callback):
 
     Numbers go to every logger as ``{metric}/{group}/layer_{l}``, with their 95 % bootstrap intervals to
     ``probe.csv`` and ``probe.parquet`` in the run's folder (run, epoch, layer, group, metric, value,
-    low, high), and as figures to TensorBoard. ``patches_epoch_{n}.jpg`` shows on which patches latents fire
-    whose descriptions match the caption, at the layer where `match` is highest.
+    low, high), and as figures to TensorBoard. ``flops/probe`` is counted in the probe before training.
+    ``patches_epoch_{n}.jpg`` shows on which patches latents fire whose descriptions match the caption, at
+    the layer where `match` is highest.
 
     Args:
         sae_release: A SAELens release, a folder of SAELens folders, or ``suite:NAME``.
@@ -253,13 +255,20 @@ class SAEProbe(pl.Callback):
         assert self._probe is not None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         costly = {"loss_recovered", "cross_layer"} & set(self.config.extras)
-        report = self._probe.run(
-            self._batches(trainer, self.num_images, "Probing"),
-            self._batches(trainer, self.costly_images, "Probing layer by layer") if costly else (),
-            data.attributes,
-            same_captions=True,
-        )
+        # The first is counted: it alone reads the captions without an image.
+        counter = FlopCounter() if trainer.state.fn == "fit" and epoch == 0 else None
+        with counter or nullcontext():
+            report = self._probe.run(
+                self._batches(trainer, self.num_images, "Probing"),
+                self._batches(trainer, self.costly_images, "Probing layer by layer") if costly else (),
+                data.attributes,
+                same_captions=True,
+            )
         self.history[epoch] = report.rows
+        flops: dict[str, float] = {}
+        if counter is not None:
+            count = torch.tensor(counter.total, device=module.device)
+            flops["flops/probe"] = trainer.strategy.reduce(count, reduce_op="sum").item()
         patches = self._matching_patches(trainer, module, report.rows)
         folder = trainer.log_dir  # Asks all processes.
         if not trainer.is_global_zero:
@@ -270,7 +279,7 @@ class SAEProbe(pl.Callback):
             for row in report.rows
             if not row.metric.endswith("_p") and abs(row.value) != float("inf")
         }
-        scalars |= {f"probe_seconds/{name}": spent for name, spent in report.seconds.items()}
+        scalars |= {f"probe_seconds/{name}": spent for name, spent in report.seconds.items()} | flops
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
         if not self._layout_logged:

@@ -67,36 +67,49 @@ class Caption(NamedTuple):
     tokens: int
 
 
-def opening(model: Limber, pixel_values: Tensor) -> Sequences:
-    """Images [B, 3, H, W] as the LLM sees them when it starts to write: [prefix | image | prompt text]."""
-    prompt, device, count = model.collator().prompt, pixel_values.device, len(pixel_values)
-    text_ids = torch.tensor(prompt.generation_ids, dtype=torch.long, device=device).expand(count, -1)
+def opening(model: Limber, pixel_values: Tensor | None) -> Sequences:
+    """Images [B, 3, H, W] as the LLM sees them when it starts to write: [prefix | image | prompt text].
+
+    None is one sequence without an image, [prefix | prompt text]. A prompt that has neither opens with
+    BOS then (EOS, if the tokenizer has no BOS): the LLM cannot go on from nothing.
+    """
+    prompt, device = model.collator().prompt, model.device
+    prefix_ids, generation_ids = prompt.prefix_ids, prompt.generation_ids
+    if pixel_values is None:
+        count, image_tokens = 1, None
+        if not prefix_ids and not generation_ids:
+            bos = prompt.tokenizer.bos_token_id
+            prefix_ids = [prompt.tokenizer.eos_token_id if bos is None else bos]
+    else:
+        count, image_tokens = len(pixel_values), model.image_tokens(pixel_values)
+    text_ids = torch.tensor(generation_ids, dtype=torch.long, device=device).expand(count, -1)
     batch = Batch(
         ids=[],
-        pixel_values=pixel_values,
+        pixel_values=torch.empty(0, device=device) if pixel_values is None else pixel_values,
         image_index=torch.arange(count, device=device),
-        prefix_ids=torch.tensor(prompt.prefix_ids, dtype=torch.long, device=device),
+        prefix_ids=torch.tensor(prefix_ids, dtype=torch.long, device=device),
         text_ids=text_ids,
         is_caption=torch.zeros_like(text_ids, dtype=torch.bool),
         target_index=text_ids.new_zeros(0, 2),
     )
-    return model.sequences(batch, model.image_tokens(pixel_values))
+    return model.sequences(batch, image_tokens)
 
 
 @torch.no_grad()
 def generate(
-    model: Limber, pixel_values: Tensor, decoding: Decoding, log_probabilities: bool = True
+    model: Limber, pixel_values: Tensor | None, decoding: Decoding, log_probabilities: bool = True
 ) -> list[Caption]:
     """Captions of images [B, 3, H, W].
 
     Args:
         model: With its adapter loaded or trained.
-        pixel_values: On the model's device.
+        pixel_values: On the model's device. None is one caption without an image: what the LLM says when
+            it sees the prompt alone.
         decoding: How.
         log_probabilities: They keep the logits of all steps, 4 G V bytes for each image and beam; without
             them they are NaN.
     """
-    if not len(pixel_values):
+    if pixel_values is not None and not len(pixel_values):
         return []
     embeds = opening(model, pixel_values).embeds.to(model.llm.embedding.weight.dtype)  # [B, S, D_l]
     tokenizer, end_ids = model.llm.tokenizer, model.collator().prompt.end_ids

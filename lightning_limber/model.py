@@ -398,8 +398,8 @@ class Limber(pl.LightningModule):
         self.position_counts = sum(lengths), embeds.shape[0] * embeds.shape[1]
         return embeds, mask, positions, place
 
-    def generate(self, pixel_values: Tensor, max_new_tokens: int = 48) -> list[str]:
-        """Captions of images [B, 3, H, W], greedily; see generation.py for more."""
+    def generate(self, pixel_values: Tensor | None, max_new_tokens: int = 48) -> list[str]:
+        """Captions of images [B, 3, H, W], greedily (None: one without an image); see generation.py."""
         decoding = Decoding(max_new_tokens)
         return [caption.text for caption in generate(self, pixel_values, decoding, log_probabilities=False)]
 
@@ -463,6 +463,7 @@ class Limber(pl.LightningModule):
             self.val_accuracy.update(correct.double())
 
     def on_validation_epoch_end(self) -> None:
+        split = "test" if self.trainer.state.fn == "test" else "val"
         loss = self.val_loss.compute()
         values = {
             "loss": loss,
@@ -471,9 +472,9 @@ class Limber(pl.LightningModule):
             "perplexity": loss.exp(),
             "accuracy": self.val_accuracy.compute(),
         }
-        self.log_dict({f"val/{name}": value.float() for name, value in values.items()}, prog_bar=True)
+        self.log_dict({f"{split}/{name}": value.float() for name, value in values.items()}, prog_bar=True)
         rank_zero_info(
-            f"[val] step {self.global_step}: "
+            f"[{split}] step {self.global_step}: "
             + ", ".join(f"{name} {float(value):.3f}" for name, value in values.items())
         )
         for metric in (self.val_loss, self.val_loss_shuffled, self.val_accuracy):

@@ -1,8 +1,11 @@
 """``python -m lightning_limber report RUN [RUN ...] -o report.html``: what runs found, as one HTML file.
 
+Several runs are also compared as text, on the standard output.
+
 The file holds its data and its script and asks nothing of the network. It is made from what a run leaves in
-its folder: ``probe.csv``, ``captions.csv``, ``captions_epoch_*.jsonl``, ``detectors_epoch_*.csv``,
-``patches_epoch_*.jpg``, ``config.yaml``, ``run.json`` and TensorBoard's event files; no torch is loaded.
+its folder: ``probe.csv``, ``captions.csv``, ``captions_baselines.json``, ``captions_epoch_*.jsonl``,
+``detectors_epoch_*.csv``, ``patches_epoch_*.jpg``, ``config.yaml``, ``run.json`` and the event files of
+TensorBoard; no torch is loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import yaml
 from lightning_limber import palette
 from lightning_limber.convergence import published_curves
 
-SCALARS = ("train/", "val/", "captions/", "captions_chance/", "probe_seconds/", "memory/")
+SCALARS = ("train/", "val/", "captions/", "captions_chance/", "probe_seconds/", "memory/", "flops/")
 MAX_POINTS = 200
 """Longer training curves are drawn as means of this many equal parts."""
 Interval = tuple[float, float, float]
@@ -38,11 +41,14 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="Default: report.html.")
     options = parser.parse_args(args)
     try:
-        page = render([read_run(folder) for folder in options.runs])
+        runs = [read_run(folder) for folder in options.runs]
     except (FileNotFoundError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
+    page = render(runs)
     options.out.write_text(page, encoding="utf-8")
     print(f"[report] {options.out}: {len(page.encode()) / 1e6:.2f} MB, {len(options.runs)} run(s)")
+    if len(runs) > 1:
+        print(f"\n{comparison(runs)}")
 
 
 def render(runs: list[dict[str, Any]]) -> str:
@@ -110,7 +116,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "scalars": scalars,
         "seconds": seconds,
         **read_probe(folder / "probe.csv"),
-        "scores": read_scores(folder / "captions.csv"),
+        **read_scores(folder),
         "gallery": {
             epoch_of(path): [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for path in folder.glob("captions_epoch_*.jsonl")
@@ -163,12 +169,21 @@ def read_probe(path: Path) -> dict[str, Any]:
     return {"layers": layers, "epochs": epochs, "curves": curves, "convergence": convergence}
 
 
-def read_scores(path: Path) -> dict[int, dict[str, Interval]]:
-    """Caption scores by epoch."""
+def read_scores(folder: Path) -> dict[str, Any]:
+    """Caption scores as ``scores[epoch][metric]``; and what is reached without looking,
+    ``baselines[writer]``: the one caption and its scores.
+    """
     scores: dict[int, dict[str, Interval]] = defaultdict(dict)
-    for row in read_rows(path) if path.is_file() else []:
-        scores[int(row["epoch"])][row["metric"]] = interval(row)
-    return scores
+    blind: dict[str, dict[str, Interval]] = defaultdict(dict)
+    table, captions = folder / "captions.csv", folder / "captions_baselines.json"
+    for row in read_rows(table) if table.is_file() else []:
+        # Runs of before there were baselines have no writers.
+        writer = row.get("writer", "model")
+        of_writer = scores[int(row["epoch"])] if writer == "model" else blind[writer]
+        of_writer[row["metric"]] = interval(row)
+    words = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {}
+    baselines = {writer: {"caption": words[writer], "scores": of} for writer, of in blind.items()}
+    return {"scores": scores, "baselines": baselines}
 
 
 def read_scalars(folder: Path) -> tuple[dict[str, list[tuple[int, float]]], float]:
@@ -261,5 +276,66 @@ def differences(run: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         found = [(layer, *difference(a[layer], b[layer])) for layer in layers if layer in a and layer in b]
         if found:
             metrics[metric] = found
-    a, b = (scores[max(scores)] if scores else {} for scores in (run["scores"], base["scores"]))
-    return {"metrics": metrics, "scores": {name: difference(a[name], b[name]) for name in a if name in b}}
+    ours, theirs = last_scores(run), last_scores(base)
+    scores = {name: difference(ours[name], theirs[name]) for name in ours if name in theirs}
+    return {"metrics": metrics, "scores": scores}
+
+
+def last_scores(run: dict[str, Any]) -> dict[str, Interval]:
+    """Caption scores at the run's last scored epoch; empty without any."""
+    return run["scores"][max(run["scores"])] if run["scores"] else {}
+
+
+def comparison(runs: list[dict[str, Any]]) -> str:
+    """Runs as text, a row each: held-out scores, and the probe's l0 and loss_recovered of image tokens.
+
+    All at the last epoch of each run, with 95 % intervals where there are any. The probe's layers are
+    those in the middle of each third of the layers that all runs have probed.
+    """
+    layers = [layer for layer in runs[0]["layers"] if all(layer in run["layers"] for run in runs)]
+    layers = sorted({layers[len(layers) * sixth // 6] for sixth in (1, 3, 5)}) if layers else []
+    scores = ["run", "parameters", "loss", "accuracy", "right slots", "cider_d", "minus the first"]
+    probe = ["run", *(f"{metric} @{layer}" for metric in ("l0", "loss_recovered") for layer in layers)]
+    rows: list[list[list[str]]] = [[scores], [probe]]
+    for i, run in enumerate(runs):
+        start, found = run["starts"][0] if run["starts"] else {}, last_scores(run)
+        parameters = start.get("trained_parameters")
+        minus = differences(run, runs[0])["scores"].get("cider_d") if i else None
+        held_out = (run["scalars"].get(f"val/{name}") for name in ("loss", "accuracy"))
+        rows[0].append(
+            [
+                run["name"],
+                f"{parameters:,}" if parameters else "",
+                *(f"{points[-1][1]:.3f}" if points else "" for points in held_out),
+                *map(in_brackets, (found.get("slots/all"), found.get("cider_d"), minus)),
+            ]
+        )
+        rows[1].append([run["name"]])
+        for metric in ("l0", "loss_recovered"):
+            values = run["curves"].get(metric, {}).get("image", {}).get(run["epochs"][-1], [])
+            by_layer = dict(zip(run["layers"], values, strict=False))
+            rows[1][-1] += [in_brackets(by_layer.get(layer)) for layer in layers]
+    titles = ("held-out images, 95 % over images", "SAE probe of image tokens, by layer")
+    return "\n\n".join(f"{title}\n{columns(table)}" for title, table in zip(titles, rows, strict=True))
+
+
+def in_brackets(value: Interval | None) -> str:
+    """``1.25 [1.1, 1.4]``; nothing where nothing was measured."""
+    if value is None or math.isnan(value[0]):
+        return ""
+    middle, low, high = (f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}" for x in value)
+    return middle if math.isnan(value[1]) else f"{middle} [{low}, {high}]"
+
+
+def columns(table: list[list[str]]) -> str:
+    """Rows, the first of which is the head, as aligned text; columns that hold nothing are left out."""
+    kept = [column for column in zip(*table, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in kept]
+    lines = zip(*kept, strict=True)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

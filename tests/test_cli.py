@@ -196,8 +196,12 @@ def test_readme_names_files_that_exist():
 
 def test_readme_commands_are_parsed(parse, monkeypatch):
     monkeypatch.chdir(REPO)
-    commands = re.findall(r"^python -m lightning_limber (fit|validate|test|predict)(.*)$", readme(), re.M)
-    assert len(commands) > 5
+    pattern = r"^ *(?:srun )?python -m lightning_limber (fit|validate|test|predict)(.*)$"
+    for name, value in {"kind": "pixel_shuffle", "seed": "2"}.items():  # Of the sweeps.
+        monkeypatch.setenv(name, value)
+    commands = re.findall(pattern, os.path.expandvars(readme()), re.M)
+    assert sum("pixel_shuffle-2" in rest for _, rest in commands) == 2
+    assert len(commands) > 7
     for subcommand, rest in commands:
         if "--ckpt_path" in rest or "--model.adapter_weights" in rest:
             continue  # Needs a run; tests/test_resume.py does these.

@@ -138,6 +138,7 @@ def test_scenes_are_a_function_of_seed_split_and_index():
     a, b = SceneSet("train", 10, 112, 0)[3], SceneSet("train", 99, 112, 0)[3]
     assert a.captions == b.captions
     assert a.image.tobytes() == b.image.tobytes()
+    assert SceneSet("train", 10, 112, 0).captions(3) == a.captions
     others = [SceneSet("val", 10, 112, 0)[3], SceneSet("train", 10, 112, 1)[3]]
     assert all(other.image.tobytes() != a.image.tobytes() for other in others)
 

@@ -15,15 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_limber.adapters import AdapterConfig
 from lightning_limber.backbones import VisionConfig
+from lightning_limber.flops import CPU_ATTENTION
 from lightning_limber.model import Limber
-from lightning_limber.plan import (
-    CPU_ATTENTION,
-    Rehearsal,
-    probe_flops,
-    sae_sizes,
-    width_in_name,
-)
+from lightning_limber.plan import probe_flops, sae_sizes, width_in_name
 from lightning_limber.prompt import Record
+from lightning_limber.rehearsal import Rehearsal
 
 IMAGES, CAPTION_TOKENS = 3, 12
 SUITE = "--probe.sae_release=suite:smollm2-135m-instruct", "--probe.sae_id=blocks.{layer}.hook_resid_post"

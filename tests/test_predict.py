@@ -125,6 +125,28 @@ def test_greedy_is_the_likeliest_next_token_and_uses_a_cache(models, written):
     assert own_log_probabilities(model, pixels(model, 1)[0], row).argmax(-1).tolist() == row
 
 
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [
+        ("{bos}{image}describe the picture {caption}{eos}", "<bos> describe the picture"),
+        ("{image}{caption}{eos}", "<bos>"),  # Of which nothing would be left.
+        ("{image}the {caption}{eos}", "the"),
+    ],
+)
+def test_without_an_image_the_llm_goes_on_from_the_prompt(models, written, prompt, ids):
+    """As transformers does from the same tokens."""
+    model = make(models, prompt=prompt)
+    [caption] = generate(model, None, Decoding(8))
+    ids = torch.tensor([model.llm.tokenizer.convert_tokens_to_ids(ids.split())])
+    expected = model.llm.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False,
+        return_dict_in_generate=True,
+    ).sequences[0, ids.shape[1] :]  # fmt: skip
+    assert written[0][0].tolist() == expected.tolist()
+    assert caption.tokens == len(expected)
+    assert caption.text == model.generate(None, 8)[0]
+
+
 def test_beams_find_the_likeliest_of_all_captions(models):
     """With as many beams as there are tokens, two steps of beam search are exhaustive."""
     model = make(models)
@@ -517,7 +539,8 @@ def test_model_card(run, fit):
     for fingerprint in checkpoint["lightning_limber"]["backbones"].values():
         assert fingerprint in card
     scores = pd.read_csv(run / "captions.csv")
-    cider = scores[(scores.metric == "cider_d") & (scores.epoch == scores.epoch.max())].iloc[0]
+    newest = (scores.epoch == scores.epoch.max()) & (scores.writer == "model")
+    cider = scores[newest & (scores.metric == "cider_d")].iloc[0]
     assert f"| cider_d | {cider.value:.3f} | {cider.low:.3f} to {cider.high:.3f} |" in card
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

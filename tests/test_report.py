@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 import re
 import shutil
@@ -48,9 +49,11 @@ def write_run(
             table.writerow(["a/b", epoch, 0, "image", "loss_recovered_p", 0.2, "", ""])
     with (folder / "captions.csv").open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow("run epoch metric value low high".split())
+        table.writerow("run epoch writer metric value low high".split())
         for epoch in range(1, epochs + 1):
-            table.writerow(["a/b", epoch, "cider_d", 1.0 + 0.1 * epoch + seed, 0.9, 1.5])
+            table.writerow(["a/b", epoch, "model", "cider_d", 1.0 + 0.1 * epoch + seed, 0.9, 1.5])
+            table.writerow(["a/b", epoch, "no_image", "cider_d", 0.25, 0.2, 0.3])
+    (folder / "captions_baselines.json").write_text('{"no_image": "What <i>is</i> this?"}')
     shot = {
         "references": ["a </script> <b>red</b> circle"],
         "caption": "a blue & green square",
@@ -91,11 +94,22 @@ def test_the_page_holds_the_tables_numbers(tmp_path):
         "2": [2, 1, "never"],
     }
     assert "loss_recovered_p" not in run["curves"]
-    assert run["scores"]["2"]["cider_d"] == [1.2, 0.9, 1.5]
+    assert run["scores"]["2"] == {"cider_d": [1.2, 0.9, 1.5]}
+    blind = {"caption": "What <i>is</i> this?", "scores": {"cider_d": [0.25, 0.2, 0.3]}}
+    assert run["baselines"] == {"no_image": blind}
     assert run["summary"]["LLM"] == "some/llm"
     assert run["gallery"]["2"][0]["references"] == ["a </script> <b>red</b> circle"]
     assert data["paper"]["curves"]["mse"]["image"][0] == pytest.approx(115.46, rel=1e-3)
     assert data["palette"]["colours"] == palette.COLOURS
+
+
+def test_a_run_of_before_there_were_baselines(tmp_path):
+    folder = write_run(tmp_path / "runs/a")
+    (folder / "captions_baselines.json").unlink()
+    (folder / "captions.csv").write_text("run,epoch,metric,value,low,high\na/b,1,cider_d,1.0,0.9,1.5\n")
+    run = read_run(folder)
+    assert run["scores"] == {1: {"cider_d": (1.0, 0.9, 1.5)}}
+    assert run["baselines"] == {}
 
 
 def test_training_curves_come_from_the_event_file(tmp_path):
@@ -165,6 +179,59 @@ def test_several_runs_are_compared_with_the_first(tmp_path):
     assert all(row[1] == 0 and row[2] < 0 < row[3] for row in same["metrics"]["fvu"])
 
 
+def test_several_runs_are_a_table_of_text(tmp_path, capsys):
+    """Every cell is the run's own number; what no run has is no column."""
+    folders = [write_run(tmp_path / f"{name}/v", layers, seed=i) for i, (name, layers) in enumerate(
+        [("linear", 7), ("mlp", 7), ("deep", 9)]
+    )]  # fmt: skip
+    (folders[1] / "run.json").write_text('[{"trained_parameters": 12345}]')
+    (folders[2] / "captions.csv").unlink()
+    main([*map(str, folders), "-o", "out.html"])
+    scores, probe = capsys.readouterr().out.partition("MB, 3 run(s)\n\n")[2].split("\n\n")
+    head, *rows = (re.split("  +", line) for line in scores.splitlines()[1:])
+    assert head == ["run", "parameters", "loss", "cider_d", "minus the first"]  # No accuracy, no slots.
+    assert rows == [
+        ["linear/v", "0.500", "1.2 [0.9, 1.5]"],
+        [
+            "mlp/v",
+            "12,345",
+            "0.500",
+            "2.2 [0.9, 1.5]",
+            "1 [-0.334, 1.76]",
+        ],  # 1 - hypot(1.3, 0.3), 1 + hypot(0.7, 0.3)
+        ["deep/v", "0.500"],
+    ]
+    head, *rows = (re.split("  +", line) for line in probe.splitlines()[1:])
+    # The middles of the thirds of layers 0 to 6, which all have.
+    places = [1, 3, 5]
+    assert head == ["run", *(f"{metric} @{i}" for metric in ("l0", "loss_recovered") for i in places)]
+    for folder, (name, *cells) in zip(folders, rows, strict=True):
+        run = read_run(folder)
+        assert name == run["name"]
+        expected = [
+            run["curves"][metric]["image"][2][i] for metric in ("l0", "loss_recovered") for i in places
+        ]
+        assert [re.findall(r"[-\d.e]+", cell) for cell in cells] == [
+            [f"{x:.3g}" for x in value] for value in expected
+        ]
+
+
+def test_runs_that_share_no_layer_and_what_was_not_measured(tmp_path, capsys):
+    from lightning_limber.report import columns, comparison, in_brackets
+
+    assert in_brackets((0.12345, math.nan, math.nan)) == "0.123"
+    assert in_brackets((math.nan, 0.1, 0.2)) == in_brackets(None) == ""
+    assert in_brackets((578.4, 560.0, 12345.6)) == "578 [560, 12346]"
+    assert (
+        columns([["run", "a", "b"], ["x", "", "1"], ["long", "", "22"]]) == "run    b\nx      1\nlong  22"
+    )
+    runs = [read_run(write_run(tmp_path / name)) for name in "ab"]
+    runs[1]["layers"] = [7, 8, 9]
+    assert comparison(runs).endswith(
+        "SAE probe of image tokens, by layer\nrun\nr/a\nr/b".replace("r/", tmp_path.name + "/")
+    )
+
+
 def test_a_folder_without_a_probe_is_named(tmp_path, capsys):
     write_run(tmp_path / "runs/default/version_0")
     with pytest.raises(SystemExit):
@@ -218,3 +285,4 @@ def test_a_browser_draws_a_large_run(tmp_path):
     assert parts["panels"].count("<svg") == 12
     assert "never" in parts["convergence"]
     assert "&lt;b&gt;red" in parts["gallery"]
+    assert "What &lt;i&gt;is&lt;/i&gt; this?" in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_limber import scores
+from lightning_limber.data import CaptionData
+from lightning_limber.generation import Decoding, generate
+from lightning_limber.model import Limber
 from lightning_limber.scores import caption_scores, tokenize
 
 WORDS = "a cat dog bird sits runs sleeps on under near the red green blue big small mat tree road".split()
@@ -258,26 +262,144 @@ def test_clip_scores_have_intervals_and_need_images(clip):
 # -- on the real entry point ------------------------------------------------------------------------
 
 
+def test_slots_have_intervals_over_images():
+    """Two scenes of one object each and one of three, of which one caption gets one slot wrong."""
+    from lightning_limber.callbacks.captions import slot_scores
+    from lightning_limber.data import Scenes
+    from lightning_limber.data.scenes import SceneSet
+
+    data, records = Scenes(), [SceneSet("train", 50, 112, 0)[i] for i in range(50)]
+    written, scenes = [r.captions[0] for r in records], [r.scene for r in records]
+    whole = slot_scores(data, written, scenes)
+    kinds = ("background", "count", "size", "colour", "shape", "relation", "all")
+    assert set(whole) == {f"slots/{kind}" for kind in kinds}
+    assert set(whole.values()) == {(1, 1, 1)}
+    some = slot_scores(data, ["", *written[1:]], scenes)
+    objects = sum(len(scene["objects"]) for scene in scenes)
+    assert some["slots/count"].value == 49 / 50
+    assert some["slots/colour"].value == 1 - len(scenes[0]["objects"]) / objects
+    assert some["slots/colour"].low < some["slots/colour"].value < some["slots/colour"].high == 1
+    assert slot_scores(CaptionData(), written, scenes) == {}
+
+
+class BlindCalls:
+    """How often a caption was asked for without an image."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.count, original = 0, Limber.generate
+
+        def spy(model, pixel_values, max_new_tokens):
+            self.count += pixel_values is None
+            return original(model, pixel_values, max_new_tokens)
+
+        monkeypatch.setattr(Limber, "generate", spy)
+
+
+def test_captions_stand_beside_two_that_do_not_look(fit, tmp_path, monkeypatch, capsys):
+    from lightning_limber.callbacks.captions import slot_scores
+    from lightning_limber.data.scenes import SceneSet
+
+    calls = BlindCalls(monkeypatch)
+    cli = fit("--trainer.max_steps=8", "--data.train_size=300", "--trainer.limit_train_batches=4")
+    assert calls.count == 1  # At the first of two validations.
+    assert capsys.readouterr().out.count("[captions] without looking: most_frequent cider_d ") == 1
+    run = tmp_path / "runs/default/version_0"
+    words = json.loads((run / "captions_baselines.json").read_text())
+    train = Counter(SceneSet("train", 300, 112, 0)[i].captions[0] for i in range(300))
+    assert words["most_frequent"] == train.most_common(1)[0][0]
+    assert train[words["most_frequent"]] > 1
+    assert words["no_image"] == generate(cli.model, None, Decoding(8))[0].text
+    records = [SceneSet("val", 10, 112, 0)[i] for i in range(4)]
+    table = pd.read_csv(run / "captions.csv")
+    assert table.groupby("epoch").writer.unique().map(list).tolist() == [["model", *words]] * 2
+    for (_, writer, name), rows in table.groupby(["epoch", "writer", "metric"]):
+        if writer != "model":
+            said = [words[writer]] * 4
+            expected = caption_scores(said, [record.captions for record in records])
+            expected |= slot_scores(cli.datamodule, said, [record.scene for record in records])
+            assert rows[["value", "low", "high"]].to_numpy().tolist() == [
+                pytest.approx(expected[name], abs=1e-9)
+            ]
+    log = EventAccumulator(str(run)).Reload()
+    for writer in words:
+        logged = [event.value for event in log.Scalars(f"captions_{writer}/all")]
+        share = table[(table.writer == writer) & (table.metric == "slots/all")].value
+        assert logged == pytest.approx(share.tolist(), abs=1e-6)
+    # A resumed run knows them; `validate` may be given other data, and makes them anew.
+    fit("--ckpt_path=last", "--trainer.max_steps=12", base=False)
+    assert calls.count == 1
+    again = pd.read_csv(run / "captions.csv")
+    assert again.epoch.unique().tolist() == [1, 2, 3]
+    blind = again[again.writer != "model"].drop(columns=["run"])
+    first, third = (blind[blind.epoch == n].drop(columns="epoch").to_numpy().tolist() for n in (1, 3))
+    assert first == third
+    fit("--ckpt_path=last", "--captions.num_images=6", command="validate", base=False)
+    assert calls.count == 2
+
+
 def test_fit_validate_and_test_score_captions(fit, clip, tmp_path):
     flags = ["--trainer.max_steps=8", f"--captions.clip={clip}"]
     fit(*flags)
     run = tmp_path / "runs/default/version_0"
     table = pd.read_csv(run / "captions.csv")
-    assert list(table) == ["run", "epoch", "metric", "value", "low", "high"]
+    assert list(table) == ["run", "epoch", "writer", "metric", "value", "low", "high"]
     assert table.epoch.unique().tolist() == [1, 2]
     names = ["cider_d", "bleu_4", "rouge_l", "clip_score", "ref_clip_score"]
-    assert table.metric.tolist() == names * 2
+    agreement = table[~table.metric.str.startswith("slots/")]
+    assert agreement.metric.tolist() == names * 3 * 2
     assert (table.low <= table.value).all()
     assert (table.value <= table.high).all()
     log = EventAccumulator(str(run)).Reload()
     for name in names:
         logged = [event.value for event in log.Scalars(f"captions/{name}")]
-        assert logged == pytest.approx(table[table.metric == name].value.tolist(), abs=1e-6)
-    assert "captions/all" in log.Tags()["scalars"]  # Scenes: exact attribute scores stay.
+        own = table[(table.metric == name) & (table.writer == "model")]
+        assert logged == pytest.approx(own.value.tolist(), abs=1e-6)
+    assert {"captions/all", "captions_chance/all"} <= set(log.Tags()["scalars"])
     last = table[table.epoch == 2].drop(columns="run").reset_index(drop=True)
-    for version, command in enumerate(("validate", "test"), start=1):
-        fit("--ckpt_path=last", command=command, base=False)
-        again = pd.read_csv(tmp_path / f"runs/default/version_{version}/captions.csv")
-        assert again.epoch.unique().tolist() == [1, 2]
-        again = again[again.epoch == 2].drop(columns="run").reset_index(drop=True)
-        pd.testing.assert_frame_equal(again, last)
+    fit("--ckpt_path=last", command="validate", base=False)
+    again = pd.read_csv(tmp_path / "runs/default/version_1/captions.csv")
+    assert again.epoch.unique().tolist() == [1, 2]
+    again = again[again.epoch == 2].drop(columns="run").reset_index(drop=True)
+    pd.testing.assert_frame_equal(again, last)
+    # Scenes have no test part: `test` sees the same images, under its own name.
+    fit("--ckpt_path=last", command="test", base=False)
+    tested = pd.read_csv(tmp_path / "runs/default/version_2/captions_test.csv").drop(columns="run")
+    pd.testing.assert_frame_equal(tested, last)
+
+
+def test_test_scores_the_test_part_and_leaves_validation_alone(fit, models, tmp_path):
+    from test_sources import write_karpathy
+
+    (tmp_path / "coco").mkdir()
+    write_karpathy(tmp_path / "coco", 12)
+    data = [f"--data.annotations={tmp_path}/coco/dataset_coco.json", f"--data.images={tmp_path}/coco"]
+    flags = [flag for flag in tiny.arguments(models, probe=False) if "_size=1" not in flag]  # Of Scenes.
+    cli = fit("--data=CocoCaptions", *data, *flags, "--trainer.max_steps=6", base=False)
+    run = tmp_path / "runs/default/version_0"
+    files = {path: path.read_bytes() for path in run.glob("captions*")}
+    assert {path.name for path in files} == {
+        "captions.csv",
+        "captions_baselines.json",
+        *(f"captions_epoch_{n}.jsonl" for n in (1, 2)),
+    }
+    history = dict(cli.trainer.callbacks[1].history)
+    # In the same folder, from Python.
+    found = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0]
+    names = ("loss", "loss_shuffled", "perplexity", "accuracy")
+    assert set(found) == {f"test/{name}" for name in names}
+    assert {path: path.read_bytes() for path in files} == files
+    assert cli.trainer.callbacks[1].history == history
+    records = [cli.datamodule.test_dataset()[i] for i in range(4)]
+    assert records[0].captions != cli.datamodule.val_set[0].captions
+    pixels = torch.stack([cli.model.vision.transform(record.image) for record in records])
+    expected = caption_scores(cli.model.generate(pixels, 8), [record.captions for record in records])
+    table = pd.read_csv(run / "captions_test.csv")
+    assert table.epoch.unique().tolist() == [2]
+    own = table[table.writer == "model"].set_index("metric")
+    for name, score in expected.items():
+        assert own.loc[name, ["value", "low", "high"]].tolist() == pytest.approx(list(score))
+    shown = [json.loads(line) for line in (run / "captions_test_epoch_2.jsonl").read_text().splitlines()]
+    assert [line["references"] for line in shown] == [record.captions for record in records]
+    log = EventAccumulator(str(run)).Reload()
+    assert [event.step for event in log.Scalars("captions/cider_d")] == [3, 6]
+    assert log.Scalars("captions_test/cider_d")[-1].value == pytest.approx(own.value["cider_d"], abs=1e-6)

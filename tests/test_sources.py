@@ -215,6 +215,50 @@ def test_images_belong_to_their_captions(kind, make):
         assert caption(number).split() == record.captions[0].split()[: len(caption(number).split())]
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_training_captions_need_no_image(kind, make, monkeypatch):
+    """Those of every record where it is decoded; fewer are spaced evenly, or the first of a stream."""
+    import datasets
+
+    from lightning_limber.data import annotations, huggingface, image_folder, shards
+
+    data = make(kind)
+    if kind == "hf-stream":
+        records = [data.train_set.decode(row) for row in data.train_set.rows(0)]
+    else:
+        records = [data.train_set[i] for i in range(len(data.train_set))]
+
+    def refuse(path):
+        raise AssertionError("an image was opened")
+
+    for module in (annotations, huggingface, image_folder, shards):
+        monkeypatch.setattr(module, "open_image", refuse)
+    monkeypatch.setattr(datasets.Image, "decode_example", refuse)
+    assert list(data.training_captions()) == [text for record in records for text in record.captions]
+    some = records[:7] if kind == "hf-stream" else records[:: -(-len(records) // 7)]
+    assert len(some) > 4
+    assert list(data.training_captions(limit=7)) == [text for record in some for text in record.captions]
+
+
+def test_training_captions_of_any_data_set(make):
+    """One that has no `captions`, and records that cannot be read."""
+    data = make("folder")
+    records = [data.train_set[i] for i in range(len(data.train_set))]
+
+    class Plain:
+        def __len__(self) -> int:
+            return len(records)
+
+        def __getitem__(self, index: int):
+            if index == 2:
+                raise OSError("no picture")
+            return records[index]
+
+    data.train_set = Plain()
+    expected = [record.captions[0] for i, record in enumerate(records) if i != 2]
+    assert list(data.training_captions()) == expected
+
+
 def test_epochs_differ_and_processes_share_them(make):
     for kind in ("shards", "hf-stream"):
         data = make(kind)

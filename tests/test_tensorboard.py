@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_limber import palette
+from lightning_limber.callbacks import RunRecord
+from lightning_limber.flops import CPU_ATTENTION
 from lightning_limber.report import main as report
 from lightning_limber.report import read_run
 
@@ -58,6 +61,10 @@ def folder(cli) -> Path:
 
 @pytest.fixture(scope="module")
 def log(folder):
+    return events(folder)
+
+
+def events(folder: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
@@ -79,6 +86,8 @@ def test_charts_hold_a_metrics_layers_and_a_layers_groups(log):
         for category in layout.category
         for chart in category.chart
     }
+    blind = {f"captions{kind}/all" for kind in ("", "_chance", "_most_frequent", "_no_image")}
+    assert charts["training", "captions: right slots, and without looking"] == blind
     assert charts["training", "loss"] == {"train/loss", "val/loss", "val/loss_shuffled"}
     fvu = palette.PANELS["fvu"]
     assert charts["image tokens, all layers", fvu] == {"fvu/image/layer_00", "fvu/image/layer_02"}
@@ -124,9 +133,66 @@ def test_cost_is_logged(log):
     assert 0.1 < log.Scalars("memory/peak_gb")[0].value < 64  # The process holds torch at least.
 
 
+def test_flops_are_those_of_the_first_batch_and_the_first_probe(log, cli):
+    """Counted again, with torch's counter around them; a resumed run counts nothing."""
+    batch = next(iter(cli.datamodule.train_dataloader()))
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        cli.model(batch)[1].sum().backward()
+    assert {tag: [event.step for event in log.Scalars(tag)] for tag in FLOPS} == {tag: [0] for tag in FLOPS}
+    found = {tag: log.Scalars(tag)[0].value for tag in FLOPS}
+    assert found["flops/step"] == counter.get_total_flops() > 0
+    assert found["flops/image"] == found["flops/step"] / 4
+    probe, data = cli.trainer.callbacks[0]._probe, cli.datamodule
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        probe.run(data.probe_dataloader(60), data.probe_dataloader(6), data.attributes)
+    assert found["flops/probe"] == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+FLOPS = ("flops/step", "flops/image", "flops/probe")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_counting_changes_no_bit(fit, monkeypatch, tmp_path, precision):
+    flags = [
+        f"--trainer.precision={precision}",
+        "--trainer.max_steps=3",
+        "--trainer.accumulate_grad_batches=2",
+    ]
+    counted = fit(*flags)
+    monkeypatch.setattr(RunRecord, "on_train_batch_start", lambda *args: None)
+    plain = fit(*flags)
+    for (name, a), b in zip(
+        counted.model.adapter.state_dict().items(), plain.model.adapter.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    logs = [events(Path(cli.trainer.log_dir)) for cli in (counted, plain)]
+    assert logs[0].Tags()["scalars"] == ["flops/step", "flops/image", *logs[1].Tags()["scalars"]]
+    step, image = (logs[0].Scalars(tag)[0].value for tag in FLOPS[:2])
+    assert step == 2 * 4 * image  # Two batches of four.
+
+
+def test_an_error_in_the_first_step_ends_the_counting(fit, monkeypatch):
+    from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+    from lightning_limber.model import Limber
+
+    def fail(*args):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Limber, "training_step", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        fit()
+    assert _len_torch_dispatch_stack() == 0
+
+
 def test_the_run_says_how_it_was_made(folder, cli):
     [start] = json.loads((folder / "run.json").read_text())
     assert start["images"] == {"train": 16, "held out": 60}
+    assert (
+        start["trained_parameters"]
+        == sum(p.numel() for p in cli.model.adapter.parameters())
+        == 24 * 32 + 32
+    )
     assert start["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert start["from_step"] == 0
     assert start["command"].startswith("python ")
@@ -193,14 +259,15 @@ def test_the_report_of_a_real_run(folder, cli):
     assert run["epochs"] == [0, 1]
     assert run["summary"]["adapter"].startswith("linear")
     assert "Scenes" in run["summary"]["data"]
-    assert {"train/loss", "val/loss", "captions/all", "memory/peak_gb"} <= set(run["scalars"])
+    assert {"train/loss", "val/loss", "captions/all", "memory/peak_gb", *FLOPS} <= set(run["scalars"])
     history = cli.trainer.callbacks[0].history[1]
     for row in history:
         if row.layer is not None and not row.metric.endswith("_p"):
             shown = run["curves"][row.metric][row.group][1][run["layers"].index(row.layer)]
             pairs = zip(shown, (row.value, row.low, row.high), strict=True)
             assert all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in pairs)
-    assert set(run["scores"][1]) == {"cider_d", "bleu_4", "rouge_l"}
+    assert {"cider_d", "bleu_4", "rouge_l", "slots/all"} <= set(run["scores"][1])
+    assert set(run["baselines"]) == {"most_frequent", "no_image"}
     assert len(run["gallery"][1]) == 4
     assert run["gallery"][1][0]["references"]
     assert run["patches"]["epoch"] == 1

@@ -40,9 +40,15 @@ class AnnotationSet:
     def __getitem__(self, index: int) -> Record:
         row = self.packed[index]
         turns: Turns | None = [(user, answer) for user, answer in row["turns"]] if "turns" in row else None
-        captions = row.get("captions") or [answer for _, answer in turns or ()]
         image = open_image(self.images / row["image"]) if row["image"] else None
-        return Record(row["id"], image, captions, turns=turns)
+        return Record(row["id"], image, self._captions(row), turns=turns)
+
+    def captions(self, index: int) -> list[str]:
+        return self._captions(self.packed[index])
+
+    @staticmethod
+    def _captions(row: dict[str, Any]) -> list[str]:
+        return row.get("captions") or [answer for _, answer in row["turns"]]
 
 
 class LLaVAConversations(CaptionData):

@@ -6,6 +6,7 @@ loader.py: which records make a batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, cast
 
@@ -156,9 +157,29 @@ class CaptionData(pl.LightningDataModule):
     def predict_dataloader(self) -> Any:
         return self._loader(self.val_set, self.val_batch_size, shuffle=False)
 
-    def probe_dataloader(self, num_images: int) -> BatchLoader:
-        """The first `num_images` held-out images, always the same, in this process' share."""
-        return self._loader(self.val_set, self.val_batch_size, shuffle=False, limit=num_images)
+    def probe_dataloader(self, num_images: int, records: RecordSet | None = None) -> BatchLoader:
+        """The first `num_images` of the held-out records, or of `records`, in this process' share."""
+        records = self.val_set if records is None else records
+        return self._loader(records, self.val_batch_size, shuffle=False, limit=num_images)
+
+    def training_captions(self, limit: int = 4096) -> Iterator[str]:
+        """All captions of `limit` training records, spaced evenly; of a stream, of its first ones.
+
+        Images are decoded only where the data set cannot do without. What cannot be read is left out:
+        the training loader counts and names it.
+        """
+        records = self.train_set
+        if isinstance(records, RecordStream):
+            places: Iterable[Any] = islice(records.rows(0), min(limit, len(records)))
+            captions = records.captions
+        else:
+            places = range(0, len(records), -(-len(records) // limit))
+            captions = getattr(records, "captions", None) or (lambda index: records[index].captions)
+        for place in places:
+            try:
+                yield from captions(place)
+            except (OSError, SyntaxError):
+                continue
 
     def calibration_batch(self, num_images: int = 64) -> Batch:
         """The first training images, the same in every process: see `Adapter.calibrate`."""

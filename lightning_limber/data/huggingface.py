@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,16 @@ class TableSet:
     def __getitem__(self, index: int) -> Record:
         return self.columns.record(self.table[index], f"{self.split}/{index}")
 
-    @property
+    def captions(self, index: int) -> list[str]:
+        return self.columns.captions(self._texts[index])
+
+    @cached_property
     def lengths(self) -> list[int]:
-        if not hasattr(self, "_lengths"):
-            texts = self.table.select_columns([self.columns.caption])
-            self._lengths = [sum(map(len, self.columns.captions(row))) for row in texts]
-        return self._lengths
+        return [sum(map(len, self.columns.captions(row))) for row in self._texts]
+
+    @cached_property
+    def _texts(self) -> Any:
+        return self.table.select_columns([self.columns.caption])
 
 
 class StreamSet(RecordStream):
@@ -73,7 +78,10 @@ class StreamSet(RecordStream):
             yield row.pop("_place"), row
 
     def length(self, row: tuple[int, dict[str, Any]]) -> int:
-        return sum(map(len, self.columns.captions(row[1])))
+        return sum(map(len, self.captions(row)))
+
+    def captions(self, row: tuple[int, dict[str, Any]]) -> list[str]:
+        return self.columns.captions(row[1])
 
     def decode(self, row: tuple[int, dict[str, Any]]) -> Record:
         return self.columns.record(row[1], f"{self.split}/{row[0]}")

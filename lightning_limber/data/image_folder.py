@@ -96,7 +96,10 @@ class EntrySet:
 
     def __getitem__(self, index: int) -> Record:
         entry = self.entries[index]
-        return Record(entry.name, open_image(self.folder / entry.name), list(entry.captions))
+        return Record(entry.name, open_image(self.folder / entry.name), self.captions(index))
+
+    def captions(self, index: int) -> list[str]:
+        return list(self.entries[index].captions)
 
 
 class ImageFolder(CaptionData):

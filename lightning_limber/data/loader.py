@@ -19,9 +19,10 @@ from lightning_limber.prompt import Batch, Record, choose_captions
 class RecordSet(Protocol):
     """A map-style data set: the same index always gives the same record, in any process.
 
-    Two attributes are optional: ``lengths`` (about how long each record's text is, in any unit) lets
-    batches hold texts of like length, and ``blocks`` (first index of each file, if many records lie in
-    one) keeps what is read at a time near together.
+    Three attributes are optional: ``lengths`` (about how long each record's text is, in any unit) lets
+    batches hold texts of like length, ``blocks`` (first index of each file, if many records lie in one)
+    keeps what is read at a time near together, and ``captions(index)`` gives a record's captions without
+    decoding its image.
     """
 
     def __len__(self) -> int: ...
@@ -46,6 +47,10 @@ class RecordStream(ABC):
     @abstractmethod
     def decode(self, row: Any) -> Record:
         """The row as a record."""
+
+    def captions(self, row: Any) -> list[str]:
+        """The row's captions; better without decoding its image."""
+        return self.decode(row).captions
 
 
 class PackedList(Sequence):

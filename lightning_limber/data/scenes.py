@@ -164,10 +164,17 @@ class SceneSet:
         return self.size
 
     def __getitem__(self, index: int) -> Record:
-        rng = random.Random(f"{self.seed}/{self.split}/{index}")
-        scene = make_scene(rng, held_out=self.split == "val")
+        scene, rng = self._scene(index)
         image = draw(scene, rng, self.image_size)
         return Record(f"{self.split}/{index:06d}", image, [describe(scene)], scene)
+
+    def captions(self, index: int) -> list[str]:
+        return [describe(self._scene(index)[0])]
+
+    def _scene(self, index: int) -> tuple[dict[str, Any], random.Random]:
+        """The truth, and the generator that draws it."""
+        rng = random.Random(f"{self.seed}/{self.split}/{index}")
+        return make_scene(rng, held_out=self.split == "val"), rng
 
 
 class Scenes(CaptionData):

@@ -16,7 +16,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -79,20 +79,33 @@ class ShardSet:
         return len(self.index)
 
     def __getitem__(self, index: int) -> Record:
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        image, image_size, text, text_size, is_json = self.index[index].tolist()
+        shard = self._shard(index)
+        image, image_size = self.index[index, :2].tolist()
         with open(self.paths[shard], "rb") as file:
-            file.seek(text)
-            caption = file.read(text_size).decode("utf-8", errors="replace")
+            captions = self._captions(file, index)
             file.seek(image)
             picture = file.read(image_size)
+        if not captions:
+            raise OSError("its caption is empty")
+        name = f"{Path(self.paths[shard]).stem}/{index - int(self.starts[shard])}"
+        return Record(name, open_image(io.BytesIO(picture)), captions)
+
+    def captions(self, index: int) -> list[str]:
+        with open(self.paths[self._shard(index)], "rb") as file:
+            return self._captions(file, index)
+
+    def _shard(self, index: int) -> int:
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
+    def _captions(self, file: BinaryIO, index: int) -> list[str]:
+        """The sample's caption; none where it is empty."""
+        text, text_size, is_json = self.index[index, 2:].tolist()
+        file.seek(text)
+        caption = file.read(text_size).decode("utf-8", errors="replace")
         if is_json:
             caption = json.loads(caption).get("caption") or ""
         caption = " ".join(caption.split())
-        if not caption:
-            raise OSError("its caption is empty")
-        name = f"{Path(self.paths[shard]).stem}/{index - int(self.starts[shard])}"
-        return Record(name, open_image(io.BytesIO(picture)), [caption])
+        return [caption] if caption else []
 
 
 class Shards(CaptionData):
