@@ -238,6 +238,8 @@ class Rehearsal:
             text_ids=torch.empty(texts, dtype=torch.long),
             is_caption=torch.empty(texts, dtype=torch.bool),
             target_index=torch.empty(images * self.target_tokens, 2, dtype=torch.long),
+            lengths=[self.prefix_tokens + self.text_tokens] * images,  # None is shorter: none shares a row.
+            has_image=[True] * images,
             caption_number=torch.empty(texts, dtype=torch.long) if shared else None,
         )
 

@@ -484,7 +484,13 @@ def test_the_precision_is_the_runs(run, fit, tmp_path):
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     checkpoint["lightning_limber"]["trainer"]["precision"] = "bf16-mixed"
     torch.save(checkpoint, tmp_path / "bf16.ckpt")
-    args = ["--ckpt_path=bf16.ckpt", "--images", "some", "--trainer.precision=bf16-mixed"]
+    # An image at a time, as below: another batch rounds otherwise.
+    args = [
+        "--ckpt_path=bf16.ckpt",
+        "--images=some",
+        "--trainer.precision=bf16-mixed",
+        "--data.val_batch_size=1",
+    ]
     cli = fit(*args, command="predict", base=False)
     model = load(tmp_path / "bf16.ckpt", "cpu")
     dtypes = {p.dtype for p in cli.model.llm.layers.parameters()}
