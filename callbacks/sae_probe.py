@@ -153,6 +153,7 @@ class SAEProbe(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Loads the SAEs and runs the text gate before anything is trained: an error comes at once."""
+        self._probe = None  # Of an earlier run in this process, with its model and captions.
         if self.every_n_epochs:
             self._prepare(trainer, pl_module)
 
@@ -262,7 +263,7 @@ class SAEProbe(pl.Callback):
                 self._batches(trainer, self.num_images, "Probing"),
                 self._batches(trainer, self.costly_images, "Probing layer by layer") if costly else (),
                 data.attributes,
-                same_captions=True,
+                same_captions=trainer.state.fn == "fit",  # `validate` may be given other data.
             )
         self.history[epoch] = report.rows
         flops: dict[str, float] = {}

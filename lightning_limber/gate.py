@@ -125,7 +125,7 @@ def expected(release: str, folder: Path | None, sae_ids: dict[str, str]) -> dict
 
     Args:
         release: As in `load_saes`.
-        folder: The release's folder, or None for a name in SAELens' registry.
+        folder: The release's folder, or None for a release that SAELens knows by name.
         sae_ids: Id of each SAE by hook name.
     """
     if folder is not None:

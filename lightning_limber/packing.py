@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 LEAST_GAIN = 0.05
-"""A mask has its price: packing pays from this share of the positions on."""
+"""Share of the cost that packing must spare, as a mask has a price of its own; chosen, not measured."""
 
 
 def fill_rows(lengths: Sequence[int], width: int, hidden_size: int, longest_row: int) -> list[list[int]]:

@@ -170,7 +170,7 @@ def chunks_on_device(
 
 
 def suite_folder(release: str) -> Path | None:
-    """The folder that a release names, or None when it is a name for SAELens' registry."""
+    """The folder that a release names, or None when SAELens knows it by name."""
     if release.startswith(SUITE_PREFIX):
         folder = SUITES / release.removeprefix(SUITE_PREFIX)
         if not folder.is_dir():

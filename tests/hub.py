@@ -275,7 +275,7 @@ def write_release(hub: Path, release: str, sae_id: str) -> None:
 
 
 def use(hub: Path, monkeypatch) -> None:
-    """Makes `hub` the only hub there is, and its SAEs' sizes known to SAELens' registry."""
+    """Makes `hub` the only hub there is, and its SAEs' sizes known to SAELens."""
     import huggingface_hub.constants
     from sae_lens.loading import pretrained_sae_loaders
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
