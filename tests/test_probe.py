@@ -318,6 +318,27 @@ def test_memory_by_image(fit):
     assert by_image == pytest.approx(kept, rel=0.05)
 
 
+def test_text_alone_is_measured_once_where_the_captions_stay(probed, monkeypatch):
+    """What is known from the first probe is what measuring anew finds, to the bit."""
+    callback, model = probed.trainer.callbacks[0], type(probed.model)
+    probe, batches = callback._probe, callback._batches(probed.trainer, 6, "")
+    monkeypatch.setattr(probe, "_text_sums", {})
+    sequences, alone = model.sequences, []
+
+    def counted(self, batch, image_tokens):
+        alone.append(image_tokens is None)
+        return sequences(self, batch, image_tokens)
+
+    monkeypatch.setattr(model, "sequences", counted)
+    found, forwards = [], []
+    for same_captions in (False, True, True):
+        alone.clear()
+        found.append(repr(probe.run(batches, same_captions=same_captions).rows))
+        forwards.append(any(alone))
+    assert forwards == [True, True, False]
+    assert found[0] == found[1] == found[2]
+
+
 class Identity(torch.nn.Module):
     """An SAE that reconstructs perfectly, or (with a constant) always says the same."""
 
