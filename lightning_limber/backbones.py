@@ -40,6 +40,11 @@ def freeze(module: nn.Module) -> None:
     module.eval().requires_grad_(False)
 
 
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 def fingerprint(module: nn.Module, values_per_tensor: int = 4096) -> str:
     """A short hash of a module's weights: names, shapes and evenly spaced values of each tensor.
 

@@ -20,6 +20,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_limber.backbones import cpu_multiplies_bfloat16
 from lightning_limber.callbacks import CaptionSamples, Checkpoints, RunRecord, SAEProbe
 from lightning_limber.data import CaptionData
 from lightning_limber.generation import Decoding
@@ -61,8 +62,7 @@ def default_precision(accelerator: str) -> str:
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
     if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
-        matrix_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        return "bf16-mixed" if matrix_units else "32-true"
+        return "bf16-mixed" if cpu_multiplies_bfloat16() else "32-true"
     return "32-true"
 
 

@@ -41,7 +41,9 @@ class FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if count := self.FORMULAS.get(func._overloadpacket):
+        if func._overloadpacket is torch.ops.aten.sparse_sampled_addmm:
+            self.total += 2 * output._nnz() * args[1].shape[-1]
+        elif count := self.FORMULAS.get(func._overloadpacket):
             if args[0].is_sparse:
                 self.total += 2 * args[0]._nnz() * output.shape[-1]
             else:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lightning_limber.backbones import LLM
 from lightning_limber.metrics import SAEAlignment, alignment
-from lightning_limber.sae import reconstruct
+from lightning_limber.sae import make_encoder
 from lightning_limber.suite import activations
 
 TEXT = Path(__file__).parent / "gate_text.txt"
@@ -90,7 +90,8 @@ def measure(
     # Two passes: what an outlier is must be known before anything is summed.
     norms: dict[str, list[Tensor]] = {name: [] for name in saes}
     # Every process reads the whole text.
-    metrics = {name: SAEAlignment(sync_on_compute=False).to(device) for name in saes}
+    metrics = {name: SAEAlignment(False, sync_on_compute=False).to(device) for name in saes}
+    encoders = {name: make_encoder(sae, device) for name, sae in saes.items()}
     limits: dict[str, float] = {}
 
     def read(name: str, index: Tensor, residual: Tensor) -> None:
@@ -100,8 +101,8 @@ def measure(
             norms[name].append(norm)
             return
         with torch.autocast(device.type, enabled=False):
-            latents = saes[name].encode(x)
-            reconstruction = reconstruct(saes[name], latents)
+            latents = encoders[name](x)
+            reconstruction = saes[name].decode(latents)
         row = torch.zeros(len(x), dtype=torch.long, device=device)
         metrics[name].update(x, reconstruction, latents, row, [0], norm <= limits[name])
 

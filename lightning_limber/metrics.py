@@ -22,8 +22,9 @@ Everything is a quotient of sums. The sums are kept by image, in float64, and pu
 held-out set before they are added: no result depends on batch size, batch order or the number of
 processes (beyond rounding inside one image), on bfloat16 input, or on a mean that is large against the
 spread. Sums by image are also what a bootstrap over images needs (`resamples`): metrics come with a 95 %
-interval for (8 D + 2 K) bytes an image, layer and group. `alive` and `shared` have none: they count
-latents that fire at least once, and a resample, which holds two thirds of the images, has fewer.
+interval for 8 D bytes an image, layer and group, and another 2 K where the strengths of latents are wanted
+by image. `alive` and `shared` have none: they count latents that fire at least once, and a resample, which
+holds two thirds of the images, has fewer.
 """
 
 from __future__ import annotations
@@ -47,17 +48,16 @@ class ImageSums:
     """[I, 8] float64, in the order of `SUMS`."""
     total: Tensor
     """[I, D] float64: sum of x."""
+    fires: Tensor
+    """[K] which latents fire on at least one image."""
     strength: Tensor
-    """[I, K] bfloat16: sum of each latent's activations; positive where it fires at all."""
+    """[I, K] bfloat16: sum of each latent's activations; positive where it fires at all. Where strengths are
+    not kept, [I, 0].
+    """
 
     def rows(self, weights: Tensor) -> dict[str, Tensor]:
         """Weighted sums over images by name: weights [R, I] -> [R] each."""
         return dict(zip(SUMS, (weights @ self.sums).unbind(-1), strict=True))
-
-    @property
-    def fires(self) -> Tensor:
-        """Which latents fire on at least one image: [K]."""
-        return (self.strength > 0).any(0)
 
     @property
     def means(self) -> Tensor:
@@ -108,7 +108,6 @@ def alignment(
     # A group that does not vary has no FVU; what is left there is rounding.
     variance = torch.where(variance > 1e-12 * of["squares"], variance, torch.nan)
     l0 = of["actives"] / tokens
-    latents = group.strength.shape[-1]
     return {
         "fvu": of["errors"] / variance,
         "fvu_text": of["errors"] / (tokens * text_variance),
@@ -119,7 +118,7 @@ def alignment(
         "norm": of["norms"] / tokens,
         "variance": variance / tokens,
         "l0": l0,
-        "sparsity": l0 / latents,
+        "sparsity": l0 / group.fires.numel(),
         "alive": group.fires.double().mean().expand_as(l0),
         "outliers": of["outliers"] / (tokens + of["outliers"]),
         "tokens": tokens,
@@ -131,10 +130,23 @@ def jaccard(fires: Tensor, other: Tensor) -> Tensor:
     return (fires & other).sum(-1).double() / (fires | other).sum(-1)
 
 
+def active_latents(latents: Tensor) -> Tensor:
+    """How many latents are active on each token: [n, K], dense or sparse COO -> [n] float64."""
+    if not latents.is_sparse:
+        return (latents > 0).sum(-1).double()
+    token, _ = latents.indices()
+    count = torch.zeros(len(latents), dtype=torch.float64, device=latents.device)
+    return count.index_add_(0, token, (latents.values() > 0).double())
+
+
 class SAEAlignment(Metric):
     """Streams tokens of one group at one layer into `ImageSums`; `alignment` makes metrics of them.
 
     An image's tokens must come in one call: what is kept is a row for each image of each call.
+
+    Args:
+        keep_strength: Keep the strengths of latents by image, which only metrics of meaning need.
+        kwargs: Of `torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -152,11 +164,13 @@ class SAEAlignment(Metric):
     image: list[Tensor]
     sums: list[Tensor]
     total: list[Tensor]
+    fires: list[Tensor]
     strength: list[Tensor]
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, keep_strength: bool = True, **kwargs) -> None:
         super().__init__(**kwargs)
-        for name in ("image", "sums", "total", "strength"):
+        self.keep_strength = keep_strength
+        for name in ("image", "sums", "total", "fires", "strength"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(
@@ -173,7 +187,8 @@ class SAEAlignment(Metric):
         Args:
             x: [n, D] residual stream.
             reconstruction: [n, D] of the SAE, on the same scale.
-            latents: [n, K] of the SAE, none negative; a latent is active where it is positive.
+            latents: [n, K] of the SAE, dense or sparse COO, none negative; a latent is active where it is
+                positive.
             row: [n] which of the B images each token belongs to.
             image: [B] places of these images in the held-out set.
             keep: [n] false at tokens to leave out and count as outliers; None keeps all.
@@ -192,7 +207,7 @@ class SAEAlignment(Metric):
                 (x * reconstruction).sum(-1) / (norm * norm_reconstruction).clamp_min(1e-300),
                 torch.where(norm > 0, norm_reconstruction / norm, 0.0),
                 norm,
-                (latents > 0).sum(-1).double(),
+                active_latents(latents),
             ],
             dim=-1,
         )  # [n, 8]
@@ -207,13 +222,22 @@ class SAEAlignment(Metric):
         self.image.append(image)
         self.sums.append(by_image(by_token, row))
         self.total.append(by_image(x, kept_row))
-        self.strength.append(by_image(latents.float(), kept_row).bfloat16())
+        if latents.is_sparse:
+            token, latent = latents.indices()
+            strength = torch.zeros(len(image) + 1, latents.shape[1], device=x.device)
+            place = kept_row[token] * latents.shape[1] + latent
+            strength = strength.view(-1).index_add_(0, place, latents.values()).view_as(strength)[:-1]
+        else:
+            strength = by_image(latents.float(), kept_row)
+        fires = (strength > 0).any(0, keepdim=True)
+        self.fires = [fires | self.fires[0]] if self.fires else [fires]
+        self.strength.append(strength.bfloat16() if self.keep_strength else strength[:, :0])
 
     def compute(self) -> ImageSums:
         """All images' sums, on the CPU, in the order of the held-out set."""
-        image, sums, total, strength = (
+        image, sums, total, fires, strength = (
             torch.cat(state).cpu() if isinstance(state, list) else state.cpu()
-            for state in (self.image, self.sums, self.total, self.strength)
+            for state in (self.image, self.sums, self.total, self.fires, self.strength)
         )
         order = image.argsort()
-        return ImageSums(image[order], sums[order], total[order], strength[order])
+        return ImageSums(image[order], sums[order], total[order], fires.any(0), strength[order])

@@ -34,10 +34,10 @@ from torch import Tensor
 from lightning_limber.findings import Clock, Descriptions, Findings, PassSums, ProbeConfig, Report
 from lightning_limber.gate import TextStats
 from lightning_limber.generation import opening
-from lightning_limber.metrics import ImageSums, SAEAlignment
+from lightning_limber.metrics import ImageSums, SAEAlignment, active_latents
 from lightning_limber.model import Limber, Sequences
 from lightning_limber.prompt import Batch
-from lightning_limber.sae import chunks_on_device, hook_layer, reconstruct
+from lightning_limber.sae import chunks_on_device, hook_layer, make_encoder
 
 
 class Probe:
@@ -68,6 +68,7 @@ class Probe:
         self.model, self.text, self.config = model, text, config
         # In the order in which the residual stream passes them.
         self.saes = dict(sorted(saes.items(), key=lambda item: (_next_layer(item[0]), item[0])))
+        self.encoders = {name: make_encoder(sae, model.device) for name, sae in self.saes.items()}
         self.context, self.gather, self.sae_memory_gb = context, gather, sae_memory_gb
         self.extras = set(config.extras)
         self.clock = Clock()
@@ -107,7 +108,9 @@ class Probe:
         for chunk in chunks_on_device(self.saes, self.model.device, self.sae_memory_gb):
             names = list(chunk)
             metrics = {
-                (group, name): SAEAlignment().to(self.model.device) for group in groups for name in names
+                (group, name): SAEAlignment(self._keeps_strength(group)).to(self.model.device)
+                for group in groups
+                for name in names
             }
             for batch in batches:
                 self._clean_pass(batch, names, metrics, lens)
@@ -164,7 +167,7 @@ class Probe:
             def look(name: str, residual: Tensor) -> None:
                 x = residual[:, start:end].flatten(0, 1).float()  # [B * P, D_l]
                 with torch.autocast(x.device.type, enabled=False):
-                    found = self.saes[name].encode(x)  # [B * P, K]
+                    found = self.encoders[name](x).to_dense()  # [B * P, K]
                 never = ~(self._keep(name, x) & counted.flatten())
                 read(name, found.masked_fill(never[:, None], torch.nan).unflatten(0, counted.shape))
 
@@ -172,6 +175,13 @@ class Probe:
                 with self.model.llm.residual_hooks({name: partial(look, name) for name in chunk}):
                     self.model.llm.decode(sequences.embeds)
         self.model.train(training)
+
+    def _keeps_strength(self, group: str) -> bool:
+        """Whether some metric needs what each latent does on each image of the group."""
+        of_match = "match" in self.extras and bool(self.findings.descriptions)
+        return (of_match and group != "caption") or (
+            "detectors" in self.extras and group in ("image", "text")
+        )
 
     # -- passes -----------------------------------------------------------------------------------
 
@@ -239,10 +249,10 @@ class Probe:
         return index, batch.image_index[index // mask.shape[1]]
 
     def _sae(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [n, K] and reconstruction [n, D_l] of float32 tokens."""
+        """Latents [n, K], dense or sparse, and reconstruction [n, D_l] of float32 tokens."""
         with torch.autocast(x.device.type, enabled=False):
-            latents = self.saes[name].encode(x)
-            return latents, reconstruct(self.saes[name], latents)
+            latents = self.encoders[name](x)
+            return latents, self.saes[name].decode(latents)
 
     def _keep(self, name: str, x: Tensor) -> Tensor:
         """Which of the tokens [n, D_l] are no outliers."""
@@ -314,7 +324,7 @@ class Probe:
             for j, other in enumerate(names):
                 latents, reconstruction = self._sae(other, x)
                 table[i, j, 0] = (x - reconstruction).double().pow(2).sum()
-                table[i, j, 1] = (latents > 0).sum()
+                table[i, j, 1] = active_latents(latents).sum()
                 table[i, j, 2] = len(x)
         return table
 

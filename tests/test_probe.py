@@ -289,11 +289,14 @@ def test_tokens_far_from_text_are_left_out_as_outliers(fit):
     assert all(math.isnan(value) for value in values(cli, 0, "image", "fvu"))  # Not a number made up.
 
 
-def test_memory_by_image(fit):
-    """No activation outlives its batch: what is kept of an image are its sums, layer by layer."""
+@pytest.mark.parametrize(("extras", "strengths"), [("noise", 0), ("noise,detectors", 2)])
+def test_memory_by_image(fit, extras, strengths):
+    """No activation outlives its batch: what is kept of an image are its sums, layer by layer, and what its
+    latents do where a metric asks for it.
+    """
     import gc
 
-    cli = fit("--trainer.max_steps=1", "--probe.extras=[noise]", probe=True)
+    cli = fit("--trainer.max_steps=1", f"--probe.extras=[{extras}]", probe=True)
     callback, trainer = cli.trainer.callbacks[0], cli.trainer
     probe = callback._probe
 
@@ -313,8 +316,8 @@ def test_memory_by_image(fit):
         return peak
 
     by_image = (live_bytes(64) - live_bytes(8)) / 56
-    # D = 32, K = 64: sums of 8 and total in float64, strength in bfloat16, the place; 4 groups, 2 layers.
-    kept = (8 * 8 + 32 * 8 + 64 * 2 + 8) * 4 * 2
+    # D = 32, K = 64: sums of 8 and total in float64 and the place, in 4 groups; strength in bfloat16; 2 layers.
+    kept = ((8 * 8 + 32 * 8 + 8) * 4 + 64 * 2 * strengths) * 2
     assert by_image == pytest.approx(kept, rel=0.05)
 
 
@@ -357,6 +360,7 @@ class Identity(torch.nn.Module):
 def report(cli, saes, monkeypatch):
     callback, trainer = cli.trainer.callbacks[0], cli.trainer
     monkeypatch.setattr(callback._probe, "saes", saes)
+    monkeypatch.setattr(callback._probe, "encoders", {name: sae.encode for name, sae in saes.items()})
     return callback._probe.run(callback._batches(trainer, 10, ""), callback._batches(trainer, 10, ""))
 
 

@@ -143,7 +143,16 @@ def test_flops_are_those_of_the_first_batch_and_the_first_probe(log, cli):
     assert found["flops/step"] == counter.get_total_flops() > 0
     assert found["flops/image"] == found["flops/step"] / 4
     probe, data = cli.trainer.callbacks[0]._probe, cli.datamodule
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+
+    def product(a, b, **_):  # Torch's own takes every factor for dense.
+        return 2 * (a._nnz() if a.is_sparse else a.numel()) * b.shape[1]
+
+    def sampled(_, a, b, *, out_val, **__):
+        return 2 * out_val._nnz() * a.shape[1]
+
+    product._get_raw = sampled._get_raw = True
+    sparse = {torch.ops.aten.mm: product, torch.ops.aten.sparse_sampled_addmm: sampled}
+    with FlopCounterMode(display=False, custom_mapping={**CPU_ATTENTION, **sparse}) as counter:
         probe.run(data.probe_dataloader(60), data.probe_dataloader(6), data.attributes)
     assert found["flops/probe"] == pytest.approx(counter.get_total_flops(), rel=0.01)
 
