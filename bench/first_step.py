@@ -44,7 +44,7 @@ def main(out: Path, args: list[str]) -> None:
     timed(cli.LimberCLI, "parse_arguments", "config")
     timed(limber, "configure_model", "models")
     timed(sae_probe, "load_saes", "saes")
-    timed(gate, "measure", "text_gate")
+    timed(gate, "measure_once", "text_gate")
     timed(sae_probe.Probe, "run", "probe")
     marks: list[float] = []
 

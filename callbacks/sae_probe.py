@@ -229,7 +229,7 @@ class SAEProbe(pl.Callback):
         bos = model.llm.tokenizer.bos_token_id
         text: dict[str, gate.TextStats] = {}
         for chunk in chunks_on_device(saes, model.device, self.sae_memory_gb):
-            text |= gate.measure(
+            text |= gate.measure_once(
                 model.llm,
                 chunk,
                 [bos] if prefix[:1] == [bos] else [],

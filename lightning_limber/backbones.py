@@ -424,17 +424,21 @@ class LLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [n, D_l] -> logits [n, V]. Give it contiguous rows (design: traps)."""
-        logits = self.model.get_output_embeddings()(hidden)
+        weight, bias = self._head()
+        logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
         if self._softcap is not None:  # Gemma 2
             logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy in nats [n] and correctness [n] of final hidden states [n, D_l]; see losses.py."""
+        return FrozenHeadLoss.apply(hidden, *self._head(), targets, self._softcap)
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [V, D_l] and bias [V] of the output head, in the dtype in which it multiplies."""
         head = self.model.get_output_embeddings()
         weight = head.weight if self._head_weight is None else self._head_weight
-        bias = None if head.bias is None else head.bias.to(weight.dtype)
-        return FrozenHeadLoss.apply(hidden, weight, bias, targets, self._softcap)
+        return weight, None if head.bias is None else head.bias.to(weight.dtype)
 
     def prepare_autocast(self, dtype: torch.dtype, device: torch.device | None = None) -> None:
         """Makes forwards under autocast to `dtype` cheap, without changing what is computed.

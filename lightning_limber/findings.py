@@ -21,7 +21,7 @@ from lightning_limber import concepts, words
 from lightning_limber.backbones import LLM
 from lightning_limber.convergence import TOLERANCES, convergence_layer
 from lightning_limber.gate import TextStats
-from lightning_limber.metrics import UNIONS, ImageSums, alignment, interval, jaccard, resamples
+from lightning_limber.metrics import UNIONS, ImageSums, alignment, interval, intervals, jaccard, resamples
 from lightning_limber.suite.explanations import explainers, read_explanations
 
 EXTRAS = ("noise", "match", "lens_hit", "knn", "detectors", "loss_recovered", "cross_layer")
@@ -173,9 +173,11 @@ class Findings:
             for (group, name), of_layer in values.items():
                 layer, nan = self.layers[name], float("nan")
                 shared = jaccard(sums[group, name].fires, sums["text", name].fires)
-                for metric, value in of_layer.items():
-                    numbers = (float(value[0]), nan, nan) if metric in UNIONS else interval(value)
-                    report.rows.append(Row(layer, group, metric, *numbers))
+                for metric, numbers in zip(
+                    of_layer, intervals(torch.stack(list(of_layer.values()))), strict=True
+                ):
+                    ends = (nan, nan) if metric in UNIONS else numbers[1:]
+                    report.rows.append(Row(layer, group, metric, numbers[0], *ends))
                 report.rows.append(Row(layer, group, "shared", float(shared), nan, nan))
             for metric, tolerance in TOLERANCES.items():
                 if metric in of_layer:

@@ -11,16 +11,19 @@ the SAEs, and `fvu` and `l0` are held against what is known of each SAE:
     anything else            nothing is known but that an SAE must beat half of the variance
 
 The same pass measures the yardsticks of the probe: text's median norm (outliers) and variance
-(`fvu_text`) at each layer.
+(`fvu_text`) at each layer. Nothing of it changes from run to run, so it is kept on disk (`measure_once`).
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +31,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_limber.backbones import LLM
+from lightning_limber import backbones, metrics, sae
+from lightning_limber.assets import cache_dir
+from lightning_limber.backbones import LLM, fingerprint
 from lightning_limber.metrics import SAEAlignment, alignment
 from lightning_limber.sae import make_encoder
 from lightning_limber.suite import activations
@@ -81,16 +86,11 @@ def measure(
         context: Makes the context of each forward (autocast).
     """
     device = llm.embedding.weight.device
-    ids_of = partial(llm.tokenizer, add_special_tokens=False)
-    passages = [
-        activations.array("i", [*prefix_ids, *ids_of(line)["input_ids"]][:CONTEXT_SIZE])
-        for line in TEXT.read_text().splitlines()
-    ]
-    batches = list(activations.batches(passages, batch_tokens=2048))
+    batches = list(activations.batches(_passages(llm, prefix_ids), batch_tokens=2048))
     # Two passes: what an outlier is must be known before anything is summed.
     norms: dict[str, list[Tensor]] = {name: [] for name in saes}
     # Every process reads the whole text.
-    metrics = {name: SAEAlignment(False, sync_on_compute=False).to(device) for name in saes}
+    sums = {name: SAEAlignment(False, sync_on_compute=False).to(device) for name in saes}
     encoders = {name: make_encoder(sae, device) for name, sae in saes.items()}
     limits: dict[str, float] = {}
 
@@ -104,7 +104,7 @@ def measure(
             latents = encoders[name](x)
             reconstruction = saes[name].decode(latents)
         row = torch.zeros(len(x), dtype=torch.long, device=device)
-        metrics[name].update(x, reconstruction, latents, row, [0], norm <= limits[name])
+        sums[name].update(x, reconstruction, latents, row, [0], norm <= limits[name])
 
     for _ in range(2):
         for ids, mask, _places in batches:
@@ -115,10 +115,52 @@ def measure(
         medians = {name: float(torch.cat(norms[name]).median()) for name in saes}
         limits = {name: outlier_factor * median for name, median in medians.items()}
     stats = {}
-    for name, metric in metrics.items():
+    for name, metric in sums.items():
         values = {key: float(value[0]) for key, value in alignment(metric.compute()).items()}
         stats[name] = TextStats(medians[name], values["variance"], values["fvu"], values["l0"])
     return stats
+
+
+def _passages(llm: LLM, prefix_ids: list[int]) -> list[activations.Context]:
+    ids_of = partial(llm.tokenizer, add_special_tokens=False)
+    return [
+        activations.array("i", [*prefix_ids, *ids_of(line)["input_ids"]][:CONTEXT_SIZE])
+        for line in TEXT.read_text().splitlines()
+    ]
+
+
+def measure_once(
+    llm: LLM,
+    saes: dict[str, Any],
+    prefix_ids: list[int],
+    outlier_factor: float,
+    context: Callable[[], AbstractContextManager],
+) -> dict[str, TextStats]:
+    """`measure`, or what it found before for the same models, tokens, precision and code."""
+    if llm.sharded:  # Its processes run forwards together: all of them or none.
+        return measure(llm, saes, prefix_ids, outlier_factor, context)
+    device = llm.embedding.weight.device.type
+    with context():
+        precision = str(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+    key = [
+        [Path(module.__file__ or "").read_text() for module in (backbones, metrics, sae, activations)],
+        Path(__file__).read_text(),
+        [importlib.metadata.version(name) for name in ("torch", "transformers", "sae-lens")],
+        [passage.tolist() for passage in _passages(llm, prefix_ids)],
+        [outlier_factor, device, precision],
+        [fingerprint(llm), llm.model.config.to_json_string()],
+        [[name, fingerprint(one), repr(one.cfg.to_dict())] for name, one in saes.items()],
+    ]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    path = cache_dir() / "gate" / f"{digest}.json"
+    if path.is_file():
+        return {name: TextStats(**stats) for name, stats in json.loads(path.read_text()).items()}
+    found = measure(llm, saes, prefix_ids, outlier_factor, context)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps({name: asdict(stats) for name, stats in found.items()}))
+    scratch.replace(path)  # Whole or not at all.
+    return found
 
 
 def expected(release: str, folder: Path | None, sae_ids: dict[str, str]) -> dict[str, dict[str, float]]:

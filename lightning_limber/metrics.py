@@ -51,8 +51,8 @@ class ImageSums:
     fires: Tensor
     """[K] which latents fire on at least one image."""
     strength: Tensor
-    """[I, K] bfloat16: sum of each latent's activations; positive where it fires at all. Where strengths are
-    not kept, [I, 0].
+    """[I, K] bfloat16: sum of each latent's activations; positive where it fires at all. [I, 0] where
+    strengths are not kept.
     """
 
     def rows(self, weights: Tensor) -> dict[str, Tensor]:
@@ -81,10 +81,15 @@ UNIONS = ("alive", "shared")
 """Metrics of a union over images, which a bootstrap cannot resample."""
 
 
+def intervals(values: Tensor) -> list[tuple[float, float, float]]:
+    """Values [M, 1 + R] of `resamples` -> (value, low, high): the sample's, and the 95 % percentiles."""
+    ends = values[:, 1:].double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1)
+    return list(zip(values[:, 0].tolist(), *ends.tolist(), strict=True))
+
+
 def interval(values: Tensor) -> tuple[float, float, float]:
-    """Values [1 + R] of `resamples` -> (value, low, high): the sample's, and the 95 % percentiles."""
-    low, high = values[1:].double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return float(values[0]), float(low), float(high)
+    """`intervals` of one metric's values [1 + R]."""
+    return intervals(values[None])[0]
 
 
 def alignment(
@@ -104,7 +109,7 @@ def alignment(
         weights = group.sums.new_ones(1, len(group.sums))
     of = group.rows(weights)
     tokens, total = of["tokens"], weights @ group.total  # [R], [R, D]
-    variance = of["squares"] - (total**2).sum(-1) / tokens
+    variance = of["squares"] - torch.linalg.vecdot(total, total) / tokens
     # A group that does not vary has no FVU; what is left there is rounding.
     variance = torch.where(variance > 1e-12 * of["squares"], variance, torch.nan)
     l0 = of["actives"] / tokens

@@ -449,9 +449,20 @@ class Limber(pl.LightningModule):
         self.log("train/lr", cast(Any, self.lr_schedulers()).get_last_lr()[0])
         return loss
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]
-        self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning's, with one norm for the log and the clipping, and for a fused optimiser too."""
+        parameters = [p for p in self.adapter.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.log("train/grad_norm", norm)
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         _, losses, correct = self(batch)
@@ -516,6 +527,8 @@ class Limber(pl.LightningModule):
             ],
             lr=config.lr,
             betas=tuple(config.betas),
+            # Not where gradients are scaled (float16): it would take the scale off after the clipping.
+            fused=self._trainer is None or self.trainer.precision != "16-mixed",
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
         return {

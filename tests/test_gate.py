@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 
@@ -91,6 +92,41 @@ def test_scaled_embeddings_stop(models, suite):
         llm.embedding.weight.mul_(8)
     with pytest.raises(ValueError, match="on plain text"):
         check(llm, suite)
+
+
+def test_measured_once(models, text, tmp_path, monkeypatch):
+    """What is on disk is what was measured; other weights, text, tokens or precision are measured anew."""
+    monkeypatch.setenv("LIGHTNING_LIMBER_CACHE", str(tmp_path / "cache"))
+    llm = LLM(str(models / "llm")).load()
+    saes = load_saes(str(models / "saes"), "layer_{layer}", None, llm)
+    measured = []
+    measure = gate.measure
+    monkeypatch.setattr(gate, "measure", lambda *args: measured.append(1) or measure(*args))
+
+    def once(prefix_ids=(1,), factor=10.0, context=nullcontext) -> dict:
+        measured.clear()
+        return gate.measure_once(llm, saes, list(prefix_ids), factor, context)
+
+    first = once()
+    assert measured
+    assert once() == first == measure(llm, saes, [1], 10.0)
+    assert not measured
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    for changed in ({"prefix_ids": ()}, {"factor": 2.0}, {"context": autocast}):
+        once(**changed)
+        assert measured, changed
+    gate.TEXT.write_text("\n".join(text[:-1]))
+    once()
+    assert measured
+    gate.TEXT.write_text("\n".join(text))
+    with torch.no_grad():
+        saes["blocks.0.hook_resid_post"].b_enc[3] += 1e-3
+    once()
+    assert measured
+    with torch.no_grad():
+        llm.layers[1].mlp.down_proj.weight[0, 0] += 1e-3
+    once()
+    assert measured
 
 
 def test_policies(models, suite, capsys):

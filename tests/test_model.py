@@ -141,6 +141,36 @@ def test_adapter_does_not_depend_on_what_loading_draws(models, monkeypatch):
     assert torch.equal(built(1), built(5))
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("algorithm", ["norm", "value", None])
+def test_gradients_are_clipped_and_their_norm_is_logged(fit, monkeypatch, precision, algorithm):
+    """As Lightning would, had the optimiser not been fused; and with the norm from before the clipping."""
+    seen = []
+    clip = Limber.configure_gradient_clipping
+
+    def spy(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
+        grads = [p.grad.clone() for p in self.adapter.parameters()]
+        clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+        seen.append((grads, [p.grad.clone() for p in self.adapter.parameters()]))
+
+    monkeypatch.setattr(Limber, "configure_gradient_clipping", spy)
+    flags = [f"--trainer.precision={precision}", "--trainer.max_steps=1"]
+    if algorithm is None:
+        cli = fit(*flags, "--trainer.gradient_clip_val=null")
+    else:
+        cli = fit(
+            *flags, "--trainer.gradient_clip_val=0.001", f"--trainer.gradient_clip_algorithm={algorithm}"
+        )
+    assert all(group["fused"] for group in cli.trainer.optimizers[0].param_groups)
+    [(before, after)] = seen
+    total = torch.cat([grad.flatten() for grad in before]).norm()
+    assert cli.trainer.callback_metrics["train/grad_norm"] == pytest.approx(float(total), rel=1e-6)
+    assert total > 0.01
+    for a, b in zip(before, after, strict=True):
+        expected = {"norm": a * 0.001 / (total + 1e-6), "value": a.clamp(-0.001, 0.001), None: a}[algorithm]
+        torch.testing.assert_close(b, expected, rtol=1e-5, atol=0)
+
+
 def test_learning_rate_schedule():
     config = OptimizerConfig(warmup_steps=4, total_steps=12, min_lr_ratio=0.1)
     factors = [lr_factor(step, config) for step in range(14)]

@@ -316,7 +316,7 @@ def test_memory_by_image(fit, extras, strengths):
         return peak
 
     by_image = (live_bytes(64) - live_bytes(8)) / 56
-    # D = 32, K = 64: sums of 8 and total in float64 and the place, in 4 groups; strength in bfloat16; 2 layers.
+    # D = 32, K = 64, 2 layers: sums of 8, total (float64) and place in 4 groups; strength in bfloat16.
     kept = ((8 * 8 + 32 * 8 + 8) * 4 + 64 * 2 * strengths) * 2
     assert by_image == pytest.approx(kept, rel=0.05)
 

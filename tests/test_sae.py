@@ -81,7 +81,7 @@ def test_screened_latents_are_those_of_the_sae(kind, kwargs, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_latents_on_their_threshold_are_computed(dtype):
-    """Where a product in bfloat16 alone would guess: pre-activations within its rounding of the threshold."""
+    """Pre-activations within bfloat16's rounding of the threshold, where its product alone would guess."""
     sae, x = make_sae("jumprelu"), tokens()
     before = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
     # For each latent a token just above its threshold and many below.
