@@ -131,9 +131,12 @@ class Contenders:
         """The batch with its images, and its captions alone."""
         with_image = self.model.sequences(batch, self._image_tokens(batch))
         alone = self.model.sequences(batch, None)
-        flat = {name: mask.flatten().nonzero()[:, 0] for name, mask in with_image.groups.items()}
+        flat = {name: self._flat(mask) for name, mask in with_image.groups.items()}
         yield with_image, flat
-        yield alone, {"text": alone.groups["caption"].flatten().nonzero()[:, 0]}
+        yield alone, {"text": self._flat(alone.groups["caption"])}
+
+    def _flat(self, mask: Tensor) -> Tensor:
+        return mask.flatten().nonzero()[:, 0].to(self.device)
 
     # -- contenders -------------------------------------------------------------------------------
 

@@ -174,12 +174,13 @@ def write_models(size: Size, folder: Path, device: str) -> None:
     BitImageProcessorPil(size={"shortest_edge": 224}, crop_size=square).save_pretrained(folder / "vision")
 
 
-def limber(size: Size, folder: Path) -> Limber:
-    """The default run's module on the models in `folder`, not loaded yet."""
+def limber(size: Size, folder: Path, **kwargs: Any) -> Limber:
+    """The default run's module on the models in `folder`, not loaded yet; `kwargs` are more of its own."""
     return Limber(
         replace(size.features, name=str(folder / "vision")),
         str(folder / "llm"),
         AdapterConfig(kind="linear", input_norm="channel"),
+        **kwargs,
     )
 
 

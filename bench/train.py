@@ -14,11 +14,14 @@ image tokens. Names of contenders:
     llava-bf16-weights  the same with frozen weights in bfloat16 too
     plain-fp32          a loop with logits at every position, float32
     plain-bf16          the same under autocast
+    limber-cached       the first with features from disk (`model.cache_features`; only with --only)
+    limber-compiled     the first with the LLM's layers compiled (`model.compile_llm`; only with --only)
     limber-shared       (several captions an image) the captions of an image in one sequence
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,6 +29,7 @@ from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import torch
@@ -56,10 +60,17 @@ class Ours:
     """Limber's training step, in Lightning's loop (`fit`) and without it (`step`)."""
 
     def __init__(
-        self, size: Size, folder: Path, device: str, precision: str, captions: int, share: bool
+        self,
+        size: Size,
+        folder: Path,
+        device: str,
+        precision: str,
+        captions: int,
+        share: bool = False,
+        **kwargs: Any,
     ) -> None:
         self.device, self.precision = device, precision
-        self.model = limber(size, folder)
+        self.model = limber(size, folder, **kwargs)
         self.data = pictures(size, self.model, READY_BATCHES, captions, share)
         self.runs = str(folder / "runs")
         self.fit(1)  # Loads and calibrates.
@@ -265,10 +276,10 @@ class Contenders:
             names += ["limber-fp32", "llava-bf16", "llava-bf16-weights", "plain-bf16"]
         return names
 
-    def ours(self, precision: str, share: bool = False) -> Ours:
-        key = (precision, share)
+    def ours(self, precision: str, **kwargs: Any) -> Ours:
+        key = (precision, *kwargs)
         if key not in self._made:
-            self._made[key] = Ours(self.size, self.folder, self.device, precision, self.captions, share)
+            self._made[key] = Ours(self.size, self.folder, self.device, precision, self.captions, **kwargs)
         return self._made[key]
 
     def peers(self, dtype: torch.dtype) -> Peers:
@@ -285,6 +296,8 @@ class Contenders:
             "limber": lambda: self.ours(self.precision).fit,
             "limber-step": lambda: self.ours(self.precision).step,
             "limber-fp32": lambda: self.ours("32-true").fit,
+            "limber-cached": lambda: self.ours(self.precision, cache_features=True).fit,
+            "limber-compiled": lambda: self.ours(self.precision, compile_llm=True).fit,
             "limber-shared": lambda: self.ours(self.precision, share=True).fit,
             "llava": lambda: lambda steps: self.peers(torch.float32).trainer(steps, bf16),
             "llava-bf16-weights": lambda: lambda steps: self.peers(torch.bfloat16).trainer(steps, bf16),
@@ -344,6 +357,12 @@ def count_work(ours: Ours, setup: Setup) -> Row:
 
 def main(setup: Setup) -> Row:
     """Measures the contenders; a sample is a caption with its image."""
+    # Features are kept in the cache; the user's own is left alone.
+    with patch.dict(os.environ, LIGHTNING_LIMBER_CACHE=str(setup.folder / "cache")):
+        return _main(setup)
+
+
+def _main(setup: Setup) -> Row:
     contenders = Contenders(setup)
     names = setup.only or contenders.names()
     runs, flops = {}, {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,8 +90,9 @@ def opening(model: Limber, pixel_values: Tensor | None) -> Sequences:
         image_index=torch.arange(count, device=device),
         prefix_ids=torch.tensor(prefix_ids, dtype=torch.long, device=device),
         text_ids=text_ids,
-        is_caption=torch.zeros_like(text_ids, dtype=torch.bool),
+        is_caption=np.zeros(text_ids.shape, dtype=bool),
         target_index=text_ids.new_zeros(0, 2),
+        image_of=list(range(count)),
     )
     return model.sequences(batch, image_tokens)
 

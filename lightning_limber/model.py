@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -63,7 +64,7 @@ class Sequences:
     text_start: Tensor
     """[N] position of the first text token: T0 + P, or T0 where there is no image."""
     groups: dict[str, Tensor]
-    """``image`` and ``caption``: [N, S], true at the group's tokens."""
+    """``image`` and ``caption``: [N, S], true at the group's tokens; on the host."""
     mask: Tensor | None = None
     """[N, 1, S, S] true where the row's token sees the column's; None: all before it."""
     positions: Tensor | None = None
@@ -286,33 +287,33 @@ class Limber(pl.LightningModule):
         count = batch.text_ids.shape[0]
         prefix = self.llm.embed(batch.prefix_ids).expand(count, -1, -1)  # [N, T0, D_l]
         text = self.llm.embed(batch.text_ids)  # [N, T, D_l]
-        has_image = batch.image_index >= 0  # [N]
         if image_tokens is None or not len(image_tokens):
             image = text[:, :0]  # [N, 0, D_l]
         else:
             image = image_tokens.index_select(0, batch.image_index.clamp_min(0))  # [N, P, D_l]
             image = image.to(text.dtype)
         embeds = torch.cat([prefix, image, text], dim=1)  # [N, S, D_l]
-        # At each position: before, in or after the image.
-        position = torch.arange(embeds.shape[1], device=embeds.device).expand(count, -1)  # [N, S]
+        # Where things are is known on the host: nothing has to be asked of the device.
+        position = np.arange(embeds.shape[1])  # [S]
+        has_image = np.array(batch.has_image)[:, None]  # [N, 1]
         image_start, image_end = prefix.shape[1], prefix.shape[1] + image.shape[1]
-        is_image = (position >= image_start) & (position < image_end)
-        is_caption = nn.functional.pad(batch.is_caption, (image_end, 0))
+        is_image = (position >= image_start) & (position < image_end) & has_image  # [N, S]
+        is_caption = np.pad(batch.is_caption, ((0, 0), (image_end, 0)))  # [N, S]
         text_start = torch.full((count,), image_end, device=embeds.device)
         if batch.text_only and image_start < image_end:
             # Without an image the text moves up, and what stood in the image's place becomes padding.
-            after = (position >= image_start) & ~has_image[:, None]
             length = embeds.shape[1] - image_start
             moved = image_start + (position - image_start + image.shape[1]) % length
-            source = torch.where(after, moved, position)  # [N, S]
+            source = np.where(has_image | (position < image_start), position, moved)  # [N, S]
             row = torch.arange(count, device=embeds.device)[:, None]
-            embeds, is_caption = embeds[row, source], is_caption[row, source]
-            is_image &= has_image[:, None]
-            text_start = torch.where(has_image, image_end, image_start)
+            embeds = embeds[row, torch.from_numpy(source).to(embeds.device)]
+            is_caption = np.take_along_axis(is_caption, source, axis=1)
+            text_start = torch.where(batch.image_index >= 0, image_end, image_start)
         # The first position is an attention sink in every LLM, whatever token stands there: its norm
         # is tens of times the others' and it is never counted.
         counted = position > 0
         groups = {"image": is_image & counted, "caption": is_caption & counted}
+        groups = {name: torch.from_numpy(mask) for name, mask in groups.items()}
         if batch.caption_number is None:
             return Sequences(embeds, text_start, groups)
         return Sequences(

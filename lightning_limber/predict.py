@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
@@ -97,7 +98,7 @@ class ImageCollator:
             image_index=nothing,
             prefix_ids=nothing,
             text_ids=nothing[:, None],
-            is_caption=nothing[:, None].bool(),
+            is_caption=np.zeros((0, 1), dtype=bool),
             target_index=nothing[:, None],
             captions=[[] for _ in records],
             index=list(index),

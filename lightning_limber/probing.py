@@ -103,7 +103,7 @@ class Probe:
         sums = {("text", name): of for name, of in known.items()}
         truth: dict[int, tuple[int, list[str], set[str] | None]] = {}
         lens: dict[str, list[Tensor]] = {name: [] for name in self.saes}
-        losses: dict[int, list[float]] = defaultdict(list)
+        losses: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         cross: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         for chunk in chunks_on_device(self.saes, self.model.device, self.sae_memory_gb):
             names = list(chunk)
@@ -134,12 +134,20 @@ class Probe:
                 },
                 truth=sorted(self.gather(list(truth.values())), key=lambda item: item[0]),
                 lens={
-                    name: set(self.gather(torch.cat(parts).tolist()))
+                    name: set(self.gather(torch.cat(parts).unique().tolist())) - {-1}
                     for name, parts in lens.items()
                     if "lens_hit" in self.extras
                 },
-                losses=self.gather(list(losses.items())),
-                cross=self.gather([(list(key), torch.cat(parts, dim=1)) for key, parts in cross.items()]),
+                losses=self.gather(
+                    [
+                        item
+                        for places, parts in losses.items()
+                        for item in zip(places, torch.stack(parts, dim=1).tolist(), strict=True)
+                    ]
+                ),
+                cross=self.gather(
+                    [(list(key), torch.cat(parts, dim=1).cpu()) for key, parts in cross.items()]
+                ),
             )
         )
 
@@ -162,7 +170,7 @@ class Probe:
         with self.context():
             sequences = opening(self.model, pixel_values)
             start, end = len(self.model.collator().prompt.prefix_ids), int(sequences.text_start[0])
-            counted = sequences.groups["image"][:, start:end]  # [B, P]
+            counted = sequences.groups["image"][:, start:end].to(pixel_values.device)  # [B, P]
 
             def look(name: str, residual: Tensor) -> None:
                 x = residual[:, start:end].flatten(0, 1).float()  # [B * P, D_l]
@@ -239,14 +247,15 @@ class Probe:
 
     def _index(self, batch: Batch, sequences: Sequences, where: str) -> tuple[Tensor, Tensor]:
         """Flat positions [n] of a group's tokens in [N * S], and the image [n] that each belongs to."""
-        mask = sequences.groups[where]
+        mask, image_of = sequences.groups[where], torch.tensor(batch.image_of)  # On the host, both.
         if where == "image":
             # An image with several captions stands in several sequences: it counts once.
-            first = torch.ones_like(batch.image_index, dtype=torch.bool)
-            first[1:] = batch.image_index[1:] != batch.image_index[:-1]
+            first = torch.ones_like(image_of, dtype=torch.bool)
+            first[1:] = image_of[1:] != image_of[:-1]
             mask = mask & first[:, None]
         index = mask.flatten().nonzero()[:, 0]
-        return index, batch.image_index[index // mask.shape[1]]
+        device = sequences.embeds.device
+        return index.to(device), image_of[index // mask.shape[1]].to(device)
 
     def _sae(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [n, K], dense or sparse, and reconstruction [n, D_l] of float32 tokens."""
@@ -259,20 +268,20 @@ class Probe:
         return x.norm(dim=-1) <= self.config.outlier_factor * self.text[name].median_norm
 
     def _lens(self, name: str, x: Tensor, row: Tensor, batch: Batch, lens: list[Tensor]) -> None:
-        """Keeps the logit lens' top tokens at image positions, as image * V + token id."""
+        """Keeps the logit lens' top tokens at image positions, as image * V + token id; -1 at outliers."""
         llm = self.model.llm
         hidden = llm.decode(x[None], first_layer=len(llm.layers))[0]  # final norm alone
         top = llm.logits(hidden).topk(self.config.lens_top_k, dim=-1).indices  # [n, k]
         place = torch.tensor(batch.index, device=x.device)[row]
         code = place[:, None] * llm.vocab_size + top
-        lens.append(code[self._keep(name, x.float())].unique())
+        lens.append(code.masked_fill(~self._keep(name, x.float())[:, None], -1).flatten())
 
     def _costly_pass(
         self,
         batch: Batch,
         names: list[str],
         sums: dict[tuple[str, str], ImageSums],
-        losses: dict[int, list[float]],
+        losses: dict[tuple[int, ...], list[Tensor]],
         cross: dict[tuple[int, ...], list[Tensor]],
     ) -> None:
         """Forwards that go on from each named layer with something replaced, and tokens of all layers
@@ -282,30 +291,29 @@ class Probe:
         with self.context():
             sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
             index, _ = self._index(batch, sequences, "image")
-            every = sequences.groups["image"].flatten().nonzero()[:, 0]
+            every = sequences.groups["image"].flatten().nonzero()[:, 0].to(index.device)
+            places = tuple(batch.index)
             kept: dict[str, Tensor] = {}
             with llm.residual_hooks({name: partial(kept.__setitem__, name) for name in self.saes}):
                 hidden = llm.decode(sequences.embeds)
             if "loss_recovered" in self.extras:
                 with self.clock("loss_recovered"):
                     # The clean forward is the same for each chunk: counted with the first.
-                    of_batch = [] if batch.index[0] in losses else [self._losses(batch, sequences, hidden)]
+                    if places not in losses:
+                        losses[places].append(self._losses(batch, sequences, hidden))
                     for name in names:
                         residual = kept[name]
                         x = residual.flatten(0, 1).index_select(0, every)
-                        counted = self._keep(name, x.float())
-                        where, x = every[counted], x[counted]
+                        counted = self._keep(name, x.float())[:, None]
                         mean = _mean(sums["image", name]).to(x)
-                        for new in (self._sae(name, x.float())[1].to(x), mean.expand_as(x)):
-                            spliced = residual.flatten(0, 1).index_copy(0, where, new).view_as(residual)
+                        for new in (self._sae(name, x.float())[1].to(x), mean):
+                            new = torch.where(counted, new, x)
+                            spliced = residual.flatten(0, 1).index_copy(0, every, new).view_as(residual)
                             onward = llm.decode(spliced, first_layer=_next_layer(name))
-                            of_batch.append(self._losses(batch, sequences, onward))
-                    table = torch.stack(of_batch, dim=-1).tolist()
-                    for place, row in zip(batch.index, table, strict=True):
-                        losses[place] += row
+                            losses[places].append(self._losses(batch, sequences, onward))
             if "cross_layer" in self.extras:
                 with self.clock("cross_layer"):
-                    cross[tuple(batch.index)].append(self._cross(kept, names, index).cpu())
+                    cross[places].append(self._cross(kept, names, index))
 
     def _losses(self, batch: Batch, sequences: Sequences, hidden: Tensor) -> Tensor:
         """Cross-entropy summed over each image's targets, [B] float64."""
@@ -320,12 +328,12 @@ class Probe:
         table = torch.zeros(len(kept), len(names), 3, dtype=torch.float64, device=index.device)
         for i, name in enumerate(self.saes):
             x = kept[name].flatten(0, 1).index_select(0, index).float()
-            x = x[self._keep(name, x)]
+            keep = self._keep(name, x)
             for j, other in enumerate(names):
                 latents, reconstruction = self._sae(other, x)
-                table[i, j, 0] = (x - reconstruction).double().pow(2).sum()
-                table[i, j, 1] = active_latents(latents).sum()
-                table[i, j, 2] = len(x)
+                errors = (x - reconstruction).double().pow(2).sum(-1)
+                by_token = torch.stack([errors, active_latents(latents), torch.ones_like(errors)], dim=-1)
+                table[i, j] = torch.where(keep[:, None], by_token, 0.0).sum(0)
         return table
 
 

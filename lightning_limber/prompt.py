@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,16 +77,16 @@ class Batch:
     """[T0] tokens before the image, the same in every sequence."""
     text_ids: Tensor
     """[N, T] tokens after the image."""
-    is_caption: Tensor
-    """[N, T] true at caption tokens (padding, prompt text and end tokens are false)."""
+    is_caption: np.ndarray
+    """[N, T] true at caption tokens (padding, prompt text and end tokens are false); on the host."""
     target_index: Tensor
     """[n, 2] sequence and text position of every token that the loss is taken on."""
     text_tokens: int = 0
     """Tokens of all texts together; the rest of [N, T] is padding."""
     lengths: list[int] = field(default_factory=list)
     """Of each sequence the tokens, without those of the image, that come before its last target; N."""
-    has_image: list[bool] = field(default_factory=list)
-    """Whether each sequence is about an image; N. The same as ``image_index >= 0``, on the host."""
+    image_of: list[int] = field(default_factory=list)
+    """`image_index`, on the host."""
     caption_number: Tensor | None = None
     """[N, T] which of the sequence's captions each token belongs to, where they share an image."""
     truncated: list[bool] = field(default_factory=list)
@@ -97,6 +98,11 @@ class Batch:
     """Places of the images in their data set, B."""
     skipped: list[tuple[int, str]] = field(default_factory=list)
     """Records that could not be read and are not in the batch: place in their data set and reason."""
+
+    @property
+    def has_image(self) -> list[bool]:
+        """Whether each sequence is about an image; N."""
+        return [image >= 0 for image in self.image_of]
 
     @property
     def text_only(self) -> int:
@@ -300,7 +306,7 @@ class Collator:
         sequences = texts if share_prefix else [[text] for chosen in texts for text in chosen]
         width = max(sum(len(ids) for ids, *_ in row) for row in sequences)
         text_ids = torch.zeros(len(sequences), width, dtype=torch.long)
-        is_caption = torch.zeros(len(sequences), width, dtype=torch.bool)
+        is_caption = np.zeros((len(sequences), width), dtype=bool)
         is_target = torch.zeros(len(sequences), width, dtype=torch.bool)
         number = torch.full((len(sequences), width), -1)
         for row, parts in enumerate(sequences):
@@ -308,7 +314,7 @@ class Collator:
             for i, (ids, caption_mask, target_mask, _) in enumerate(parts):
                 here = slice(start, start := start + len(ids))
                 text_ids[row, here] = torch.tensor(ids)
-                is_caption[row, here] = torch.tensor(caption_mask)
+                is_caption[row, here] = caption_mask
                 is_target[row, here] = torch.tensor(target_mask)
                 number[row, here] = i
         counts = [1 if share_prefix else len(chosen) for chosen in captions]
@@ -328,7 +334,7 @@ class Collator:
             target_index=is_target.nonzero(),
             text_tokens=sum(len(ids) for row in sequences for ids, *_ in row),
             lengths=[len(self.prompt.prefix_ids) + last for last in last_target],
-            has_image=(image_index >= 0).tolist(),
+            image_of=image_index.tolist(),
             caption_number=number if any(len(row) > 1 for row in sequences) else None,
             truncated=[cut for row in sequences for *_, cut in row],
             captions=[record.captions for record in with_image],

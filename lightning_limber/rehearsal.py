@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -236,10 +237,10 @@ class Rehearsal:
             image_index=torch.empty(images, dtype=torch.long),
             prefix_ids=torch.empty(self.prefix_tokens, dtype=torch.long),
             text_ids=torch.empty(texts, dtype=torch.long),
-            is_caption=torch.empty(texts, dtype=torch.bool),
+            is_caption=np.zeros(texts, dtype=bool),
             target_index=torch.empty(images * self.target_tokens, 2, dtype=torch.long),
             lengths=[self.prefix_tokens + self.text_tokens] * images,  # None is shorter: none shares a row.
-            has_image=[True] * images,
+            image_of=list(range(images)),
             caption_number=torch.empty(texts, dtype=torch.long) if shared else None,
         )
 

@@ -125,11 +125,12 @@ def test_start(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_way_to_train_runs(tiny_setup):
+def test_every_way_to_train_runs(tiny_setup, tmp_path, monkeypatch):
     from bench.train import Contenders
 
     contenders = Contenders(tiny_setup)
-    for name in contenders.names():
+    monkeypatch.setenv("LIGHTNING_LIMBER_CACHE", str(tmp_path / "cache"))
+    for name in [*contenders.names(), "limber-cached"]:
         laps = contenders.build(name)(2)
         assert len(laps) == 2, name
         assert min(laps) > 0, name
