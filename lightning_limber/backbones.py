@@ -155,6 +155,7 @@ class VisionEncoder(nn.Module):
         self.config = config
         self.model: Any = None
         self._layer = config.layer
+        self._output: Tensor | None = None  # Of the layer whose features are used, in a forward.
         self._autocast_dtype: torch.dtype | None = None
         self.grid = (0, 0)
         """Rows and columns of patches in the last forward; their tokens come last, row by row."""
@@ -196,16 +197,22 @@ class VisionEncoder(nn.Module):
     def drop_unused_layers(self) -> None:
         """Lets go of the encoder's layers behind the one whose features are used.
 
-        But for one of them: some models put their final norm into the last hidden state.
+        These are then read where that layer leaves them: some models put their final norm into the last
+        hidden state that they report.
         """
         count, layer = getattr(self.model.config, "num_hidden_layers", 0), self.config.layer
-        used = 1 + (layer if layer >= 0 else count + 1 + layer)
-        if layer == -1 or not 0 < used < count:
+        used = layer if layer >= 0 else count + 1 + layer
+        lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        if layer == -1 or not 0 <= used < count or len(lists) != 1:
             return
-        for module in self.model.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == count:
-                del module[used:]
-        self._layer = used - 1
+        del lists[0][max(1, used) :]
+        self._layer = used
+        if used:
+            lists[0][-1].register_forward_hook(self._keep_output)
+            self._kwargs.pop("output_hidden_states", None)
+
+    def _keep_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self._output = output[0] if isinstance(output, tuple) else output
 
     def prepare_autocast(self, dtype: torch.dtype) -> None:
         """Stores the matrices in `dtype`, as autocast would round them at every call; from now on every
@@ -225,12 +232,17 @@ class VisionEncoder(nn.Module):
         with torch.autocast(pixel_values.device.type, dtype) if dtype else nullcontext():
             output = self.model(pixel_values, **self._kwargs)
         layer = self._layer
-        if layer != -1 and not -len(output.hidden_states) <= layer < len(output.hidden_states):
+        if self._output is not None:
+            features, self._output = self._output, None
+        elif layer == -1:
+            features = output.last_hidden_state
+        elif -len(output.hidden_states) <= layer < len(output.hidden_states):
+            features = output.hidden_states[layer]
+        else:
             raise ValueError(
                 f"vision.layer={layer}: {self.config.name} has hidden states 0 to "
                 f"{len(output.hidden_states) - 1}; negative numbers count from the end."
             )
-        features = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
         if features.ndim == 4:  # A CNN's feature map [B, D_v, h, w].
             grid, cls = features, features.new_zeros(features.shape[0], 0, features.shape[1])
         else:  # Patch tokens behind CLS and registers, [B, n + h*w, D_v].

@@ -127,6 +127,7 @@ class Rehearsal:
         self.model, self.dtype = model, PRECISIONS[precision]
         self.caption_tokens = caption_tokens
         model.vision.load(weights=False)
+        model.vision.drop_unused_layers()
         model.llm.load(weights=False)
         collate = model.collator()
         # Of a conversation one turn, with a question of one word.

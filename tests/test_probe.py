@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import defaultdict
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +15,9 @@ import torch
 from conftest import run_cli
 
 from lightning_limber.data.scenes import SceneSet
+from lightning_limber.findings import ProbeConfig
+from lightning_limber.model import Limber
+from lightning_limber.probing import Probe
 from lightning_limber.sae import chunks_on_device, load_saes
 
 
@@ -624,3 +629,44 @@ def test_no_more_saes_are_on_the_device_than_fit():
         seen.append("".join(chunk))
     assert seen == ["ab", "cd", "e"]
     assert not there
+
+
+def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
+    """On a GPU they wait for nothing. Tensors without values (meta) cannot be asked at all: every `item`,
+    `nonzero`, `unique` or mask used as an index would raise, and so would a tensor left on the host.
+    """
+    # But transformers asks at the start of each forward whether sequences are packed.
+    monkeypatch.setattr(
+        "transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None
+    )
+    # Nor does autocast know the meta device.
+    monkeypatch.setattr(torch, "autocast", lambda *_args, **_kwargs: nullcontext())
+    from lightning.fabric.utilities import move_data_to_device
+
+    from lightning_limber.metrics import SAEAlignment
+
+    callback, cli = probed.trainer.callbacks[0], probed
+    batch = next(iter(callback._batches(cli.trainer, 4, "")))
+    there = Limber(**cli.model.hparams)
+    there.configure_model()
+    saes = load_saes(str(models / "saes"), "layer_{layer}", None, there.llm)
+    there.to("meta")
+    saes = {name: sae.to("meta") for name, sae in saes.items()}
+    probe = Probe(there, saes, callback._probe.text, ProbeConfig())
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert moved.pixel_values.is_meta
+    names, groups = list(saes), ("image", "caption", "text", "noise")
+    sums = {}
+    for name in names:  # As pass 1 leaves them: on the host.
+        metric = SAEAlignment()
+        metric.update(torch.randn(4, 32), torch.randn(4, 32), torch.rand(4, 64), torch.arange(4), range(4))
+        sums["image", name] = metric.compute()
+    metrics = {(group, name): SAEAlignment().to("meta") for group in groups for name in names}
+    lens, losses, cross = {name: [] for name in names}, defaultdict(list), defaultdict(list)
+    with torch.no_grad():
+        probe._clean_pass(moved, names, metrics, lens)
+        probe._costly_pass(moved, names, sums, losses, cross)
+    assert all(metric.strength[0].shape == (4, 64) for metric in metrics.values())
+    assert {len(parts) for parts in lens.values()} == {1}
+    assert [len(parts) for parts in losses.values()] == [1 + 2 * len(names)]
+    assert [part.shape for parts in cross.values() for part in parts] == [(2, 2, 3)]
