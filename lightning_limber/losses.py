@@ -30,7 +30,8 @@ def _scratch(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
         return torch.empty(shape, dtype=dtype, device=like.device)
     size = prod(shape)
     if dtype not in _kept or len(_kept[dtype]) < size:
-        _kept[dtype] = torch.empty(size, dtype=dtype)
+        with torch.inference_mode(False):  # What is made in that mode cannot be written to outside of it.
+            _kept[dtype] = torch.empty(size, dtype=dtype)
     return _kept[dtype][:size].view(shape)
 
 

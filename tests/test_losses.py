@@ -83,3 +83,16 @@ def test_nothing_to_predict():
     loss, correct = FrozenHeadLoss.apply(hidden, torch.randn(20, 8), None, torch.zeros(0).long(), None)
     loss.sum().backward()
     assert len(loss) == len(correct) == hidden.grad.numel() == 0
+
+
+def test_training_goes_on_after_inference_mode(monkeypatch):
+    """Memory that is kept from one to the other can be written to in both."""
+    monkeypatch.setattr(losses, "_kept", {})
+    weight, targets = torch.randn(50, 8), torch.randint(50, (6,))
+    hidden = torch.randn(6, 8)
+    with torch.inference_mode():
+        first, _ = FrozenHeadLoss.apply(hidden, weight, None, targets, None)
+    assert losses._kept
+    again, _ = FrozenHeadLoss.apply(hidden.clone().requires_grad_(), weight, None, targets, None)
+    assert torch.equal(again, first)
+    again.sum().backward()
