@@ -190,6 +190,7 @@ def make_encoder(sae: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
             return ScreenedEncoder(sae)
         if sae.cfg.architecture() == "topk":
             sae.activation_fn.use_sparse_activations = True
+            return lambda x: sae.encode(x).coalesce()  # SAELens leaves them in any order.
     return sae.encode
 
 

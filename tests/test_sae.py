@@ -107,6 +107,7 @@ def test_topk_latents_stay_sparse():
     found = make_encoder(sae, CPU)(x)
     assert found.is_sparse
     torch.testing.assert_close(found.to_dense(), expected)
+    assert active_latents(found).tolist() == (expected > 0).sum(-1).tolist()
     torch.testing.assert_close(sae.decode(found), reconstruction, rtol=1e-4, atol=1e-4)
 
 
