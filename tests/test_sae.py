@@ -114,3 +114,14 @@ def test_topk_latents_stay_sparse():
 def test_other_devices_encode_densely():
     sae, x = make_sae("jumprelu"), tokens()
     assert torch.equal(make_encoder(sae, torch.device("cuda"))(x), sae.encode(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_token_and_no_active_latent(dtype):
+    sae = make_sae("jumprelu")
+    none = ScreenedEncoder(sae, dtype)(torch.zeros(0, 96))
+    assert (none.shape, sae.decode(none).shape) == ((0, 512), (0, 96))
+    sae.threshold.fill_(1e9)
+    silent = ScreenedEncoder(sae, dtype)(tokens())
+    assert not silent.to_dense().any()
+    torch.testing.assert_close(sae.decode(silent), sae.b_dec.expand(200, 96))
