@@ -2,9 +2,10 @@
 
 All run the same LLM weights on the same embeddings, with image and with the captions alone, in the same
 precision, and the same SAEs (JumpReLU, thresholds set so that about one latent in 128 is active, float32).
-Ours makes every reconstruction metric of image, caption and text tokens by image, and their bootstrap
-intervals. The peers add up less, which favours them: squared error, squared norm, mean, cosine and l0 of
-each layer and group. Names of contenders:
+Ours leaves latents that cannot fire out by a product in bfloat16, where a CPU has it, and computes the
+others in float32 (sae.py). It makes every reconstruction metric of image, caption and text tokens by image,
+and their bootstrap intervals. The peers add up less, which favours them: squared error, squared norm, mean,
+cosine and l0 of each layer and group. Names of contenders:
 
     limber      `Probe.run` without extras, as at the epochs of a run after the first probe: what the
                 frozen LLM makes of the captions alone is known by then
