@@ -22,7 +22,7 @@ from bench.measure import Row
 from bench.sizes import Setup, attach, limber
 from lightning_limber.data import CaptionData, ImageFolder, Scenes, Shards
 from lightning_limber.data.scenes import SceneSet
-from lightning_limber.model import Limber
+from lightning_limber.models.limber import Limber
 
 PICTURE_SIZE = 256
 WINDOW = 16

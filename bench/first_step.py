@@ -36,8 +36,9 @@ def main(out: Path, args: list[str]) -> None:
         setattr(owner, name, wrapper)
 
     begin = time.perf_counter()
-    from lightning_limber import cli, gate
+    from lightning_limber import cli
     from lightning_limber.callbacks import sae_probe
+    from lightning_limber.probe import sanity_check as gate
 
     seconds["imports"] = time.perf_counter() - begin
     limber: Any = cli.Limber

@@ -30,10 +30,10 @@ from bench import measure
 from bench.measure import Laps, Row
 from bench.sizes import Pictures, Setup, attach, limber, pictures
 from lightning_limber.cli import default_precision
-from lightning_limber.gate import TextStats
-from lightning_limber.model import Sequences
-from lightning_limber.probing import Probe, ProbeConfig
-from lightning_limber.prompt import Batch
+from lightning_limber.data.collate import Batch
+from lightning_limber.models.limber import Sequences
+from lightning_limber.probe.passes import Probe, ProbeConfig
+from lightning_limber.probe.sanity_check import TextStats
 
 NAMES = ["limber", "limber-first", "saelens", "dense"]
 ACTIVE_SHARE = 1 / 128

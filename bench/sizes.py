@@ -11,14 +11,15 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_limber.adapters import AdapterConfig
-from lightning_limber.backbones import VisionConfig
 from lightning_limber.data import CaptionData
+from lightning_limber.data.collate import Batch
 from lightning_limber.data.loader import RecordSet
+from lightning_limber.data.records import Record
 from lightning_limber.data.scenes import SceneSet
-from lightning_limber.model import Limber
-from lightning_limber.prompt import Batch, Record
-from tests import tiny
+from lightning_limber.models.adapters import AdapterConfig
+from lightning_limber.models.limber import Limber
+from lightning_limber.models.vision import VisionConfig
+from tests.helpers import tiny
 
 
 @dataclass(frozen=True)

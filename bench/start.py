@@ -20,7 +20,7 @@ from pathlib import Path
 from bench import measure
 from bench.measure import Row
 from bench.sizes import SIZES, Setup
-from tests import tiny
+from tests.helpers import tiny
 
 REPO = Path(__file__).parents[1]
 LIMBER = ["-m", "lightning_limber"]

@@ -41,9 +41,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import measure
 from bench.measure import Clock, Laps, Row
 from bench.sizes import Setup, Size, limber, pictures
-from lightning_limber.backbones import VisionEncoder
 from lightning_limber.cli import default_precision
-from lightning_limber.prompt import Batch
+from lightning_limber.data.collate import Batch
+from lightning_limber.models.vision import VisionEncoder
 
 READY_BATCHES = 2
 

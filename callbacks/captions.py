@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 
+from lightning_limber.captioning.scores import Score, caption_scores, most_frequent_caption
 from lightning_limber.data import CaptionData
 from lightning_limber.data.loader import RecordSet
-from lightning_limber.metrics import interval, resamples
-from lightning_limber.model import Limber
-from lightning_limber.scores import Score, caption_scores, most_frequent_caption
+from lightning_limber.models.limber import Limber
+from lightning_limber.probe.statistics import interval, resamples
 
 from .figures import caption_figure, log_figure
 
@@ -44,7 +44,7 @@ class Captioned:
 class CaptionSamples(pl.Callback):
     """Generates captions, logs them beside their images and scores them.
 
-    Scores against the images' own captions (see lightning_limber/scores.py) are logged as
+    Scores against the images' own captions (see lightning_limber/captioning/scores.py) are logged as
     ``captions/{score}``: cider_d, bleu_4, rouge_l and, with a CLIP, clip_score and ref_clip_score. With
     their 95 % bootstrap intervals over images they go to ``captions.csv`` in the run's folder (run, epoch,
     writer, metric, value, low, high). ``captions_epoch_{n}.jsonl`` holds the captions of the drawn images,

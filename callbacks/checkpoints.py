@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_limber.resume import slurm_job
+from lightning_limber.utils.checkpoints import slurm_job
 
 
 class Checkpoints(Checkpoint):

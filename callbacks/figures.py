@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from lightning_limber.convergence import published_curves
-from lightning_limber.findings import PatchMap, Row
-from lightning_limber.palette import COLOURS, GROUPS, LOG_SCALE, PANELS, PAPER_NAME
+from lightning_limber.probe.convergence import published_curves
+from lightning_limber.probe.findings import PatchMap, Row
+from lightning_limber.probe.palette import COLOURS, GROUPS, LOG_SCALE, PANELS, PAPER_NAME
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,11 +14,11 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.tensorboard.summary import hparams
 
-from lightning_limber.findings import Row
-from lightning_limber.flops import FlopCounter
-from lightning_limber.palette import GROUPS, PANELS
-from lightning_limber.prompt import Batch
-from lightning_limber.resume import FREE
+from lightning_limber.data.collate import Batch
+from lightning_limber.probe.findings import Row
+from lightning_limber.probe.palette import GROUPS, PANELS
+from lightning_limber.utils.checkpoints import FREE
+from lightning_limber.utils.flops import FlopCounter
 
 PACKAGES = (
     "lightning-limber",

@@ -2,7 +2,7 @@
 
 As Venhoff et al. (arXiv 2506.11976) did once, after training; here before the first step and after
 every epoch, over the same held-out images. This file says when it runs and where its numbers go; what
-is measured is in lightning_limber/probing.py, what is made of it in findings.py.
+is measured is in lightning_limber/probe/passes.py, what is made of it in findings.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
-from lightning_limber import gate
-from lightning_limber.findings import EXTRAS, Descriptions, PatchMap, ProbeConfig, Row
-from lightning_limber.flops import FlopCounter
-from lightning_limber.model import Limber
-from lightning_limber.probing import Probe
-from lightning_limber.prompt import Batch
-from lightning_limber.sae import chunks_on_device, load_saes, suite_folder
+from lightning_limber.data.collate import Batch
+from lightning_limber.models.limber import Limber
+from lightning_limber.probe import sanity_check as gate
+from lightning_limber.probe.findings import EXTRAS, Descriptions, PatchMap, ProbeConfig, Row
+from lightning_limber.probe.passes import Probe
+from lightning_limber.probe.saes import chunks_on_device, load_saes, suite_folder
+from lightning_limber.utils.flops import FlopCounter
 
 from .figures import (
     History,

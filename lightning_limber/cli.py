@@ -20,13 +20,13 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_limber.backbones import cpu_multiplies_bfloat16
 from lightning_limber.callbacks import CaptionSamples, Checkpoints, RunRecord, SAEProbe
 from lightning_limber.data import CaptionData
-from lightning_limber.generation import Decoding
-from lightning_limber.model import Limber
-from lightning_limber.predict import CaptionWriter, Images
-from lightning_limber.resume import newest_checkpoint, read_checkpoint, slurm_job
+from lightning_limber.models.frozen import cpu_multiplies_bfloat16
+from lightning_limber.models.generation import Decoding
+from lightning_limber.models.limber import Limber
+from lightning_limber.tools.predict import CaptionWriter, Images
+from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "export")
 
@@ -230,14 +230,14 @@ class LimberCLI(LightningCLI):
         if subcommand == "plan":
             self._plan()
         elif subcommand == "export":
-            from lightning_limber.export import export
+            from lightning_limber.tools.export import export
 
             export(self._settings.ckpt_path, self._settings.output)
         else:
             super()._run_subcommand(subcommand)
 
     def _plan(self) -> None:
-        from lightning_limber import plan
+        from lightning_limber.tools import plan
 
         settings, probe = self._settings, self._get(self.config_init, "probe")
         made = plan.make_plan(

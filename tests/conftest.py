@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
-
 REPO = Path(__file__).parents[1]
+sys.path.insert(0, str(REPO / "tests" / "helpers"))
+import tiny  # noqa: E402 (found on the path that is set above)
 
 
 @pytest.fixture(autouse=True)
@@ -28,19 +25,6 @@ def models(tmp_path_factory) -> Path:
     tiny.write_vision(root / "vision")
     tiny.write_saes(root / "saes")
     return root
-
-
-def run_cli(*args: str, **kwargs) -> subprocess.CompletedProcess:
-    """``python -m lightning_limber ...`` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "lightning_limber", *map(str, args)],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})},
-        **kwargs,
-    )
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import REPO
+from process import REPO
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import REPO, run_cli
+from process import REPO, run_cli
 
 
 @pytest.fixture
@@ -161,7 +161,8 @@ def test_runs_from_a_wheel_in_any_folder(models, tmp_path):
     shutil.rmtree(source)
     (tmp_path / "empty").mkdir()
     code = (
-        "import lightning_limber.callbacks as c, lightning_limber.sae as s, lightning_limber.cli as m\n"
+        "import lightning_limber.callbacks as c, lightning_limber.probe.saes as s\n"
+        "import lightning_limber.cli as m\n"
         f"assert c.__file__.startswith({str(target)!r}), c.__file__\n"
         "assert s.suite_folder('suite:smollm2-135m-instruct').is_dir()\n"
         f"assert str(m.config_dir()).startswith({str(target)!r})\n"

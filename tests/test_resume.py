@@ -8,23 +8,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import run_cli
 from crash import Crash
+from process import HELPERS, run_cli
+from runs import assert_equal, crash_flags, final
 
-from lightning_limber.resume import read_checkpoint
+from lightning_limber.utils.checkpoints import read_checkpoint
 
 # Dropout makes the random stream matter.
 EXTRA = ["--model.adapter.dropout=0.3"]
-
-
-def crash_flags(log: str, hook: str = "", step: int = -1, kill: bool = False) -> list[str]:
-    """Replaces the callbacks of the config: a resumed run must not crash again."""
-    init_args = {"log": log, "hook": hook, "step": step, "kill": kill}
-    return [f"--trainer.callbacks={json.dumps([{'class_path': 'crash.CrashAt', 'init_args': init_args}])}"]
-
-
-def final(root: Path) -> dict[str, torch.Tensor]:
-    return read_checkpoint(root / "checkpoints/last.ckpt")["state_dict"]
 
 
 def batches(path: Path) -> list[str]:
@@ -32,19 +23,12 @@ def batches(path: Path) -> list[str]:
     return list(dict.fromkeys(path.read_text().splitlines()))
 
 
-def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
 @pytest.fixture(scope="module")
 def straight(models, tmp_path_factory) -> Path:
     """The uninterrupted run: 3 epochs of 4 steps."""
     root = tmp_path_factory.mktemp("straight")
     flags = [*tiny.arguments(models, probe=False), *EXTRA, *crash_flags("batches")]
-    path = f"{Path(__file__).parent}"
-    done = run_cli("fit", *flags, cwd=root, env={"PYTHONPATH": path})
+    done = run_cli("fit", *flags, cwd=root, env=HELPERS)
     assert done.returncode == 0, done.stdout
     return root
 
@@ -93,7 +77,7 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 @pytest.mark.slow
 def test_kill_9(straight, models, tmp_path):
-    path = {"PYTHONPATH": str(Path(__file__).parent)}
+    path = HELPERS
     flags = [*tiny.arguments(models, probe=False), *EXTRA]
     killed = run_cli("fit", *flags, *crash_flags("batches", "batch_start", 6, kill=True), env=path)
     assert killed.returncode == -9, killed.stdout
@@ -105,7 +89,7 @@ def test_kill_9(straight, models, tmp_path):
 
 def conversations(root: Path) -> list[str]:
     """Flags of a data set of which some records have no image."""
-    from test_sources import write_llava
+    from datasets_on_disk import write_llava
 
     root.mkdir()
     write_llava(root, 24)
@@ -124,7 +108,7 @@ def conversations(root: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["scenes", "conversations"])
 def test_kill_9_of_two_processes(models, tmp_path, data):
-    path = {"PYTHONPATH": str(Path(__file__).parent)}
+    path = HELPERS
     flags = [*tiny.arguments(models, probe=False), *EXTRA]
     if data == "conversations":
         flags = [flag for flag in flags if not flag.startswith("--data.")]

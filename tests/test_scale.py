@@ -13,9 +13,9 @@ import lightning.pytorch as pl
 import pytest
 import tiny
 import torch
-from conftest import run_cli
+from process import HELPERS, run_cli
 
-TESTS = {"PYTHONPATH": str(Path(__file__).parent)}
+TESTS = HELPERS
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
@@ -162,7 +162,7 @@ def everything(llm) -> list[torch.Tensor]:
 def compare_with_its_parts(rank: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
-    from lightning_limber.backbones import LLM
+    from lightning_limber.models.llm import LLM
 
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     for architecture in tiny.llm_configs():

@@ -1,7 +1,7 @@
 """Where images and captions come from."""
 
 from lightning_limber.data.annotations import CocoCaptions, LLaVAConversations
-from lightning_limber.data.base import CaptionData
+from lightning_limber.data.datamodule import CaptionData
 from lightning_limber.data.huggingface import HuggingFaceCaptions
 from lightning_limber.data.image_folder import ImageFolder
 from lightning_limber.data.scenes import Scenes

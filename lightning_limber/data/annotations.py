@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_limber.data.base import CaptionData
+from lightning_limber.data.datamodule import CaptionData
 from lightning_limber.data.image_folder import hash_share, open_image
 from lightning_limber.data.loader import PackedList, RecordSet
-from lightning_limber.prompt import Record, Turns
+from lightning_limber.data.records import Record, Turns
 
 
 class AnnotationSet:

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lightning_limber.data.base import CaptionData
+from lightning_limber.data.datamodule import CaptionData
 from lightning_limber.data.image_folder import open_image
 from lightning_limber.data.loader import RecordSet, RecordStream
-from lightning_limber.prompt import Record
+from lightning_limber.data.records import Record
 
 SHUFFLE_BUFFER = 10_000
 

@@ -17,10 +17,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from lightning_limber.assets import cache_dir
-from lightning_limber.data.base import CaptionData
+from lightning_limber.data.datamodule import CaptionData
 from lightning_limber.data.loader import RecordSet
-from lightning_limber.prompt import Record
+from lightning_limber.data.records import Record
+from lightning_limber.utils.cache import cache_dir
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 TABLES = {".jsonl", ".csv"}

@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lightning_limber.prompt import Batch, Record, choose_captions
+from lightning_limber.data.collate import Batch, choose_captions
+from lightning_limber.data.records import Record
 
 
 class RecordSet(Protocol):

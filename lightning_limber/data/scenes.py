@@ -17,9 +17,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from lightning_limber.data.base import CaptionData
+from lightning_limber.data.datamodule import CaptionData
 from lightning_limber.data.loader import RecordSet
-from lightning_limber.prompt import Record
+from lightning_limber.data.records import Record
 
 COLOURS = {
     "red": (214, 39, 40),

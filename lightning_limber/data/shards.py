@@ -21,11 +21,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from lightning_limber.assets import cache_dir
-from lightning_limber.data.base import CaptionData
+from lightning_limber.data.datamodule import CaptionData
 from lightning_limber.data.image_folder import SUFFIXES, open_image
 from lightning_limber.data.loader import RecordSet
-from lightning_limber.prompt import Record
+from lightning_limber.data.records import Record
+from lightning_limber.utils.cache import cache_dir
 
 
 def expand_braces(pattern: str) -> list[str]:

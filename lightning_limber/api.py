@@ -1,0 +1,257 @@
+"""A trained adapter in Python, without a Trainer.
+
+from lightning_limber import load
+
+model = load("runs/default")
+model.caption("cat.png")
+model.probe(images, captions)
+model.features("cat.png", layer=18)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from lightning_limber.callbacks import SAEProbe
+from lightning_limber.data.collate import Batch
+from lightning_limber.data.image_folder import open_image
+from lightning_limber.data.prompt import CAPTION_QUESTION
+from lightning_limber.data.records import Record, Turns
+from lightning_limber.models.adapter_weights import EXPORTED, read_projector
+from lightning_limber.models.generation import Decoding, generate
+from lightning_limber.models.limber import Limber
+from lightning_limber.probe.findings import Row
+from lightning_limber.probe.passes import Probe
+from lightning_limber.probe.saes import hook_layer
+from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL.Image import Image
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@dataclass
+class Trained:
+    """What a checkpoint or an exported folder says.
+
+    Attributes:
+        config: The run's config; `model` at least.
+        backbones: Fingerprints of the frozen models.
+        trainer: The Trainer's settings that enter the arithmetic.
+        weights: State dict of the adapter.
+    """
+
+    config: dict[str, Any]
+    backbones: dict[str, str]
+    trainer: dict[str, Any]
+    weights: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Trained:
+        """Reads a checkpoint, a run's folder (its ``last.ckpt``), a folder of runs (the newest) or an
+        exported folder.
+
+        Raises:
+            FileNotFoundError: there is none of them.
+            ValueError: the file is no checkpoint of this project.
+        """
+        path = Path(path).expanduser()
+        if (path / EXPORTED).is_file():
+            from safetensors import safe_open
+
+            with safe_open(path / EXPORTED, "pt") as file:
+                notes = {key: json.loads(text) for key, text in file.metadata().items() if key != "format"}
+            config = yaml.safe_load((path / "config.yaml").read_text())
+            return cls(config, notes["backbones"], notes["trainer"], read_projector(path))
+        if not path.exists():
+            raise FileNotFoundError(
+                f"There is no '{path}'. Give a checkpoint (.ckpt), a run's folder, or an exported one."
+            )
+        return cls.of_checkpoint(read_checkpoint(newest_checkpoint(path) if path.is_dir() else path))
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: dict[str, Any]) -> Trained:
+        saved = checkpoint["lightning_limber"]
+        weights = {key.removeprefix("adapter."): value for key, value in checkpoint["state_dict"].items()}
+        # Tuples, which YAML lacks, become lists.
+        settings = json.loads(json.dumps(checkpoint["hyper_parameters"]))
+        # The adapter that it started from, and how the run was made faster, are history.
+        settings |= {"adapter_weights": None, "shard_llm": False}
+        settings |= {"cache_features": False, "compile_llm": False}
+        config = yaml.safe_load(saved["config"] or "{}") | {"model": settings}
+        return cls(config, saved["backbones"], saved["trainer"], weights)
+
+
+def load(path: str | Path, device: str | torch.device | None = None) -> TrainedModel:
+    """Loads a trained adapter with the two frozen models that it stands between.
+
+    Args:
+        path: A checkpoint, a run's folder (its ``last.ckpt``), a folder of runs (the newest), or a folder
+            that ``export`` wrote.
+        device: null takes the GPU where there is one.
+
+    Raises:
+        FileNotFoundError: nothing is there, or a frozen model is not to be had.
+        ValueError: a frozen model is another than it was trained with.
+    """
+    trained = Trained.read(path)
+    model = Limber(**trained.config["model"])
+    model.configure_model()
+    model.on_load_checkpoint({"lightning_limber": {"backbones": trained.backbones}})
+    model.adapter.load_state_dict(trained.weights)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return TrainedModel(model.to(device).eval().requires_grad_(False), trained)
+
+
+class TrainedModel:
+    """Captions, probe and SAE features of one trained adapter, computed in the precision of its run.
+
+    Attributes:
+        model: The module: encoder, adapter and LLM.
+        config: The run's config.
+    """
+
+    def __init__(self, model: Limber, trained: Trained) -> None:
+        self.model, self.config = model, trained.config
+        self._dtype = AUTOCAST.get(trained.trainer["precision"])
+        if self._dtype is not None:
+            model.llm.prepare_autocast(self._dtype)
+            model.vision.prepare_autocast(self._dtype)
+
+    def _context(self) -> AbstractContextManager:
+        kind = self.model.device.type
+        return nullcontext() if self._dtype is None else torch.autocast(kind, self._dtype)
+
+    def caption(self, image: Image | str | Path, **generation: Any) -> str:
+        """Writes a caption.
+
+        Args:
+            image: A picture or its path.
+            generation: See `Decoding`: max_new_tokens, num_beams, temperature, top_p, seed.
+        """
+        with self._context():
+            return generate(self.model, self._pixels(image), Decoding(**generation), False)[0].text
+
+    def probe(
+        self,
+        images: Sequence[Image | str | Path],
+        captions: Sequence[str | list[str]],
+        batch_size: int = 32,
+    ) -> pd.DataFrame:
+        """Runs the SAEs over images, as the run's own probe does over the held-out ones.
+
+        Args:
+            images: Pictures or their paths.
+            captions: Of each image, one or several.
+            batch_size: Changes no number.
+
+        Returns:
+            A row for each number: layer (none for numbers about all layers), group, metric, value, and
+            low and high of its 95 % bootstrap interval over images (metrics.py, concepts.py).
+        """
+        import pandas as pd
+
+        if len(images) != len(captions) or not len(images):
+            raise ValueError(
+                f"{len(images)} images and {len(captions)} captions: each image needs its own."
+            )
+        texts = [[text] if isinstance(text, str) else list(text) for text in captions]
+        costly = min(self._sae_probe.costly_images, len(images))
+        batches = partial(_Batches, self.model, images, texts, batch_size)
+        report = self._probe.run(batches(len(images)), batches(costly))
+        return pd.DataFrame(report.rows, columns=Row._fields).astype({"layer": "Int64"})
+
+    def features(self, image: Image | str | Path, layer: int, top: int = 3) -> pd.DataFrame:
+        """The SAE latents that are strongest at each image token, at one layer.
+
+        Args:
+            image: A picture or its path.
+            layer: One that has an SAE.
+            top: Latents of a token.
+
+        Returns:
+            A row for each active latent of each image token: token (place among the image tokens), row and
+            column of its patch (none for CLS), latent, activation, and the latent's description and
+            density on text where they are known. Tokens that are never counted (probing.py) have no rows.
+        """
+        import pandas as pd
+
+        names = {hook_layer(name): name for name in self._probe.saes}
+        if layer not in names:
+            raise ValueError(f"layer={layer} has no SAE; there are {sorted(names)}.")
+        found: list[Tensor] = []
+        self._probe.latents(
+            self._pixels(image), lambda _, latents: found.append(latents[0]), [names[layer]]
+        )
+        values, index = found[0].nan_to_num(0.0).topk(top, dim=-1)  # [P, top]
+        known = self._probe.findings.descriptions.get(names[layer])
+        height, width = self.model.token_grid
+        before = len(values) - height * width
+        rows = []
+        for token, latent in (values > 0).nonzero().tolist():
+            k = int(index[token, latent])
+            place = divmod(token - before, width) if token >= before else (None, None)
+            text = (None, None) if known is None else (known.texts[k], float(known.density[k]))
+            rows.append((token, *place, k, float(values[token, latent]), *text))
+        columns = ["token", "row", "column", "latent", "activation", "description", "density"]
+        return pd.DataFrame(rows, columns=columns).astype({"row": "Int64", "column": "Int64"})
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers that have an SAE."""
+        return [hook_layer(name) for name in self._probe.saes]
+
+    @cached_property
+    def _sae_probe(self) -> SAEProbe:
+        if "probe" not in self.config:
+            raise ValueError("This adapter's run had no config of a probe: it was not made by the CLI.")
+        return SAEProbe(**self.config["probe"])
+
+    @cached_property
+    def _probe(self) -> Probe:
+        return self._sae_probe.load(self.model, self._context)
+
+    def _pixels(self, image: Image | str | Path) -> Tensor:
+        return self.model.vision.transform(_picture(image))[None].to(self.model.device)  # [1, 3, H, W]
+
+
+@dataclass
+class _Batches:
+    """The first `count` images with their captions, as often as they are iterated."""
+
+    model: Limber
+    images: Sequence[Image | str | Path]
+    captions: list[list[str]]
+    size: int
+    count: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        collate = self.model.collator()
+        for start in range(0, self.count, self.size):
+            places = range(start, min(start + self.size, self.count))
+            records = [Record(str(i), _picture(self.images[i]), self.captions[i]) for i in places]
+            # Read after the first caption; all of an image's captions are its words.
+            texts: list[list[str | Turns]] = [[record.captions[0]] for record in records]
+            if collate.prompt.is_conversation:
+                texts = [[[(CAPTION_QUESTION, record.captions[0])]] for record in records]
+            batch = collate(records, texts, places)
+            for name, value in vars(batch).items():
+                if isinstance(value, Tensor):
+                    setattr(batch, name, value.to(self.model.device))
+            yield batch
+
+
+def _picture(image: Image | str | Path) -> Image:
+    return open_image(Path(image).expanduser()) if isinstance(image, (str, Path)) else image

@@ -1,0 +1,189 @@
+"""What every data set has in common: its two parts, their loaders, and the held-out images of the probes.
+
+A data source is a subclass of `CaptionData` with one method, `datasets`. Everything else is here, and in
+loader.py: which records make a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, cast
+
+import lightning.pytorch as pl
+
+from lightning_limber.data.collate import Batch, Collator
+from lightning_limber.data.loader import BatchLoader, BatchSource, RecordSet, RecordStream
+
+
+class CaptionData(pl.LightningDataModule):
+    """Images with captions, split into training and held-out.
+
+    Args:
+        batch_size: Images in one training step, over all processes together.
+        val_batch_size: The same for held-out passes.
+        captions_per_image: Captions of an image used in one step; drawn anew each epoch.
+        num_workers: Loader processes (0: the main process). Does not change any number.
+        seed: Of the order of batches and the choice among captions.
+        length_window: Puts texts of like length into one batch, so that less is padding
+            (``train/padding``): the records of this many consecutive batches are sorted by length, cut
+            into batches, and these are shuffled. 0 switches it off.
+        max_bad_share: Records that cannot be read are left out, counted and named; more than this share
+            of them stop the run.
+        share_prefix: In training, the captions of one image share one sequence, [prefix | image |
+            caption 1 | caption 2 | ...], in which each sees the image and itself only: the same loss,
+            with the image's tokens computed once. False gives each caption a sequence of its own.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 16,
+        val_batch_size: int = 32,
+        captions_per_image: int = 1,
+        num_workers: int = 2,
+        seed: int = 0,
+        length_window: int = 0,
+        max_bad_share: float = 0.01,
+        share_prefix: bool = True,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size
+        self.captions_per_image = captions_per_image
+        self.num_workers = num_workers
+        self.seed = seed
+        self.length_window = length_window
+        self.max_bad_share = max_bad_share
+        self.share_prefix = share_prefix
+        self.train_set: RecordSet | RecordStream
+        self.val_set: RecordSet
+        self.collate: Collator
+
+    def datasets(self) -> tuple[RecordSet | RecordStream, RecordSet]:
+        """Returns the training set and the held-out set; every held-out record has an image."""
+        raise NotImplementedError
+
+    def test_dataset(self) -> RecordSet:
+        """What `test` runs on: the held-out set, unless the data set has a third part."""
+        return self.val_set
+
+    def score_caption(self, caption: str, scene: Any) -> dict[str, tuple[int, int]] | None:
+        """Right and total slots of a written caption by kind, where the truth is known exactly."""
+        return None
+
+    def attributes(self, scene: Any) -> set[str] | None:
+        """What is true of an image, in words ("red", "star"), where the truth is known exactly."""
+        return None
+
+    def setup(self, stage: str | None = None) -> None:
+        if not hasattr(self, "train_set"):
+            self.train_set, self.val_set = self.datasets()
+        # How an image becomes numbers and a caption tokens belongs to the two frozen models.
+        self.collate = cast(Any, self.trainer).lightning_module.collator()
+        world_size = self._world[1]
+        if self.batch_size % world_size:
+            raise ValueError(
+                f"data.batch_size={self.batch_size} is the batch of all processes together and must "
+                f"divide by their number, {world_size}."
+            )
+        if len(self.train_set) < self.batch_size:
+            raise ValueError(
+                f"{len(self.train_set)} training images do not fill one batch of {self.batch_size}: "
+                "lower data.batch_size or add images."
+            )
+        if min(self.val_batch_size, len(self.val_set)) < world_size:
+            raise ValueError(
+                f"data.val_batch_size={self.val_batch_size} and {len(self.val_set)} held-out images: each "
+                f"of {world_size} processes needs at least one image of every batch."
+            )
+        if self.length_window and not (
+            hasattr(self.train_set, "lengths") or hasattr(self.train_set, "length")
+        ):
+            raise ValueError(
+                f"data.length_window={self.length_window}: {type(self).__name__} does not know the lengths "
+                "of its texts. Set it to 0."
+            )
+
+    @property
+    def _world(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+
+    def _loader(
+        self,
+        records: RecordSet | RecordStream,
+        batch_size: int,
+        shuffle: bool,
+        limit: int | None = None,
+        shuffled_captions: bool = False,
+    ) -> BatchLoader:
+        rank, world_size = self._world
+        return BatchLoader(
+            BatchSource(
+                records,
+                self.collate,
+                self.captions_per_image,
+                self.seed,
+                shuffled_captions,
+                # The probe counts an image's captions one by one.
+                share_prefix=self.share_prefix and shuffle,
+            ),
+            batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            rank=rank,
+            world_size=world_size,
+            limit=limit,
+            length_window=self.length_window,
+            max_bad_share=self.max_bad_share,
+        )
+
+    def train_dataloader(self) -> Any:
+        return self._loader(self.train_set, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return self._held_out(self.val_set)
+
+    def test_dataloader(self) -> Any:
+        return self._held_out(self.test_dataset())
+
+    def _held_out(self, records: RecordSet) -> Any:
+        """Held-out images with their own captions, and (the control) with another image's."""
+        return [
+            self._loader(records, self.val_batch_size, shuffle=False, shuffled_captions=shuffled)
+            for shuffled in (False, True)
+        ]
+
+    def predict_dataloader(self) -> Any:
+        return self._loader(self.val_set, self.val_batch_size, shuffle=False)
+
+    def probe_dataloader(self, num_images: int, records: RecordSet | None = None) -> BatchLoader:
+        """The first `num_images` of the held-out records, or of `records`, in this process' share."""
+        records = self.val_set if records is None else records
+        return self._loader(records, self.val_batch_size, shuffle=False, limit=num_images)
+
+    def training_captions(self, limit: int = 4096) -> Iterator[str]:
+        """All captions of `limit` training records, spaced evenly; of a stream, of its first ones.
+
+        Images are decoded only where the data set cannot do without. What cannot be read is left out:
+        the training loader counts and names it.
+        """
+        records = self.train_set
+        if isinstance(records, RecordStream):
+            places: Iterable[Any] = islice(records.rows(0), min(limit, len(records)))
+            captions = records.captions
+        else:
+            places = range(0, len(records), -(-len(records) // limit))
+            captions = getattr(records, "captions", None) or (lambda index: records[index].captions)
+        for place in places:
+            try:
+                yield from captions(place)
+            except (OSError, SyntaxError):
+                continue
+
+    def calibration_batch(self, num_images: int = 64) -> Batch:
+        """The first training images, the same in every process: see `Adapter.calibrate`."""
+        count = min(num_images, len(self.train_set))
+        source = BatchSource(self.train_set, self.collate, 1, self.seed)
+        rows = self.train_set.rows(0) if isinstance(self.train_set, RecordStream) else [None] * count
+        return source[(0, list(enumerate(islice(rows, count))))]

@@ -1,0 +1,52 @@
+"""Encoder features of the training images on disk: in later epochs the frozen encoder need not run.
+
+It costs P x D_v numbers an image: worth it for a few hundred thousand numbers an image less than the
+encoder's time, that is for small sets and several epochs. What is read back is bit-equal to what was
+computed first, in whatever batch that was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_limber.utils.cache import cache_dir
+
+
+class FeatureCache:
+    """Features [count, P, D_v] float32 in one file, filled as they are computed; processes share it.
+
+    Args:
+        key: Everything that the features depend on: encoder, its settings, data.
+        count: Number of images.
+        shape: (P, D_v).
+    """
+
+    def __init__(self, key: Any, count: int, shape: tuple[int, ...]) -> None:
+        name = hashlib.sha256(json.dumps([key, count, shape], sort_keys=True).encode()).hexdigest()[:24]
+        folder = cache_dir() / "features"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.values = _open(folder / f"{name}.f32", (count, *shape), np.float32)
+        # Written behind its row: a run that is killed leaves no row half true.
+        self.known = _open(folder / f"{name}.known", (count,), np.uint8)
+
+    def read(self, index: list[int]) -> Tensor | None:
+        """Features of the images at these places, or None if any is missing."""
+        return torch.from_numpy(self.values[index]) if self.known[index].all() else None
+
+    def write(self, index: list[int], features: Tensor) -> None:
+        self.values[index] = features.float().cpu().numpy()
+        self.known[index] = 1
+
+
+def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    with path.open("ab") as file:  # Made by whichever process comes first; sparse until it is written.
+        file.truncate(size)
+    return np.memmap(path, dtype=dtype, mode="r+", shape=shape)

