@@ -15,6 +15,7 @@ import torch
 from lightning_limber.captioning.scores import Score, caption_scores, most_frequent_caption
 from lightning_limber.data import CaptionData
 from lightning_limber.data.loader import RecordSet
+from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.statistics import interval, resamples
 
@@ -96,7 +97,7 @@ class CaptionSamples(pl.Callback):
         new = not baselines
         if new:
             with trainer.precision_plugin.val_step_context():
-                [without_image] = pl_module.generate(None, self.max_new_tokens)
+                [without_image] = self._captions(pl_module, None)
             most_frequent = most_frequent_caption(data.training_captions())
             baselines = {
                 "most_frequent": Baseline(most_frequent, {}),
@@ -149,18 +150,21 @@ class CaptionSamples(pl.Callback):
         self, trainer: pl.Trainer, model: Limber, data: CaptionData, records: RecordSet
     ) -> Captioned:
         found = Captioned()
-        loader = data.probe_dataloader(self.num_images, records)
+        loader = data.caption_dataloader(self.num_images, records)
         loader.rank, loader.world_size = 0, 1
         for batch in loader:
             batch = trainer.strategy.batch_to_device(batch)
             with trainer.precision_plugin.val_step_context():
-                found.written += model.generate(batch.pixel_values, self.max_new_tokens)
+                found.written += self._captions(model, model.image_tokens(batch))
             found.references += batch.captions
             found.scenes += batch.scenes
             found.images += [records[index].image for index in batch.index] if self.clip else []
             pixels = batch.pixel_values[: self.num_shown - len(found.shown)].float().cpu()
             found.shown += list(model.vision.transform.undo(pixels))
         return found
+
+    def _captions(self, model: Limber, image_tokens: torch.Tensor | None) -> list[str]:
+        return [caption.text for caption in model.generate(image_tokens, Decoding(self.max_new_tokens))]
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -328,7 +328,7 @@ class SAEProbe(pl.Callback):
         hook = next(name for name, at in findings.layers.items() if at == layer)
         batch = next(iter(self._batches(trainer, NUM_PATCH_IMAGES * trainer.world_size, "Patches")))
         found_at: dict[str, torch.Tensor] = {}
-        self._probe.latents(batch.pixel_values, found_at.__setitem__, [hook])
+        self._probe.latents(module.image_tokens(batch), found_at.__setitem__, [hook])
         latents = found_at[hook].nan_to_num()  # [B, P, K]
         side = math.isqrt(latents.shape[1])
         if latents.shape[1] - side**2 > 1:  # One more is the encoder's class token, which comes first.

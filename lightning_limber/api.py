@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_limber.callbacks import SAEProbe
@@ -28,7 +29,7 @@ from lightning_limber.data.image_folder import open_image
 from lightning_limber.data.prompt import CAPTION_QUESTION
 from lightning_limber.data.records import Record, Turns
 from lightning_limber.models.adapter_weights import EXPORTED, read_projector
-from lightning_limber.models.generation import Decoding, generate
+from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.findings import Row
 from lightning_limber.probe.passes import Probe
@@ -142,7 +143,7 @@ class TrainedModel:
             generation: See `Decoding`: max_new_tokens, num_beams, temperature, top_p, seed.
         """
         with self._context():
-            return generate(self.model, self._pixels(image), Decoding(**generation), False)[0].text
+            return self.model.generate(self._image_tokens(image), Decoding(**generation))[0].text
 
     def probe(
         self,
@@ -193,7 +194,7 @@ class TrainedModel:
             raise ValueError(f"layer={layer} has no SAE; there are {sorted(names)}.")
         found: list[Tensor] = []
         self._probe.latents(
-            self._pixels(image), lambda _, latents: found.append(latents[0]), [names[layer]]
+            self._image_tokens(image), lambda _, latents: found.append(latents[0]), [names[layer]]
         )
         values, index = found[0].nan_to_num(0.0).topk(top, dim=-1)  # [P, top]
         known = self._probe.findings.descriptions.get(names[layer])
@@ -223,8 +224,10 @@ class TrainedModel:
     def _probe(self) -> Probe:
         return self._sae_probe.load(self.model, self._context)
 
-    def _pixels(self, image: Image | str | Path) -> Tensor:
-        return self.model.vision.transform(_picture(image))[None].to(self.model.device)  # [1, 3, H, W]
+    def _image_tokens(self, image: Image | str | Path) -> Tensor:
+        pixels = self.model.vision.transform(_picture(image))[None].to(self.model.device)  # [1, 3, H, W]
+        with self._context():
+            return self.model.adapter(self.model.vision(pixels))  # [1, P, D_l]
 
 
 @dataclass
@@ -246,11 +249,8 @@ class _Batches:
             texts: list[list[str | Turns]] = [[record.captions[0]] for record in records]
             if collate.prompt.is_conversation:
                 texts = [[[(CAPTION_QUESTION, record.captions[0])]] for record in records]
-            batch = collate(records, texts, places)
-            for name, value in vars(batch).items():
-                if isinstance(value, Tensor):
-                    setattr(batch, name, value.to(self.model.device))
-            yield batch
+            batch = collate(records, texts, places, for_probe=True)
+            yield apply_to_collection(batch, Tensor, lambda tensor: tensor.to(self.model.device))
 
 
 def _picture(image: Image | str | Path) -> Image:

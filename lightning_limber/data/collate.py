@@ -1,92 +1,85 @@
-"""Records -> one batch."""
+"""Records -> one batch: images become pixels, captions tokens, and both are laid into rows."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_limber.models.vision import ImageTransform
-
-if TYPE_CHECKING:
-    pass
-from lightning_limber.data.prompt import Prompt
+from lightning_limber.data.layout import Packing, Parts, Sequences, lay_out
+from lightning_limber.data.prompt import Prompt, Text
 from lightning_limber.data.records import Record, Turns
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-@dataclass
-class Batch:
-    """B images and N sequences, each [prefix | image | text], padded on the right.
 
-    No attention mask is needed: in a causal model nothing real comes after the padding. Only where
-    several captions share a sequence, `caption_number` says which tokens see each other.
+@dataclass(kw_only=True)
+class Batch(Sequences):
+    """B images and the sequences about them.
+
+    Lightning moves the tensors to the device; lists stay on the host.
     """
 
     ids: list[str]
-    """Names of the records, one for each image and each text-only sequence."""
+    """Names of the records, with an image or without."""
     pixel_values: Tensor
     """[B, 3, H, W]"""
-    image_index: Tensor
-    """[N] which image each sequence is about; -1 for text alone: [prefix | text]."""
-    prefix_ids: Tensor
-    """[T0] tokens before the image, the same in every sequence."""
-    text_ids: Tensor
-    """[N, T] tokens after the image."""
-    is_caption: np.ndarray
-    """[N, T] true at caption tokens (padding, prompt text and end tokens are false); on the host."""
-    target_index: Tensor
-    """[n, 2] sequence and text position of every token that the loss is taken on."""
-    text_tokens: int = 0
-    """Tokens of all texts together; the rest of [N, T] is padding."""
-    lengths: list[int] = field(default_factory=list)
-    """Of each sequence the tokens, without those of the image, that come before its last target; N."""
-    image_of: list[int] = field(default_factory=list)
-    """`image_index`, on the host."""
-    caption_number: Tensor | None = None
-    """[N, T] which of the sequence's captions each token belongs to, where they share an image."""
-    truncated: list[bool] = field(default_factory=list)
-    """Whether each caption was cut to ``max_caption_tokens``."""
-    captions: list[list[str]] = field(default_factory=list)
+    image_ids: list[str]
+    """Names of the records with an image, B."""
+    index: list[int]
+    """Index of each image in its data set, B."""
+    captions: list[list[str]]
     """All captions of each image, B."""
-    scenes: list[dict[str, Any] | None] = field(default_factory=list)
-    index: list[int] = field(default_factory=list)
-    """Places of the images in their data set, B."""
+    scenes: list[dict[str, Any] | None]
+    """Truth of each image where it is known, B."""
+    truncated: list[bool]
+    """Whether each caption was cut to ``max_caption_tokens``."""
+    own_labels: int
+    """The first so many labels are of the images' own captions, the others (a control, in validation) of
+    another image's."""
+    without_image: Sequences | None = None
+    """The same captions without their images; for the probe."""
+    held_out: bool = False
+    """Whether the images are of a fixed set that comes again: their features are worth keeping."""
     skipped: list[tuple[int, str]] = field(default_factory=list)
-    """Records that could not be read and are not in the batch: place in their data set and reason."""
-
-    @property
-    def has_image(self) -> list[bool]:
-        """Whether each sequence is about an image; N."""
-        return [image >= 0 for image in self.image_of]
-
-    @property
-    def text_only(self) -> int:
-        """Sequences without an image."""
-        return self.has_image.count(False)
+    """Records that could not be read and are not in the batch: index and reason."""
 
     def pin_memory(self) -> Batch:
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.pin_memory())
-        return self
+        return apply_to_collection(self, Tensor, Tensor.pin_memory)
 
 
-def images(batch: Batch) -> int:
+def num_images(batch: Batch) -> int:
     """Images of a batch, as Lightning's ThroughputMonitor asks for them (``batch_size_fn``)."""
     return len(batch.pixel_values)
 
 
 class Collator:
-    """Records -> Batch. Images are transformed and captions tokenised here, in the loader's worker."""
+    """Records -> Batch; runs in the loader's worker.
 
-    def __init__(self, transform: ImageTransform, prompt: Prompt) -> None:
+    Args:
+        transform: PIL image -> pixel values [3, H, W].
+        prompt: Places image and caption.
+        image_tokens: Image tokens P of one image.
+        packing: The LLM's limits for sequences that share a row; None gives each a row of its own.
+    """
+
+    def __init__(
+        self,
+        transform: Callable[[Image], Tensor],
+        prompt: Prompt,
+        image_tokens: int,
+        packing: Packing | None = None,
+    ) -> None:
         self.transform = transform
         self.prompt = prompt
+        self.image_tokens = image_tokens
+        self.packing = packing
 
     def __call__(
         self,
@@ -94,66 +87,73 @@ class Collator:
         captions: Sequence[Sequence[str | Turns]],
         index: Sequence[int] = (),
         skipped: Sequence[tuple[int, str]] = (),
+        *,
         share_prefix: bool = False,
+        other_captions: Sequence[Sequence[str | Turns]] = (),
+        for_probe: bool = False,
     ) -> Batch:
         """Makes the batch.
 
         Args:
             records: B images, and records without one.
-            captions: Of each record those to make sequences of, at least one: captions or conversations.
-            index: Places of the records in their data set.
+            captions: The captions or conversations of each record that sequences are made of.
+            index: Index of each record in its data set.
             skipped: Passed on to the batch.
-            share_prefix: Put all captions of a record into one sequence, [prefix | image | caption 1 |
-                caption 2 | ...], instead of a sequence each.
+            share_prefix: Put all captions of a record into one sequence instead of one each.
+            other_captions: Also make sequences of these captions of other images, behind the others.
+            for_probe: Give each sequence a row of its own, name its groups of tokens, and lay the captions
+                out without their images too.
         """
-        has_image = [record.image is not None for record in records]
-        place = torch.tensor(has_image, dtype=torch.long).cumsum(0) - 1  # Of each record among the images.
-        texts = [
-            [self.prompt.text(caption, has) for caption in chosen]
-            for has, chosen in zip(has_image, captions, strict=True)
-        ]
-        # A process' share of a batch of which nothing could be read: one sequence without a target.
-        texts = texts or [[([0], [False], [False], False)]]
-        # Of each sequence its captions.
-        sequences = texts if share_prefix else [[text] for chosen in texts for text in chosen]
-        width = max(sum(len(ids) for ids, *_ in row) for row in sequences)
-        text_ids = torch.zeros(len(sequences), width, dtype=torch.long)
-        is_caption = np.zeros((len(sequences), width), dtype=bool)
-        is_target = torch.zeros(len(sequences), width, dtype=torch.bool)
-        number = torch.full((len(sequences), width), -1)
-        for row, parts in enumerate(sequences):
-            start = 0
-            for i, (ids, caption_mask, target_mask, _) in enumerate(parts):
-                here = slice(start, start := start + len(ids))
-                text_ids[row, here] = torch.tensor(ids)
-                is_caption[row, here] = caption_mask
-                is_target[row, here] = torch.tensor(target_mask)
-                number[row, here] = i
-        counts = [1 if share_prefix else len(chosen) for chosen in captions]
-        image_index = torch.where(torch.tensor(has_image, dtype=torch.bool), place, -1)
-        image_index = image_index.repeat_interleave(torch.tensor(counts, dtype=torch.long))
-        image_index = image_index if records else torch.tensor([-1])
-        last_target = (is_target * torch.arange(width)).amax(1).tolist()
-        with_image = [record for record in records if record.image is not None]
+        places: list[int] = []  # Of each record among the images.
+        with_image: list[Record] = []
+        for record in records:
+            places.append(-1 if record.image is None else len(with_image))
+            with_image += [] if record.image is None else [record]
+        sequences: list[Parts] = []
+        own = 0
+        for chosen_captions in filter(None, (captions, other_captions)):
+            for place, chosen in zip(places, chosen_captions, strict=True):
+                texts = [self.prompt.text(caption, has_image=place >= 0) for caption in chosen]
+                groups = [texts] if share_prefix else [[text] for text in texts]
+                sequences += [Parts(place, group) for group in groups if group]
+            own = own or len(sequences)
+        # Nothing could be read, or nothing is said: one sequence without a label.
+        if not sequences:
+            sequences, own = [Parts(-1, [Text([0], [False], [False])])], 1
+        prefix, packing = self.prompt.prefix_ids, None if for_probe else self.packing
+        laid = lay_out(sequences, prefix, self.image_tokens, packing, groups=for_probe)
+        alone = lay_out(sequences, prefix, 0, groups=True) if for_probe else None
         pixels = [self.transform(record.image) for record in with_image]  # type: ignore[arg-type]
         return Batch(
+            **vars(laid),
             ids=[record.id for record in records],
             pixel_values=torch.stack(pixels) if pixels else torch.zeros(0, 3, 1, 1),
-            image_index=image_index,
-            prefix_ids=torch.tensor(self.prompt.prefix_ids, dtype=torch.long),
-            text_ids=text_ids,
-            is_caption=is_caption,
-            target_index=is_target.nonzero(),
-            text_tokens=sum(len(ids) for row in sequences for ids, *_ in row),
-            lengths=[len(self.prompt.prefix_ids) + last for last in last_target],
-            image_of=image_index.tolist(),
-            caption_number=number if any(len(row) > 1 for row in sequences) else None,
-            truncated=[cut for row in sequences for *_, cut in row],
+            image_ids=[record.id for record in with_image],
+            index=[i for i, place in zip(index, places, strict=False) if place >= 0],
             captions=[record.captions for record in with_image],
             scenes=[record.scene for record in with_image],
-            index=[i for i, has in zip(index, has_image, strict=False) if has],
+            truncated=[text.truncated for parts in sequences[:own] for text in parts.texts],
+            own_labels=sum(laid.label_counts[:own]),
+            without_image=alone,
             skipped=list(skipped),
         )
+
+    def opening(self, images: int | None) -> Sequences:
+        """What the LLM goes on from when it writes a caption: [prefix | image | prompt text].
+
+        Args:
+            images: Number of images, a sequence each. None: one sequence without an image. A prompt with
+                neither prefix nor text then opens with BOS (EOS, if the tokenizer has no BOS), because the
+                LLM cannot go on from nothing.
+        """
+        ids, prefix = self.prompt.generation_ids, self.prompt.prefix_ids
+        if images is None and not prefix and not ids:
+            tokenizer = self.prompt.tokenizer
+            bos = tokenizer.bos_token_id
+            prefix = [tokenizer.eos_token_id if bos is None else bos]
+        text = Text(ids, [False] * len(ids), [False] * len(ids))
+        parts = [Parts(-1, [text])] if images is None else [Parts(i, [text]) for i in range(images)]
+        return lay_out(parts, prefix, self.image_tokens)
 
 
 def choose_captions(record: Record, count: int, seed: tuple) -> Sequence[str | Turns]:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 
 from lightning_limber.data.collate import Batch, Collator
-from lightning_limber.data.loader import BatchLoader, BatchSource, RecordSet, RecordStream
+from lightning_limber.data.loader import BatchLoader, BatchSource, Purpose, RecordSet, RecordStream
 
 
 class CaptionData(pl.LightningDataModule):
@@ -57,7 +57,6 @@ class CaptionData(pl.LightningDataModule):
         self.share_prefix = share_prefix
         self.train_set: RecordSet | RecordStream
         self.val_set: RecordSet
-        self.collate: Collator
 
     def datasets(self) -> tuple[RecordSet | RecordStream, RecordSet]:
         """Returns the training set and the held-out set; every held-out record has an image."""
@@ -78,8 +77,6 @@ class CaptionData(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if not hasattr(self, "train_set"):
             self.train_set, self.val_set = self.datasets()
-        # How an image becomes numbers and a caption tokens belongs to the two frozen models.
-        self.collate = cast(Any, self.trainer).lightning_module.collator()
         world_size = self._world[1]
         if self.batch_size % world_size:
             raise ValueError(
@@ -105,31 +102,26 @@ class CaptionData(pl.LightningDataModule):
             )
 
     @property
+    def collate(self) -> Collator:
+        """How an image becomes pixels and a caption tokens belongs to the model."""
+        return cast(Any, self.trainer).lightning_module.collator()
+
+    @property
     def _world(self) -> tuple[int, int]:
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
     def _loader(
-        self,
-        records: RecordSet | RecordStream,
-        batch_size: int,
-        shuffle: bool,
-        limit: int | None = None,
-        shuffled_captions: bool = False,
+        self, records: RecordSet | RecordStream, purpose: Purpose, limit: int | None = None
     ) -> BatchLoader:
         rank, world_size = self._world
+        training = purpose == "training"
         return BatchLoader(
             BatchSource(
-                records,
-                self.collate,
-                self.captions_per_image,
-                self.seed,
-                shuffled_captions,
-                # The probe counts an image's captions one by one.
-                share_prefix=self.share_prefix and shuffle,
+                records, self.collate, self.captions_per_image, self.seed, purpose, self.share_prefix
             ),
-            batch_size,
-            shuffle=shuffle,
+            self.batch_size if training else self.val_batch_size,
+            shuffle=training,
             num_workers=self.num_workers,
             rank=rank,
             world_size=world_size,
@@ -139,28 +131,25 @@ class CaptionData(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> Any:
-        return self._loader(self.train_set, self.batch_size, shuffle=True)
+        return self._loader(self.train_set, "training")
 
     def val_dataloader(self) -> Any:
-        return self._held_out(self.val_set)
+        """Held-out images with their own captions, and (the control) with another image's."""
+        return self._loader(self.val_set, "validation")
 
     def test_dataloader(self) -> Any:
-        return self._held_out(self.test_dataset())
-
-    def _held_out(self, records: RecordSet) -> Any:
-        """Held-out images with their own captions, and (the control) with another image's."""
-        return [
-            self._loader(records, self.val_batch_size, shuffle=False, shuffled_captions=shuffled)
-            for shuffled in (False, True)
-        ]
+        return self._loader(self.test_dataset(), "validation")
 
     def predict_dataloader(self) -> Any:
-        return self._loader(self.val_set, self.val_batch_size, shuffle=False)
+        return self._loader(self.val_set, "prediction")
 
-    def probe_dataloader(self, num_images: int, records: RecordSet | None = None) -> BatchLoader:
-        """The first `num_images` of the held-out records, or of `records`, in this process' share."""
-        records = self.val_set if records is None else records
-        return self._loader(records, self.val_batch_size, shuffle=False, limit=num_images)
+    def probe_dataloader(self, num_images: int) -> BatchLoader:
+        """The first `num_images` held-out records, in this process' share, laid out for the probe."""
+        return self._loader(self.val_set, "probe", num_images)
+
+    def caption_dataloader(self, num_images: int, records: RecordSet) -> BatchLoader:
+        """The first `num_images` of `records`, in this process' share."""
+        return self._loader(records, "captions", num_images)
 
     def training_captions(self, limit: int = 4096) -> Iterator[str]:
         """All captions of `limit` training records, spaced evenly; of a stream, of its first ones.
@@ -184,6 +173,6 @@ class CaptionData(pl.LightningDataModule):
     def calibration_batch(self, num_images: int = 64) -> Batch:
         """The first training images, the same in every process: see `Adapter.calibrate`."""
         count = min(num_images, len(self.train_set))
-        source = BatchSource(self.train_set, self.collate, 1, self.seed)
+        source = BatchSource(self.train_set, self.collate, 1, self.seed, "training")
         rows = self.train_set.rows(0) if isinstance(self.train_set, RecordStream) else [None] * count
         return source[(0, list(enumerate(islice(rows, count))))]

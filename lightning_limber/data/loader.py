@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_limber.data.collate import Batch, choose_captions
-from lightning_limber.data.records import Record
+from lightning_limber.data.records import Record, Turns
 
 
 class RecordSet(Protocol):
@@ -74,6 +74,10 @@ class PackedList(Sequence):
         return json.loads(self.bytes[start : self.ends[index]].tobytes())
 
 
+Purpose = Literal["training", "validation", "probe", "captions", "prediction"]
+"""What a batch is for: validation adds the captions of other images, the probe its groups of tokens."""
+
+
 class BatchSource:
     """Makes a batch from (epoch, indices or rows of a stream); what a worker process runs."""
 
@@ -83,14 +87,14 @@ class BatchSource:
         collate: Callable[..., Batch],
         captions_per_image: int,
         seed: int,
-        shuffled: bool = False,
+        purpose: Purpose = "prediction",
         share_prefix: bool = False,
     ) -> None:
         self.records = records
         self.collate = collate
         self.captions_per_image = captions_per_image
         self.seed = seed
-        self.shuffled = shuffled
+        self.purpose = purpose
         self.share_prefix = share_prefix
 
     def __getitem__(self, spec: tuple[int, list[tuple[int, Any]]]) -> Batch:
@@ -103,13 +107,24 @@ class BatchSource:
             # A picture that cannot be read: left out, counted, and too many stop the run (BatchLoader).
             except (OSError, SyntaxError) as error:
                 skipped.append((index, str(error)))
-        # The control: every image with the captions of the next one, whatever the batches are.
-        owners = [self._next(i) for i in indices] if self.shuffled else records
-        captions = [
-            choose_captions(owner, self.captions_per_image, (self.seed, epoch, i))
-            for i, owner in zip(indices, owners, strict=True)
-        ]
-        return self.collate(records, captions, indices, skipped, self.share_prefix)
+        captions = [self._choose(record, epoch, i) for i, record in zip(indices, records, strict=True)]
+        others: list[Sequence[str | Turns]] = []
+        if self.purpose == "validation":  # The control: every image with the captions of the next one.
+            others = [self._choose(self._next(i), epoch, i) for i in indices]
+        batch = self.collate(
+            records,
+            captions,
+            indices,
+            skipped,
+            share_prefix=self.share_prefix and self.purpose == "training",
+            other_captions=others,
+            for_probe=self.purpose == "probe",
+        )
+        batch.held_out = self.purpose in ("validation", "probe", "captions")
+        return batch
+
+    def _choose(self, record: Record, epoch: int, index: int) -> Sequence[str | Turns]:
+        return choose_captions(record, self.captions_per_image, (self.seed, epoch, index))
 
     def _read(self, index: int, row: Any) -> Record:
         return self.records[index] if row is None else self.records.decode(row)

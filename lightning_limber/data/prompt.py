@@ -23,16 +23,22 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    pass
 from lightning_limber.data.records import Template, Turns
 
 CAPTION_QUESTION = "Describe the image concisely."
-
-
 """What a model that is trained on conversations is asked when it shall write a caption."""
+
+
+class Text(NamedTuple):
+    """The tokens after the image."""
+
+    ids: list[int]
+    is_caption: list[bool]
+    is_target: list[bool]
+    """Whether the loss is taken on the token: the caption, and what ends it."""
+    truncated: bool = False
 
 
 class Prompt:
@@ -126,10 +132,8 @@ class Prompt:
         ends = [i for i in self._encode(after)[:1] if i in tokens and tokens[i].special]
         return list(dict.fromkeys([self.tokenizer.eos_token_id, *ends]))
 
-    def text(
-        self, caption: str | Turns, has_image: bool = True
-    ) -> tuple[list[int], list[bool], list[bool], bool]:
-        """Tokens after the image, which of them are caption, which are targets; and whether any was cut."""
+    def text(self, caption: str | Turns, has_image: bool = True) -> Text:
+        """The tokens after the image, for a caption or a conversation."""
         if not isinstance(caption, str) and not self.is_conversation:
             if len(caption) > 1:
                 raise ValueError(
@@ -159,11 +163,11 @@ class Prompt:
             ids = ids[:cut] + ids[last:]
             is_caption = is_caption[:cut] + is_caption[last:]
             is_target = [is_cap or i == cut for i, is_cap in enumerate(is_caption)]
-            return ids, is_caption, is_target, cut < last
+            return Text(ids, is_caption, is_target, cut < last)
         # The end token of each turn is the one after its last.
         is_target = [here or before for here, before in zip(is_caption, [False, *is_caption], strict=False)]
         limit = self.max_caption_tokens
-        return ids[:limit], is_caption[:limit], is_target[:limit], len(ids) > limit
+        return Text(ids[:limit], is_caption[:limit], is_target[:limit], len(ids) > limit)
 
     def _conversation(self, turns: Turns, has_image: bool) -> tuple[str, list[tuple[int, int]]]:
         """The text after the image, and where the assistant's turns are in it."""

@@ -1,8 +1,9 @@
-"""Encoder features of the training images on disk: in later epochs the frozen encoder need not run.
+"""Encoder features that are kept: the encoder is frozen, so no image needs to be encoded twice.
 
-It costs P x D_v numbers an image: worth it for a few hundred thousand numbers an image less than the
-encoder's time, that is for small sets and several epochs. What is read back is bit-equal to what was
-computed first, in whatever batch that was.
+Features of held-out images stay in memory, because validation, its control, probes and captions look at the
+same images again and again. Features of training images can be kept on disk for later epochs. That costs
+P x D_v float32 numbers an image, and pays for small data sets and several epochs. What is read back is
+bit-equal to what was computed first, in whatever batch that was.
 """
 
 from __future__ import annotations
@@ -50,3 +51,28 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
     with path.open("ab") as file:  # Made by whichever process comes first; sparse until it is written.
         file.truncate(size)
     return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+
+
+class KeptFeatures:
+    """Features of held-out images in host memory, by the image's name.
+
+    Args:
+        max_bytes: Images beyond it are encoded again each time.
+    """
+
+    def __init__(self, max_bytes: float) -> None:
+        self.free_bytes = max_bytes
+        self._by_name: dict[str, Tensor] = {}
+
+    def read(self, names: list[str]) -> Tensor | None:
+        """Features [B, P, D_v] of these images, or None if any is missing."""
+        if not all(name in self._by_name for name in names):
+            return None
+        return torch.stack([self._by_name[name] for name in names])
+
+    def write(self, names: list[str], features: Tensor) -> None:
+        size = features[0].nbytes
+        for name, of_image in zip(names, features.cpu(), strict=True):
+            if name not in self._by_name and size <= self.free_bytes:
+                self._by_name[name] = of_image.clone()  # Not a view that holds the whole batch.
+                self.free_bytes -= size

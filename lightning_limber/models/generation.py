@@ -6,16 +6,12 @@ Shapes use the legend of backbones.py; G is the number of tokens of the longest 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_limber.data.collate import Batch
-
-if TYPE_CHECKING:
-    from lightning_limber.models.limber import Limber, Sequences
+from lightning_limber.models.llm import LLM
 
 
 @dataclass(frozen=True)
@@ -68,57 +64,27 @@ class Caption(NamedTuple):
     tokens: int
 
 
-def opening(model: Limber, pixel_values: Tensor | None) -> Sequences:
-    """Images [B, 3, H, W] as the LLM sees them when it starts to write: [prefix | image | prompt text].
-
-    None is one sequence without an image, [prefix | prompt text]. A prompt that has neither opens with
-    BOS then (EOS, if the tokenizer has no BOS): the LLM cannot go on from nothing.
-    """
-    prompt, device = model.collator().prompt, model.device
-    prefix_ids, generation_ids = prompt.prefix_ids, prompt.generation_ids
-    if pixel_values is None:
-        count, image_tokens = 1, None
-        if not prefix_ids and not generation_ids:
-            bos = prompt.tokenizer.bos_token_id
-            prefix_ids = [prompt.tokenizer.eos_token_id if bos is None else bos]
-    else:
-        count, image_tokens = len(pixel_values), model.image_tokens(pixel_values)
-    text_ids = torch.tensor(generation_ids, dtype=torch.long, device=device).expand(count, -1)
-    batch = Batch(
-        ids=[],
-        pixel_values=torch.empty(0, device=device) if pixel_values is None else pixel_values,
-        image_index=torch.arange(count, device=device),
-        prefix_ids=torch.tensor(prefix_ids, dtype=torch.long, device=device),
-        text_ids=text_ids,
-        is_caption=np.zeros(text_ids.shape, dtype=bool),
-        target_index=text_ids.new_zeros(0, 2),
-        image_of=list(range(count)),
-    )
-    return model.sequences(batch, image_tokens)
-
-
 @torch.no_grad()
 def generate(
-    model: Limber, pixel_values: Tensor | None, decoding: Decoding, log_probabilities: bool = True
+    llm: LLM, embeds: Tensor, end_ids: list[int], decoding: Decoding, log_probabilities: bool = True
 ) -> list[Caption]:
-    """Captions of images [B, 3, H, W].
+    """Goes on from openings [prefix | image | prompt text], all of one length.
 
     Args:
-        model: With its adapter loaded or trained.
-        pixel_values: On the model's device. None is one caption without an image: what the LLM says when
-            it sees the prompt alone.
-        decoding: How.
-        log_probabilities: They keep the logits of all steps, 4 G V bytes for each image and beam; without
-            them they are NaN.
+        llm: The loaded LLM.
+        embeds: [B, S, D_l], on the LLM's device.
+        end_ids: Tokens that end a caption.
+        decoding: How tokens are chosen.
+        log_probabilities: Also sum log-probabilities. This keeps the logits of all steps, 4 G V bytes for
+            each image and beam; without it they are NaN.
     """
-    if pixel_values is not None and not len(pixel_values):
+    if not len(embeds):
         return []
-    embeds = opening(model, pixel_values).embeds.to(model.llm.embedding.weight.dtype)  # [B, S, D_l]
-    tokenizer, end_ids = model.llm.tokenizer, model.collator().prompt.end_ids
+    embeds = embeds.to(llm.embedding.weight.dtype)
     # A stream of random numbers of its own: nothing else in the process moves with it.
     with torch.random.fork_rng(devices=[embeds.device] if embeds.is_cuda else []):
         torch.manual_seed(decoding.seed)
-        output: Any = model.llm.model.generate(
+        output: Any = llm.model.generate(
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
             max_new_tokens=decoding.max_new_tokens,
@@ -129,7 +95,7 @@ def generate(
             return_dict_in_generate=True,
             output_logits=log_probabilities,
             # A process that is done goes on with the others: each of them holds a part of the layers.
-            synced_gpus=model.llm.sharded,
+            synced_gpus=llm.sharded,
             **decoding.options(),
         )
     ids = output.sequences  # [B, G]
@@ -137,11 +103,11 @@ def generate(
     written = ended.cumsum(1) - ended.long() == 0  # Up to the first end token.
     sums = ids.new_full((len(ids),), torch.nan, dtype=torch.float64)
     if log_probabilities:
-        steps = model.llm.model.compute_transition_scores(
+        steps = llm.model.compute_transition_scores(
             ids, output.logits, getattr(output, "beam_indices", None), normalize_logits=True
         )  # [B, G]
         sums = steps.double().masked_fill(~written, 0).sum(1)
-    texts = tokenizer.batch_decode(ids.masked_fill(~written, end_ids[0]), skip_special_tokens=True)
+    texts = llm.tokenizer.batch_decode(ids.masked_fill(~written, end_ids[0]), skip_special_tokens=True)
     return [
         Caption(text.strip(), log_probability, tokens)
         for text, log_probability, tokens in zip(texts, sums.tolist(), written.sum(1).tolist(), strict=True)

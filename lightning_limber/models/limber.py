@@ -14,25 +14,25 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torchmetrics import MeanMetric
 
 from lightning_limber import __version__
 from lightning_limber.data.collate import Batch, Collator
+from lightning_limber.data.layout import Packing, Sequences
 from lightning_limber.data.loader import RecordStream
-from lightning_limber.data.packing import fill_rows, pack
 from lightning_limber.data.prompt import Prompt
 from lightning_limber.data.records import Template
 from lightning_limber.models.adapter_weights import EXPORTED, read_projector
 from lightning_limber.models.adapters import Adapter, AdapterConfig
-from lightning_limber.models.feature_cache import FeatureCache
+from lightning_limber.models.feature_cache import FeatureCache, KeptFeatures
 from lightning_limber.models.frozen import fingerprint
-from lightning_limber.models.generation import Decoding, generate
+from lightning_limber.models.generation import Caption, Decoding, generate
 from lightning_limber.models.llm import LLM
 from lightning_limber.models.vision import VisionConfig, VisionEncoder
 from lightning_limber.utils.checkpoints import FREE, differences, newest_checkpoint, training_settings
@@ -59,22 +59,6 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
 
 
-@dataclass
-class Sequences:
-    """Embedded sequences [prefix | image | text] and where each group of tokens is in them."""
-
-    embeds: Tensor
-    """[N, S, D_l]"""
-    text_start: Tensor
-    """[N] position of the first text token: T0 + P, or T0 where there is no image."""
-    groups: dict[str, Tensor]
-    """``image`` and ``caption``: [N, S], true at the group's tokens; on the host."""
-    mask: Tensor | None = None
-    """[N, 1, S, S] true where the row's token sees the column's; None: all before it."""
-    positions: Tensor | None = None
-    """[N, S] position ids; None: 0, 1, 2, ..."""
-
-
 class Limber(pl.LightningModule):
     """A trained adapter between a frozen vision encoder and a frozen LLM (LiMBeR).
 
@@ -94,6 +78,8 @@ class Limber(pl.LightningModule):
             ``--ckpt_path`` instead.
         cache_features: Keep the encoder's features of the training images on disk, for runs of several
             epochs over few images; see feature_cache.py.
+        held_out_features_gb: Host memory, in 1e9 bytes, for the encoder's features of held-out images.
+            Validation, probes and captions share them; images that do not fit are encoded each time.
         compile_llm: Compile the LLM's decoder layers for training steps (torch.compile): a minute or more
             at the start, faster steps after it.
         shard_llm: Split the LLM's decoder layers over the processes of a DDP run, where it does not fit
@@ -114,6 +100,7 @@ class Limber(pl.LightningModule):
         max_caption_tokens: int = 64,
         adapter_weights: str | None = None,
         cache_features: bool = False,
+        held_out_features_gb: float = 1.0,
         compile_llm: bool = False,
         shard_llm: bool = False,
     ) -> None:
@@ -132,6 +119,7 @@ class Limber(pl.LightningModule):
                 "max_caption_tokens": max_caption_tokens,
                 "adapter_weights": adapter_weights,
                 "cache_features": cache_features,
+                "held_out_features_gb": held_out_features_gb,
                 "compile_llm": compile_llm,
                 "shard_llm": shard_llm,
             }
@@ -140,6 +128,8 @@ class Limber(pl.LightningModule):
         self.__dict__["vision"] = VisionEncoder(vision)
         self.__dict__["llm"] = LLM(llm)
         self._cache: FeatureCache | None = None
+        self._kept = KeptFeatures(held_out_features_gb * 1e9)
+        self._collator: Collator | None = None
         self.run_config: str | None = None
         """The run's whole config as YAML, set by the CLI; travels in the checkpoint."""
         self.decoding = Decoding()
@@ -157,9 +147,12 @@ class Limber(pl.LightningModule):
     # -- building ---------------------------------------------------------------------------------
 
     def collator(self) -> Collator:
-        """Makes batches for this model: the encoder's image transform and the LLM's tokens."""
-        prompt = Prompt(self.hparams["prompt"], self.llm.tokenizer, self.hparams["max_caption_tokens"])
-        return Collator(self.vision.transform, prompt)
+        """Makes batches for this model, once it is configured."""
+        if self._collator is None:
+            prompt = Prompt(self.hparams["prompt"], self.llm.tokenizer, self.hparams["max_caption_tokens"])
+            packing = Packing(self.llm.hidden_size, self.llm.longest_row)
+            self._collator = Collator(self.vision.transform, prompt, self.num_image_tokens, packing)
+        return self._collator
 
     def configure_model(self) -> None:
         """Loads the frozen weights and builds the adapter between them."""
@@ -183,6 +176,7 @@ class Limber(pl.LightningModule):
             self.adapter = Adapter(self.adapter_config, features.shape[-1], self.llm.hidden_size)
         self._feature_shape = features.shape[1:]  # P, D_v
         tokens = self.adapter(features.to(next(self.adapter.parameters()).device)).shape[1]
+        self.num_image_tokens = tokens
         self._check_length(tokens)
         self.token_norm = float(self.llm.token_norm())
         if self.hparams["adapter_weights"] is not None:
@@ -237,6 +231,10 @@ class Limber(pl.LightningModule):
             )
         self.adapter.load_state_dict(state)
 
+    def setup(self, stage: str) -> None:
+        # Another run in this process may bring other images of the same names.
+        self._kept = KeptFeatures(self.hparams["held_out_features_gb"] * 1e9)
+
     def on_fit_start(self) -> None:
         self._calibrate()
         if self.hparams["cache_features"]:
@@ -271,142 +269,67 @@ class Limber(pl.LightningModule):
 
     # -- forward ----------------------------------------------------------------------------------
 
-    def image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] -> image tokens [B, P, D_l]."""
-        if len(pixel_values):
-            features = self.vision(pixel_values)  # [B, P, D_v], no gradient
-        else:  # Text alone: the adapter still takes part, so that DDP gets its gradient, zero.
-            features = pixel_values.new_zeros(0, *self._feature_shape)
-        return self.adapter(features)  # [B, P, D_l]
+    def features(self, batch: Batch) -> Tensor:
+        """The encoder's features [B, P_v, D_v] of a batch; those that are kept are not computed again."""
+        if not len(batch.pixel_values):  # Text alone: the adapter still takes part, for DDP's sake.
+            return batch.pixel_values.new_zeros(0, *self._feature_shape)
+        kept: FeatureCache | KeptFeatures | None = self._cache if self.training else None
+        key: Any = batch.index
+        if batch.held_out:
+            kept, key = self._kept, batch.image_ids
+        features = None if kept is None else kept.read(key)
+        if features is None:
+            features = self.vision(batch.pixel_values)
+            if kept is not None:
+                kept.write(key, features)
+        return features.to(self.device)
+
+    def image_tokens(self, batch: Batch) -> Tensor:
+        """The image tokens [B, P, D_l] of a batch."""
+        return self.adapter(self.features(batch))
+
+    def embed_sequences(self, sequences: Sequences, image_tokens: Tensor | None) -> Tensor:
+        """Embeds token ids and puts the image tokens at their positions: [R, W, D_l]."""
+        embeds = self.llm.embed(sequences.input_ids)  # [R, W, D_l]
+        if image_tokens is None:
+            return embeds
+        tokens = image_tokens.flatten(0, 1).index_select(0, sequences.image_rows)  # [s * P, D_l]
+        flat = embeds.flatten(0, 1).index_copy(0, sequences.image_positions, tokens.to(embeds.dtype))
+        return flat.view_as(embeds)
+
+    def target_losses(self, sequences: Sequences, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy in nats [n] and correctness [n] of every label, from the last hidden states."""
+        rows = hidden.flatten(0, 1).index_select(0, sequences.label_positions)  # [n, D_l]
+        return self.llm.token_losses(rows, sequences.labels)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Image tokens [B, P, D_l], and losses [n] and correctness [n] of the labels."""
+        features = self.features(batch)  # [B, P_v, D_v], no gradient
+        image_tokens = self.adapter(features)  # [B, P, D_l]
+        embeds = self.embed_sequences(batch, image_tokens)  # [R, W, D_l]
+        hidden = self.llm.decode(embeds, mask=batch.attention_mask(), positions=batch.position_ids)
+        losses, correct = self.target_losses(batch, hidden)  # [n] each
+        return image_tokens, losses, correct
 
     @property
     def token_grid(self) -> tuple[int, int]:
-        """Rows and columns of the last forward's image tokens; a kept CLS stands before them."""
+        """Rows and columns of an image's tokens; a kept CLS stands before them."""
         height, width = self.vision.grid
         r = self.adapter_config.shuffle if self.adapter_config.kind == "pixel_shuffle" else 1
         return height // r, width // r
 
-    def sequences(self, batch: Batch, image_tokens: Tensor | None) -> Sequences:
-        """Puts the image tokens among the embeddings; None gives the same text without an image."""
-        count = batch.text_ids.shape[0]
-        prefix = self.llm.embed(batch.prefix_ids).expand(count, -1, -1)  # [N, T0, D_l]
-        text = self.llm.embed(batch.text_ids)  # [N, T, D_l]
-        if image_tokens is None or not len(image_tokens):
-            image = text[:, :0]  # [N, 0, D_l]
-        else:
-            image = image_tokens.index_select(0, batch.image_index.clamp_min(0))  # [N, P, D_l]
-            image = image.to(text.dtype)
-        embeds = torch.cat([prefix, image, text], dim=1)  # [N, S, D_l]
-        # Where things are is known on the host: nothing has to be asked of the device.
-        position = np.arange(embeds.shape[1])  # [S]
-        has_image = np.array(batch.has_image)[:, None]  # [N, 1]
-        image_start, image_end = prefix.shape[1], prefix.shape[1] + image.shape[1]
-        is_image = (position >= image_start) & (position < image_end) & has_image  # [N, S]
-        is_caption = np.pad(batch.is_caption, ((0, 0), (image_end, 0)))  # [N, S]
-        text_start = torch.full((count,), image_end, device=embeds.device)
-        if batch.text_only and image_start < image_end:
-            # Without an image the text moves up, and what stood in the image's place becomes padding.
-            length = embeds.shape[1] - image_start
-            moved = image_start + (position - image_start + image.shape[1]) % length
-            source = np.where(has_image | (position < image_start), position, moved)  # [N, S]
-            row = torch.arange(count, device=embeds.device)[:, None]
-            embeds = embeds[row, torch.from_numpy(source).to(embeds.device)]
-            is_caption = np.take_along_axis(is_caption, source, axis=1)
-            text_start = torch.where(batch.image_index >= 0, image_end, image_start)
-        # The first position is an attention sink in every LLM, whatever token stands there: its norm
-        # is tens of times the others' and it is never counted.
-        counted = position > 0
-        groups = {"image": is_image & counted, "caption": is_caption & counted}
-        groups = {name: torch.from_numpy(mask) for name, mask in groups.items()}
-        if batch.caption_number is None:
-            return Sequences(embeds, text_start, groups)
-        return Sequences(
-            embeds, text_start, groups, *self._shared_prefix(batch, text_start, embeds.shape[1])
-        )
-
-    @staticmethod
-    def _shared_prefix(batch: Batch, text_start: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Mask and positions with which each caption of a sequence sees what precedes all, and itself."""
-        assert batch.caption_number is not None
-        number = batch.caption_number  # [N, T]
-        column = torch.arange(length, device=number.device)  # [S]
-        # What precedes the captions has number -2; it sees no caption, as they come later.
-        place = column - text_start[:, None]  # [N, S]
-        of = number.gather(1, place.clamp(0, number.shape[1] - 1))  # [N, S]
-        of = torch.where((place >= 0) & (place < number.shape[1]), of, -1)
-        of = torch.where(place < 0, -2, of)
-        same = (of[:, :, None] == of[:, None, :]) | (of[:, None, :] == -2)  # [N, S, S]
-        mask = same & (column[:, None] >= column)
-        first = (
-            (of[:, :, None] == of[:, None, :]).int().argmax(-1)
-        )  # [N, S] first token of the same caption
-        positions = torch.where(place >= 0, text_start[:, None] + column - first, column)
-        return mask[:, None], positions
-
-    def token_losses(
-        self, batch: Batch, sequences: Sequences, hidden: Tensor, place: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy in nats and correctness of each of the n target tokens: two tensors [n].
-
-        Args:
-            batch: Has the targets.
-            sequences: What the LLM was given, before packing.
-            hidden: [N, S, D_l] last hidden states; packed, [R, W, D_l].
-            place: [N * S] where each position is in packed ones.
-        """
-        row, column = batch.target_index.unbind(1)  # [n]
-        # A token is predicted one position before it stands; the first of a caption, before the captions.
-        before = column - 1
-        if batch.caption_number is not None:
-            number = batch.caption_number
-            opens = number[row, column] != number[row, before.clamp_min(0)]
-            before = torch.where(opens, -1, before)
-        # Only target rows reach the vocabulary.
-        position = row * sequences.embeds.shape[1] + sequences.text_start[row] + before
-        if place is not None:
-            position = place[position]
-        rows = hidden.flatten(0, 1).index_select(0, position)  # [n, D_l]
-        return self.llm.token_losses(rows, batch.text_ids[row, column])
-
-    def cached_image_tokens(self, batch: Batch) -> Tensor:
-        """`image_tokens` of training images, with the encoder's features from disk where they are."""
-        assert self._cache is not None
-        features = self._cache.read(batch.index)  # [B, P, D_v]
-        if features is None:
-            features = self.vision(batch.pixel_values)
-            self._cache.write(batch.index, features)
-        return self.adapter(features.to(self.device))
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Image tokens [B, P, D_l], losses [n] and correctness [n] of the target tokens."""
-        if self._cache is not None and self.training and batch.index:
-            image_tokens = self.cached_image_tokens(batch)
-        else:
-            image_tokens = self.image_tokens(batch.pixel_values)
-        sequences = self.sequences(batch, image_tokens)
-        embeds, mask, positions, place = self._pack(batch, sequences, image_tokens.shape[1])
-        hidden = self.llm.decode(embeds, mask=mask, positions=positions)  # [N, S, D_l] or packed
-        return (image_tokens, *self.token_losses(batch, sequences, hidden, place))
-
-    def _pack(
-        self, batch: Batch, sequences: Sequences, image_tokens: int
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Several sequences to a row where that spares padding; see packing.py."""
-        embeds, mask, positions = sequences.embeds, sequences.mask, sequences.positions
-        lengths = [
-            length + image_tokens * has for length, has in zip(batch.lengths, batch.has_image, strict=True)
-        ]
-        rows = fill_rows(lengths, embeds.shape[1], self.llm.hidden_size, self.llm.longest_row)
-        place = None
-        if len(rows) < len(lengths):
-            embeds, mask, positions, place = pack(embeds, mask, positions, rows, lengths)
-        self.position_counts = sum(lengths), embeds.shape[0] * embeds.shape[1]
-        return embeds, mask, positions, place
-
-    def generate(self, pixel_values: Tensor | None, max_new_tokens: int = 48) -> list[str]:
-        """Captions of images [B, 3, H, W], greedily (None: one without an image); see generation.py."""
-        decoding = Decoding(max_new_tokens)
-        return [caption.text for caption in generate(self, pixel_values, decoding, log_probabilities=False)]
+    def generate(
+        self,
+        image_tokens: Tensor | None,
+        decoding: Decoding | None = None,
+        log_probabilities: bool = False,
+    ) -> list[Caption]:
+        """Captions of image tokens [B, P, D_l] (None: one caption without an image); see generation.py."""
+        collate = self.collator()
+        opening = collate.opening(None if image_tokens is None else len(image_tokens))
+        opening = apply_to_collection(opening, Tensor, lambda tensor: tensor.to(self.device))
+        embeds = self.embed_sequences(opening, image_tokens)
+        return generate(self.llm, embeds, collate.prompt.end_ids, decoding or Decoding(), log_probabilities)
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -418,13 +341,8 @@ class Limber(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         image_tokens, losses, correct = self(batch)
         norms = image_tokens.detach().float().norm(dim=-1)  # [B, P]
-        counts = [
-            len(losses),
-            norms.numel(),
-            *self.position_counts,
-            sum(batch.truncated),
-            len(batch.truncated),
-        ]
+        counts = [len(losses), norms.numel(), batch.used_positions, batch.input_ids.numel()]
+        counts += [sum(batch.truncated), len(batch.truncated)]
         sums = torch.cat(
             [
                 torch.stack([losses.detach().sum(), correct.sum().float(), norms.sum()]),
@@ -469,14 +387,13 @@ class Limber(pl.LightningModule):
         elif gradient_clip_val:
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         _, losses, correct = self(batch)
+        own = batch.own_labels
         # Sums are kept apart from counts and added over processes: no image counts twice.
-        if dataloader_idx == 1:
-            self.val_loss_shuffled.update(losses)
-        else:
-            self.val_loss.update(losses)
-            self.val_accuracy.update(correct.double())
+        self.val_loss.update(losses[:own])
+        self.val_accuracy.update(correct[:own].double())
+        self.val_loss_shuffled.update(losses[own:])
 
     def on_validation_epoch_end(self) -> None:
         split = "test" if self.trainer.state.fn == "test" else "val"
@@ -509,7 +426,7 @@ class Limber(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         decoding = replace(self.decoding, seed=self.decoding.seed + batch_idx)
-        captions = generate(self, batch.pixel_values, decoding)
+        captions = self.generate(self.image_tokens(batch), decoding, log_probabilities=True)
         return [
             {
                 "image": name,

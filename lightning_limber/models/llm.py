@@ -74,8 +74,8 @@ class LLM(nn.Module):
         config = self.model.config.get_text_config()
         self.hidden_size: int = config.hidden_size
         self._softcap = getattr(config, "final_logit_softcapping", None)
-        self.longest_row: int = getattr(config, "sliding_window", None) or sys.maxsize
-        """Longest sequence in which a mask can keep texts apart; 0 where the model heeds none."""
+        self.longest_row: int | None = getattr(config, "sliding_window", None) or sys.maxsize
+        """Longest packed sequence that an attention mask can separate; None if the model ignores masks."""
         self.layers = self._find_layers(config.num_hidden_layers)
         if weights:
             self._check_steps()
@@ -117,15 +117,15 @@ class LLM(nn.Module):
                 "not add up to the model's own logits. Its head does something this project does not "
                 "know about (a scale, a soft cap); it is not supported."
             )
-        # Twice in one row, kept apart by a mask: not every architecture heeds it (recurrent ones do not).
+        # Twice in one row, kept apart by a mask: recurrent architectures ignore it.
         length = ids.shape[1]
         number = torch.arange(2).repeat_interleave(length)  # [2 * S]
         apart = (number[:, None] == number).tril()[None, None]
         positions = torch.arange(length).repeat(2)[None]
-        if 2 * length <= self.longest_row:
+        if self.longest_row and 2 * length <= self.longest_row:
             both = self.decode(self.embed(ids.repeat(1, 2)), mask=apart, positions=positions)[0]
             if not torch.allclose(both[length:], whole, rtol=1e-3, atol=1e-3):
-                self.longest_row = 0
+                self.longest_row = None
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -188,10 +188,10 @@ class LLM(nn.Module):
         return output.last_hidden_state
 
     def _check_row(self, length: int) -> None:
-        if length > self.longest_row:
+        if self.longest_row is None or length > self.longest_row:
             why = f"longer than the sliding window of {self.name}, {self.longest_row}"
-            if not self.longest_row:
-                why = f"and {self.name} does not keep texts apart by a mask"
+            if self.longest_row is None:
+                why = f"and {self.name} ignores attention masks"
             raise ValueError(
                 f"Captions that share an image make sequences of {length} tokens, {why}: set "
                 "data.share_prefix to false."

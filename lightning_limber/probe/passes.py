@@ -29,11 +29,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_limber.data.collate import Batch
-from lightning_limber.models.generation import opening
-from lightning_limber.models.limber import Limber, Sequences
+from lightning_limber.data.layout import Sequences
+from lightning_limber.models.limber import Limber
 from lightning_limber.probe.alignment import ImageSums, SAEAlignment, active_latents
 from lightning_limber.probe.findings import Clock, Descriptions, Findings, PassSums, ProbeConfig, Report
 from lightning_limber.probe.saes import chunks_on_device, hook_layer
@@ -154,14 +155,14 @@ class Probe:
 
     @torch.no_grad()
     def latents(
-        self, pixel_values: Tensor, read: Callable[[str, Tensor], None], names: Iterable[str] | None = None
+        self, image_tokens: Tensor, read: Callable[[str, Tensor], None], names: Iterable[str] | None = None
     ) -> None:
-        """Hands what the SAEs find in images [B, 3, H, W] to ``read(hook name, latents [B, P, K])``.
+        """Hands what the SAEs find in image tokens [B, P, D_l] to ``read(hook name, latents [B, P, K])``.
 
         Latents are NaN at image tokens that are never counted.
 
         Args:
-            pixel_values: On the model's device.
+            image_tokens: On the model's device.
             read: Called once for each layer; keep little of what it is given.
             names: Hook names; None: all.
         """
@@ -169,20 +170,24 @@ class Probe:
         training = self.model.training
         self.model.eval()
         with self.context():
-            sequences = opening(self.model, pixel_values)
-            start, end = len(self.model.collator().prompt.prefix_ids), int(sequences.text_start[0])
-            counted = sequences.groups["image"][:, start:end].to(pixel_values.device)  # [B, P]
+            opening = self.model.collator().opening(len(image_tokens))
+            positions = opening.image_positions.to(image_tokens.device)  # [B * P]
+            counted = opening.position_ids.flatten()[opening.image_positions] > 0
+            counted = counted.to(image_tokens.device)
+            opening = apply_to_collection(opening, Tensor, lambda tensor: tensor.to(image_tokens.device))
+            embeds = self.model.embed_sequences(opening, image_tokens)
 
             def look(name: str, residual: Tensor) -> None:
-                x = residual[:, start:end].flatten(0, 1).float()  # [B * P, D_l]
+                x = residual.flatten(0, 1).index_select(0, positions).float()  # [B * P, D_l]
                 with torch.autocast(x.device.type, enabled=False):
                     found = self.encoders[name](x).to_dense()  # [B * P, K]
-                never = ~(self._keep(name, x) & counted.flatten())
-                read(name, found.masked_fill(never[:, None], torch.nan).unflatten(0, counted.shape))
+                never = ~(self._keep(name, x) & counted)
+                found = found.masked_fill(never[:, None], torch.nan)
+                read(name, found.unflatten(0, image_tokens.shape[:2]))
 
             for chunk in chunks_on_device(chosen, self.model.device, self.sae_memory_gb):
                 with self.model.llm.residual_hooks({name: partial(look, name) for name in chunk}):
-                    self.model.llm.decode(sequences.embeds)
+                    self.model.llm.decode(embeds)
         self.model.train(training)
 
     def _keeps_strength(self, group: str) -> bool:
@@ -203,17 +208,16 @@ class Probe:
     ) -> None:
         start, hooks = time.perf_counter(), sum(self.clock.seconds.values())
         with self.context():
-            tokens = self.model.image_tokens(batch.pixel_values)
-            sequences = self.model.sequences(batch, tokens)
-            self._forward(batch, names, sequences, {"image": "image", "caption": "caption"}, metrics, lens)
-            if ("text", names[0]) in metrics:
-                alone = self.model.sequences(batch, None)
-                self._forward(batch, names, alone, {"text": "caption"}, metrics)
+            tokens = self.model.image_tokens(batch)
+            where = {"image": "image", "caption": "caption"}
+            self._forward(batch, names, batch, tokens, where, metrics, lens)
+            if ("text", names[0]) in metrics and batch.without_image is not None:
+                self._forward(batch, names, batch.without_image, None, {"text": "caption"}, metrics)
             if "noise" in self.extras:
                 with self.clock("noise"):
-                    noise = self.model.sequences(batch, gaussian_like(tokens, batch.ids))
+                    noise = gaussian_like(tokens, batch.ids)
                     before = self.clock.seconds["sae"]
-                    self._forward(batch, names, noise, {"noise": "image"}, metrics)
+                    self._forward(batch, names, batch, noise, {"noise": "image"}, metrics)
                 self.clock.seconds["noise"] -= self.clock.seconds["sae"] - before
         spent = sum(self.clock.seconds.values()) - hooks
         self.clock.seconds["forward"] += time.perf_counter() - start - spent
@@ -223,12 +227,14 @@ class Probe:
         batch: Batch,
         names: list[str],
         sequences: Sequences,
+        image_tokens: Tensor | None,
         groups: dict[str, str],
         metrics: dict[tuple[str, str], SAEAlignment],
         lens: dict[str, list[Tensor]] | None = None,
     ) -> None:
         """One forward of the LLM that feeds the metrics of the named layers."""
-        indices = {group: self._index(batch, sequences, where) for group, where in groups.items()}
+        indices = {group: sequences.groups[where] for group, where in groups.items()}
+        embeds = self.model.embed_sequences(sequences, image_tokens)
 
         def read(name: str, residual: Tensor) -> None:
             with self.clock("sae"):
@@ -244,19 +250,7 @@ class Probe:
                     self._lens(name, x, row, batch, lens[name])
 
         with self.model.llm.residual_hooks({name: partial(read, name) for name in names}):
-            self.model.llm.decode(sequences.embeds)
-
-    def _index(self, batch: Batch, sequences: Sequences, where: str) -> tuple[Tensor, Tensor]:
-        """Flat positions [n] of a group's tokens in [N * S], and the image [n] that each belongs to."""
-        mask, image_of = sequences.groups[where], torch.tensor(batch.image_of)  # On the host, both.
-        if where == "image":
-            # An image with several captions stands in several sequences: it counts once.
-            first = torch.ones_like(image_of, dtype=torch.bool)
-            first[1:] = image_of[1:] != image_of[:-1]
-            mask = mask & first[:, None]
-        index = mask.flatten().nonzero()[:, 0]
-        device = sequences.embeds.device
-        return index.to(device), image_of[index // mask.shape[1]].to(device)
+            self.model.llm.decode(embeds)
 
     def _sae(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [n, K], dense or sparse, and reconstruction [n, D_l] of float32 tokens."""
@@ -290,18 +284,17 @@ class Probe:
         """
         model, llm = self.model, self.model.llm
         with self.context():
-            sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
-            index, _ = self._index(batch, sequences, "image")
-            every = sequences.groups["image"].flatten().nonzero()[:, 0].to(index.device)
+            embeds = model.embed_sequences(batch, model.image_tokens(batch))
+            index, every = batch.groups["image"][0], batch.groups["image_copies"][0]
             places = tuple(batch.index)
             kept: dict[str, Tensor] = {}
             with llm.residual_hooks({name: partial(kept.__setitem__, name) for name in self.saes}):
-                hidden = llm.decode(sequences.embeds)
+                hidden = llm.decode(embeds)
             if "loss_recovered" in self.extras:
                 with self.clock("loss_recovered"):
                     # The clean forward is the same for each chunk: counted with the first.
                     if places not in losses:
-                        losses[places].append(self._losses(batch, sequences, hidden))
+                        losses[places].append(self._losses(batch, hidden))
                     for name in names:
                         residual = kept[name]
                         x = residual.flatten(0, 1).index_select(0, every)
@@ -311,16 +304,16 @@ class Probe:
                             new = torch.where(counted, new, x)
                             spliced = residual.flatten(0, 1).index_copy(0, every, new).view_as(residual)
                             onward = llm.decode(spliced, first_layer=_next_layer(name))
-                            losses[places].append(self._losses(batch, sequences, onward))
+                            losses[places].append(self._losses(batch, onward))
             if "cross_layer" in self.extras:
                 with self.clock("cross_layer"):
                     cross[places].append(self._cross(kept, names, index))
 
-    def _losses(self, batch: Batch, sequences: Sequences, hidden: Tensor) -> Tensor:
+    def _losses(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Cross-entropy summed over each image's targets, [B] float64."""
-        losses, _ = self.model.token_losses(batch, sequences, hidden)
-        row = batch.image_index[batch.target_index[:, 0]]
-        return losses.new_zeros(len(batch.ids), dtype=torch.float64).index_add_(0, row, losses.double())
+        losses, _ = self.model.target_losses(batch, hidden)
+        sums = losses.new_zeros(len(batch.ids), dtype=torch.float64)
+        return sums.index_add_(0, batch.label_images, losses.double())
 
     def _cross(self, kept: dict[str, Tensor], names: list[str], index: Tensor) -> Tensor:
         """Tokens of all L layers through the SAEs of c named ones: sums [L, c, 3] of squared errors, active

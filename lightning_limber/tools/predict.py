@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
@@ -33,7 +32,6 @@ from lightning_limber.data.collate import Batch
 from lightning_limber.data.image_folder import SUFFIXES, open_image
 from lightning_limber.data.records import Record
 from lightning_limber.models.limber import Limber
-from lightning_limber.models.vision import ImageTransform
 from lightning_limber.probe import concepts
 from lightning_limber.probe.passes import Probe
 from lightning_limber.probe.saes import hook_layer
@@ -77,36 +75,6 @@ class ImageSet:
             raise OSError(f"{error}") from error
 
 
-class ImageCollator:
-    """Records -> Batch without sequences."""
-
-    def __init__(self, transform: ImageTransform) -> None:
-        self.transform = transform
-
-    def __call__(
-        self,
-        records: Sequence[Record],
-        captions: Sequence[Any],
-        index: Sequence[int],
-        skipped: Sequence[tuple[int, str]],
-        share_prefix: bool,
-    ) -> Batch:
-        nothing = torch.zeros(0, dtype=torch.long)
-        pixels = [self.transform(record.image) for record in records]  # type: ignore[arg-type]
-        return Batch(
-            ids=[record.id for record in records],
-            pixel_values=torch.stack(pixels) if pixels else torch.zeros(0, 3, 1, 1),
-            image_index=nothing,
-            prefix_ids=nothing,
-            text_ids=nothing[:, None],
-            is_caption=np.zeros((0, 1), dtype=bool),
-            target_index=nothing[:, None],
-            captions=[[] for _ in records],
-            index=list(index),
-            skipped=list(skipped),
-        )
-
-
 class Images(CaptionData):
     """Images to be captioned.
 
@@ -122,8 +90,7 @@ class Images(CaptionData):
         self.val_set = ImageSet(find_images(paths))
 
     def setup(self, stage: str | None = None) -> None:
-        model: Any = self.trainer.lightning_module  # type: ignore[union-attr]
-        self.collate: Any = ImageCollator(model.vision.transform)
+        """Nothing is to be split."""
 
 
 class CaptionWriter(pl.Callback):
@@ -191,7 +158,7 @@ def image_latents(probe: Probe, batch: Batch) -> list[dict[str, Any]]:
         for i, of_image in enumerate(found):
             latents[i][str(hook_layer(name))] = _strongest(probe, name, of_image)
 
-    probe.latents(batch.pixel_values, read)
+    probe.latents(probe.model.image_tokens(batch), read)
     return [{"grid": list(probe.model.token_grid), "latents": of_image} for of_image in latents]
 
 

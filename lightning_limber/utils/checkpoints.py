@@ -15,7 +15,10 @@ import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 # Settings that change speed or logging, never a number of the run.
-FREE = {"num_workers", "val_batch_size", "_instantiator", "_class_path", "adapter_weights", "shard_llm"}
+FREE = {
+    *("num_workers", "val_batch_size", "_instantiator", "_class_path"),
+    *("adapter_weights", "shard_llm", "held_out_features_gb"),
+}
 
 
 def training_settings(trainer: Any) -> dict[str, Any]:

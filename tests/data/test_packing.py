@@ -5,8 +5,10 @@ import tiny
 import torch
 from scenes import mixed_records
 
-from lightning_limber.data.packing import fill_rows, pack
-from lightning_limber.models import limber as model_module
+from lightning_limber.data import layout
+from lightning_limber.data.layout import Packing, Parts
+from lightning_limber.data.packing import fill_rows
+from lightning_limber.data.prompt import Text
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.llm import LLM
 from lightning_limber.models.vision import VisionConfig
@@ -25,7 +27,7 @@ def test_rows_hold_every_sequence_once_and_spare_positions():
     [
         ([30] * 8, 30, 10**6, 10**6),  # Nothing to spare.
         ([30, 10] * 4, 30, 10**6, 39),  # No two fit.
-        ([30, 10] * 4, 30, 10**6, 0),  # An LLM that heeds no mask.
+        ([30, 10] * 4, 30, 10**6, None),  # An LLM that ignores masks.
         ([30, 26] * 4, 30, 0.01, 10**6),  # Attention would cost more than the padding.
         ([5], 30, 10**6, 10**6),
     ],
@@ -34,19 +36,23 @@ def test_each_has_its_own_row_where_packing_does_not_pay(lengths, width, hidden_
     assert fill_rows(lengths, width, hidden_size, longest_row) == [[i] for i in range(len(lengths))]
 
 
-def test_tokens_see_their_own_sequence_alone():
-    embeds = torch.arange(6.0).view(2, 3, 1)
-    laid, mask, positions, place = pack(embeds, None, None, [[1, 0]], [3, 2])
-    assert laid.flatten().tolist() == [3, 4, 0, 1, 2]
-    assert positions.tolist() == [[0, 1, 0, 1, 2]]
-    assert mask[0, 0].int().tolist() == [
+def test_tokens_see_their_own_sequence_alone(monkeypatch):
+    monkeypatch.setattr(layout, "fill_rows", lambda *_: [[1, 0]])
+    texts = [Text(list(ids), [True] * len(ids), [True] * len(ids)) for ids in ([5, 6, 7, 8], [4, 9, 3])]
+    laid = layout.lay_out([Parts(-1, [text]) for text in texts], [], 0, Packing(32, 100))
+    # The last label of each is no input: nothing is predicted from it.
+    assert laid.input_ids.tolist() == [[4, 9, 5, 6, 7]]
+    assert laid.segment_ids.tolist() == [[1, 1, 0, 0, 0]]
+    assert laid.position_ids.tolist() == [[0, 1, 0, 1, 2]]
+    assert laid.labels.tolist() == [6, 7, 8, 9, 3]  # In the order of the sequences.
+    assert laid.label_positions.tolist() == [2, 3, 4, 0, 1]
+    assert laid.attention_mask()[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [0, 0, 1, 0, 0],
         [0, 0, 1, 1, 0],
         [0, 0, 1, 1, 1],
     ]
-    assert place[:5].tolist() == [2, 3, 4, 0, 1]
 
 
 @pytest.mark.parametrize("share_prefix", [False, True])
@@ -60,11 +66,10 @@ def test_packed_sequences_lose_what_they_lose_apart(
     model.configure_model()
     records, _ = mixed_records()
     captions = [[r.captions[0], "a red cat .", "a dog ."][: 1 + 2 * (i % 2)] for i, r in enumerate(records)]
-    batch = model.collator()(records, captions, share_prefix=share_prefix)
     found, rows = [], []
     for packed in (True, False):
         monkeypatch.setattr(
-            model_module,
+            layout,
             "fill_rows",
             lambda lengths, *_, packed=packed: (
                 [[0, 2], list({*range(len(lengths))} - {0, 2})]
@@ -72,19 +77,20 @@ def test_packed_sequences_lose_what_they_lose_apart(
                 else [[i] for i in range(len(lengths))]
             ),
         )
+        batch = model.collator()(records, captions, share_prefix=share_prefix)
         model.zero_grad()
         _, losses, correct = model(batch)
         losses.mean().backward()
-        rows.append(model.position_counts)
+        rows.append((batch.used_positions, batch.input_ids.numel()))
         found.append([losses.detach(), correct, *(p.grad.clone() for p in model.adapter.parameters())])
     assert rows[0][1] < rows[1][1]
     for packed, apart in zip(*found, strict=True):
         torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-5)
 
 
-def test_an_llm_that_heeds_no_mask_is_found_out(models, monkeypatch):
+def test_an_llm_that_ignores_masks_is_found_out(models, monkeypatch):
     decode = LLM.decode
     monkeypatch.setattr(LLM, "decode", lambda self, x, first_layer=0, **_: decode(self, x, first_layer))
-    assert LLM(str(models / "llm")).load().longest_row == 0
+    assert LLM(str(models / "llm")).load().longest_row is None
     monkeypatch.undo()
     assert LLM(str(models / "llm")).load().longest_row > 10**6

@@ -213,7 +213,9 @@ def test_a_caption_is_asked_for_in_a_conversation(tokenizer):
 def test_no_padding_token_is_needed(tokenizer):
     assert tokenizer.pad_token is None
     transform = types.SimpleNamespace(__call__=None)
-    collator = Collator(transform, Prompt("{bos}{image}{caption}{eos}", tokenizer, 64))
+    collator = Collator(transform, Prompt("{bos}{image}{caption}{eos}", tokenizer, 64), image_tokens=4)
     records = [Record("a", None, ["cat"]), Record("b", None, ["a red cat ."])]
     batch = collator(records, [record.captions for record in records])
-    assert (batch.text_ids.shape, batch.text_tokens, batch.text_only) == ((2, 5), 7, 2)
+    assert batch.input_ids.shape == (2, 6)
+    assert batch.label_counts == [2, 5]
+    assert batch.label_images.tolist() == [-1] * 7

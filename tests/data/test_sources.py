@@ -107,7 +107,9 @@ def make(tmp_path, models, tokenizer, monkeypatch):
         for name, value in attributes.items():
             setattr(data, name, value)
         template = "{conversation}" if kind == "llava" else "{bos}{image}{caption}{eos}"
-        collator = Collator(ImageTransform(models / "vision", 32, False), Prompt(template, tokenizer, 64))
+        collator = Collator(
+            ImageTransform(models / "vision", 32, False), Prompt(template, tokenizer, 64), image_tokens=0
+        )
         module = types.SimpleNamespace(collator=lambda: collator)
         data.trainer = types.SimpleNamespace(
             lightning_module=module, global_rank=rank, world_size=world_size
@@ -227,7 +229,9 @@ def test_batches_of_like_length_have_less_padding(make):
         loader = data.train_dataloader()
         padded = real = 0
         for batch in loader:
-            padded, real = padded + batch.text_ids.numel(), real + batch.text_tokens
+            # The last label of a sequence is no input that is used.
+            padded += batch.input_ids.numel()
+            real += batch.used_positions + len(batch.label_counts)
         waste[window] = 1 - real / padded
     assert waste[7] < waste[0] / 3
     assert waste[7] < 0.1
@@ -245,11 +249,12 @@ def test_conversations(make):
     assert not any("<image>" in text for record in records for turn in record.turns for text in turn)
     loader = data.train_dataloader()
     loader.num_workers = 0
-    kinds = [(batch.text_only, len(batch.pixel_values)) for batch in loader]
-    assert all(text_only + images in (4, 5) for text_only, images in kinds)
-    # Sorted by length, records without an image keep to themselves: but one batch is of one kind.
+    kinds = [(len(batch.label_counts), len(batch.pixel_values)) for batch in loader]
+    assert all(sequences in (4, 5) for sequences, _ in kinds)
+    assert any(images < sequences for sequences, images in kinds)
+    # Sorted by length, records without an image keep to themselves: all batches but one are of one kind.
     loader.length_window = 99
-    assert sum(0 < batch.text_only < len(batch.ids) for batch in loader) <= 1
+    assert sum(0 < len(batch.pixel_values) < len(batch.ids) for batch in loader) <= 1
 
 
 def test_broken_conversations_are_counted(tmp_path):
@@ -273,11 +278,12 @@ def test_karpathy_split(make):
     assert (len(data.train_set), len(data.val_set), len(data.test_dataset())) == (30, 4, 4)
     assert all(len(data.train_set[i].captions) == 5 for i in range(30))
     batch = next(iter(data.train_dataloader()))
-    assert batch.image_index.tolist() == [*range(len(batch.ids))]  # Two captions in each sequence.
-    assert batch.caption_number.amax(-1).tolist() == [1] * len(batch.ids)
+    assert len(batch.label_counts) == len(batch.ids)  # Two captions in each sequence.
+    assert batch.caption_ids.amax(-1).tolist() == [2] * len(batch.ids)
     data.share_prefix = False
     batch = next(iter(data.train_dataloader()))
-    assert batch.image_index.tolist() == sorted([*range(len(batch.ids))] * 2)
+    assert len(batch.label_counts) == 2 * len(batch.ids)
+    assert batch.label_images.unique().tolist() == [*range(len(batch.ids))]
 
 
 def test_official_coco_file(tmp_path):
@@ -365,8 +371,8 @@ def test_a_batch_of_which_nothing_can_be_read_teaches_nothing(make, tmp_path):
         path.write_bytes(b"no picture")
     batch = next(iter(data.train_dataloader()))
     assert batch.ids == []
-    assert len(batch.target_index) == len(batch.pixel_values) == 0
-    assert batch.image_index.tolist() == [-1]
+    assert len(batch.labels) == len(batch.pixel_values) == 0
+    assert batch.label_counts == [0]
 
 
 def test_packed_list():

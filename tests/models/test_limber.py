@@ -11,6 +11,7 @@ from scenes import mixed_records
 
 from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.adapters import AdapterConfig
+from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber, OptimizerConfig, lr_factor
 from lightning_limber.models.vision import VisionConfig
 
@@ -29,6 +30,11 @@ def batch_of(model: Limber, count: int = 4, captions: int = 1):
     return model.collator()(records, chosen)
 
 
+def sequence_of_labels(batch) -> torch.Tensor:
+    """[n] which sequence each label is of."""
+    return torch.arange(len(batch.label_counts)).repeat_interleave(torch.tensor(batch.label_counts))
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
 def test_loss_is_the_llms_own_on_the_caption(models, tmp_path, architecture):
     """Against transformers' full forward and loss, a sequence at a time, without padding."""
@@ -37,26 +43,24 @@ def test_loss_is_the_llms_own_on_the_caption(models, tmp_path, architecture):
     model.configure_model()
     batch = batch_of(model)
     image_tokens, losses, correct = model(batch)
-    assert len(losses) == len(correct) == len(batch.target_index)
-    expected = []
+    assert len(losses) == len(correct) == len(batch.labels) == sum(batch.label_counts)
+    expected, prompt = [], model.collator().prompt
     for row in range(4):
-        columns = batch.target_index[batch.target_index[:, 0] == row, 1]
-        length = int(columns.max()) + 1
-        embeds = model.llm.embed(torch.cat([batch.prefix_ids, batch.text_ids[row, :length]]))
-        start = len(batch.prefix_ids)
-        embeds = torch.cat([embeds[:start], image_tokens[row], embeds[start:]])
+        ids, _, is_target, _ = prompt.text(batch.captions[row][0])
+        prefix, text = (model.llm.embed(torch.tensor(ids)) for ids in (prompt.prefix_ids, ids))
+        embeds = torch.cat([prefix, image_tokens[row], text])
         labels = torch.full((len(embeds),), -100)
-        labels[start + image_tokens.shape[1] + columns] = batch.text_ids[row, columns]
+        labels[-len(ids) :] = torch.tensor(ids).where(torch.tensor(is_target), torch.tensor(-100))
         output = model.llm.model(inputs_embeds=embeds[None], labels=labels[None])
-        expected.append(output.loss * len(columns))
+        expected.append(output.loss * batch.label_counts[row])
     torch.testing.assert_close(losses.sum(), torch.stack(expected).sum(), rtol=1e-5, atol=1e-5)
 
 
 def test_several_captions_of_an_image_are_sequences_of_their_own(model):
     whole = batch_of(model, 3, captions=2)
-    assert whole.image_index.tolist() == [0, 0, 1, 1, 2, 2]
+    rows = sequence_of_labels(whole)
+    assert whole.label_images.tolist() == (rows // 2).tolist()
     _, losses, _ = model(whole)
-    rows = whole.target_index[:, 0]
     _, single, _ = model(batch_of(model, 3))
     torch.testing.assert_close(losses[rows % 2 == 0], single, rtol=1e-5, atol=1e-5)
 
@@ -67,30 +71,58 @@ def test_padding_does_not_change_a_sequence(model):
     for row in range(4):
         alone = model.collator()([SceneSet("train", 100, 112, 0)[row]], [batch.captions[row]])
         _, expected, _ = model(alone)
-        mine = losses[batch.target_index[:, 0] == row]
+        mine = losses[sequence_of_labels(batch) == row]
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_groups_hold_image_and_caption_tokens_only(model):
-    batch = batch_of(model, 2)
-    sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
-    image, caption = sequences.groups["image"], sequences.groups["caption"]
-    assert image[0].nonzero()[:, 0].tolist() == [1, 2, 3, 4]  # After BOS; a 2x2 grid.
+    records = [SceneSet("train", 100, 112, 0)[i] for i in range(2)]
+    batch = model.collator()(records, [record.captions for record in records], for_probe=True)
+    width = batch.input_ids.shape[1]
+    (image, of_image), (caption, of_caption) = batch.groups["image"], batch.groups["caption"]
+    assert image.tolist() == [1, 2, 3, 4, *(width + i for i in (1, 2, 3, 4))]  # After BOS; a 2x2 grid.
+    assert of_image.tolist() == [0] * 4 + [1] * 4
     words = len(batch.captions[0][0].replace(".", " .").split())
-    assert caption[0].nonzero()[:, 0].tolist() == list(range(5, 5 + words))  # Without the end token.
-    text = model.sequences(batch, None)
-    assert text.groups["image"].sum() == 0
-    assert text.groups["caption"].sum() == caption.sum()
+    assert caption[of_caption == 0].tolist() == list(range(5, 5 + words))  # Without the end token.
+    text = batch.without_image
+    assert len(text.groups["image"][0]) == 0
+    assert text.groups["caption"][1].tolist() == of_caption.tolist()
+    assert text.groups["caption"][0][:words].tolist() == list(range(1, 1 + words))
+
+
+def test_an_image_with_several_captions_counts_once(model):
+    records = [SceneSet("train", 100, 112, 0)[i] for i in range(2)]
+    chosen = [["a red cat .", "two"], ["one"]]
+    batch = model.collator()(records, chosen, for_probe=True)
+    assert batch.groups["image"][1].tolist() == [0] * 4 + [1] * 4
+    assert batch.groups["image_copies"][1].tolist() == [0] * 8 + [1] * 4
 
 
 def test_the_first_position_is_never_counted(models):
     vision = VisionConfig(str(models / "vision"), image_size=32, pool=2)
     model = Limber(vision=vision, llm=str(models / "llm"), prompt="{image}{caption}{eos}")
     model.configure_model()
-    batch = batch_of(model, 2)
-    sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
-    assert sequences.groups["image"][0].nonzero()[:, 0].tolist() == [1, 2, 3]
-    assert not model.sequences(batch, None).groups["caption"][:, 0].any()
+    records = [SceneSet("train", 100, 112, 0)[i] for i in range(2)]
+    batch = model.collator()(records, [record.captions for record in records], for_probe=True)
+    width = batch.input_ids.shape[1]
+    assert batch.groups["image"][0].tolist() == [1, 2, 3, *(width + i for i in (1, 2, 3))]
+    text = batch.without_image
+    positions = text.position_ids.flatten()[text.groups["caption"][0]]
+    assert positions[0] == 1
+    assert (positions > 0).all()
+
+
+def test_validation_reads_both_captions_and_encodes_the_image_once(model):
+    records = [SceneSet("train", 100, 112, 0)[i] for i in range(3)]
+    own, other = [record.captions for record in records], [["two"], ["a red cat ."], ["dog"]]
+    batch = model.collator()(records, own, other_captions=other)
+    assert len(batch.pixel_values) == 3
+    assert batch.own_labels == sum(batch.label_counts[:3])
+    assert batch.label_counts[3:] == [2, 5, 2]  # With their end tokens.
+    _, losses, _ = model(batch)
+    for captions, found in ((own, losses[: batch.own_labels]), (other, losses[batch.own_labels :])):
+        _, expected, _ = model(model.collator()(records, captions))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_parts_are_outside_the_module_tree(model):
@@ -188,11 +220,10 @@ def test_image_must_fit_the_context(models, tmp_path):
 
 def test_generation_is_the_llms_own_greedy_continuation(model):
     batch = batch_of(model, 2)
-    written = model.generate(batch.pixel_values, max_new_tokens=5)
-    embeds = torch.cat(
-        [model.llm.embed(batch.prefix_ids).expand(2, -1, -1), model.image_tokens(batch.pixel_values)],
-        dim=1,
-    )
+    image_tokens = model.image_tokens(batch)
+    written = [caption.text for caption in model.generate(image_tokens, Decoding(max_new_tokens=5))]
+    prefix = model.llm.embed(torch.tensor(model.collator().prompt.prefix_ids))
+    embeds = torch.cat([prefix.expand(2, -1, -1), image_tokens], dim=1)
     for row in range(2):
         sequence, ids = embeds[row : row + 1], []
         for _ in range(5):
@@ -217,21 +248,20 @@ def test_text_alone_in_a_batch_is_the_llms_own_loss(model):
     """Rows without an image are [prefix | text], and leave the others as they are."""
     records, captions = mixed_records()
     batch = model.collator()(records, captions)
-    assert batch.image_index.tolist() == [0, -1, -1, 1]
+    of_sequence = torch.tensor([0, -1, -1, 1])
+    assert batch.label_images.tolist() == of_sequence[sequence_of_labels(batch)].tolist()
     assert len(batch.pixel_values) == len(batch.captions) == 2
-    image_tokens, losses, _ = model(batch)
-    sequences = model.sequences(batch, image_tokens)
-    assert sequences.groups["image"].sum(-1).tolist() == [4, 0, 0, 4]
+    assert len(batch.image_positions) == len(batch.image_rows) == 8
+    _, losses, _ = model(batch)
     for row in range(4):
         alone = model.collator()([records[row]], [captions[row]])
         _, expected, _ = model(alone)
-        mine = losses[batch.target_index[:, 0] == row]
+        mine = losses[sequence_of_labels(batch) == row]
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
-        assert int(sequences.groups["caption"][row].sum()) == int(alone.is_caption.sum())
         if row in (1, 2):
-            ids = torch.cat([alone.prefix_ids, alone.text_ids[0]])[None]
+            ids = alone.input_ids
             labels = ids.clone()
-            labels[:, : len(alone.prefix_ids)] = -100
+            labels[:, : len(model.collator().prompt.prefix_ids)] = -100
             output = model.llm.model(input_ids=ids, labels=labels)
             torch.testing.assert_close(mine.mean(), output.loss, rtol=1e-5, atol=1e-5)
 
@@ -266,7 +296,7 @@ def test_captions_that_share_an_image_lose_what_they_lose_alone(models, tmp_path
     found = []
     for share in (True, False):
         batch = model.collator()(records, captions, share_prefix=share)
-        assert len(batch.image_index) == (4 if share else 7)
+        assert len(batch.label_counts) == (4 if share else 7)
         model.zero_grad()
         _, losses, correct = model(batch)
         losses.mean().backward()
@@ -279,10 +309,12 @@ def test_captions_that_share_an_image_lose_what_they_lose_alone(models, tmp_path
 def test_shared_sequences_are_masked_and_numbered(model):
     records, _ = mixed_records()
     batch = model.collator()(records[:1], [["a red cat .", "two"]], share_prefix=True)
-    sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
     # BOS, 4 image tokens, 5 + 2 caption and end tokens.
-    assert sequences.positions[0].tolist() == [*range(10), 5, 6]
-    sees = [row.nonzero()[:, 0].tolist() for row in sequences.mask[0, 0]]
+    assert batch.position_ids[0].tolist() == [*range(10), 5, 6]
+    assert batch.caption_ids[0].tolist() == [0] * 5 + [1] * 5 + [2] * 2
+    # Position t predicts token t + 1; the first of each caption is predicted from the last image token.
+    assert batch.label_positions.tolist() == [4, 5, 6, 7, 8, 4, 10]
+    sees = [row.nonzero()[:, 0].tolist() for row in batch.attention_mask()[0, 0]]
     assert sees[9] == list(range(10))
     assert sees[10] == [0, 1, 2, 3, 4, 10]
     assert sees[11] == [0, 1, 2, 3, 4, 10, 11]

@@ -1,0 +1,211 @@
+"""Where every token stands: sequences [prefix | image | text] laid into rows, in the loader's worker.
+
+A sequence is about one image, or about none. Its text is a caption with the prompt around it, or a
+conversation. Several captions of one image can share a sequence, [prefix | image | caption 1 | caption 2 |
+...]: each sees itself and what precedes all captions. Short sequences can share a row (packing.py).
+
+Shapes: B images of P image tokens each, N sequences in R rows of W positions, n labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_limber.data.packing import fill_rows
+from lightning_limber.data.prompt import Text
+
+
+class Parts(NamedTuple):
+    """What one sequence is made of."""
+
+    image: int
+    """Index among the batch's images; -1: no image."""
+    texts: Sequence[Text]
+
+
+class Packing(NamedTuple):
+    """What decides whether sequences share rows; see `packing.fill_rows`."""
+
+    hidden_size: int
+    longest_row: int | None
+
+
+@dataclass(kw_only=True)
+class Sequences:
+    """N sequences in R rows of W positions, padded on the right.
+
+    Flat positions count through the rows: position w of row r is r * W + w.
+    """
+
+    input_ids: Tensor
+    """[R, W] token ids; 0 at image tokens and padding."""
+    position_ids: Tensor
+    """[R, W] place of each token in its own sequence, from 0."""
+    segment_ids: Tensor | None = None
+    """[R, W] number of the sequence, -1 at padding; None: plain causal rows, a sequence each."""
+    caption_ids: Tensor | None = None
+    """[R, W] number of the caption in its sequence, from 1; 0 before the captions."""
+    image_positions: Tensor
+    """[s * P] flat positions of the image tokens of s sequences ..."""
+    image_rows: Tensor
+    """[s * P] ... and which of the batch's B * P image tokens stands there."""
+    labels: Tensor
+    """[n] tokens to be predicted, in the order of the sequences."""
+    label_positions: Tensor
+    """[n] flat position that predicts each of them."""
+    label_images: Tensor
+    """[n] image that each is about; -1: none."""
+    label_counts: list[int]
+    """Labels of each of the N sequences; host."""
+    used_positions: int
+    """Positions that some label needs; the rest of R * W is padding."""
+    groups: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Tokens that the probe reads: flat positions [m], and the image [m] that each belongs to.
+
+    ``image`` holds an image's tokens once, ``image_copies`` those in all its sequences, ``caption`` those of the
+    captions. The first position of a sequence is in no group: whatever stands there is an attention sink.
+    """
+
+    def attention_mask(self) -> Tensor | None:
+        """[R, 1, W, W] true where the row's token sees the column's; None: all before it."""
+        if self.segment_ids is None or self.caption_ids is None:
+            return None
+        segment, caption = self.segment_ids, self.caption_ids
+        same = segment[:, :, None] == segment[:, None, :]  # [R, W, W]
+        common = caption[:, None, :] == 0  # Before the captions: seen by all of them.
+        sees = same & (common | (caption[:, :, None] == caption[:, None, :]))
+        return sees.tril()[:, None]
+
+
+class _Laid(NamedTuple):
+    """One sequence of L tokens, before it has a row."""
+
+    ids: np.ndarray
+    position_ids: np.ndarray
+    caption_ids: np.ndarray
+    start: int
+    """Tokens before the captions."""
+    targets: np.ndarray
+    """[n] positions of the tokens to be predicted ..."""
+    predictors: np.ndarray
+    """[n] ... and the position that predicts each."""
+    captions: np.ndarray
+    """Positions of the caption's tokens."""
+
+    @property
+    def used(self) -> int:
+        return max(1, int(self.targets[-1]) if len(self.targets) else self.start)
+
+
+def _lay(parts: Parts, prefix_ids: list[int], image_tokens: int) -> _Laid:
+    start = len(prefix_ids) + image_tokens * (parts.image >= 0)
+    lengths = [len(text.ids) for text in parts.texts]
+    ids = np.zeros(start + sum(lengths), dtype=np.int64)
+    ids[: len(prefix_ids)] = prefix_ids
+    ids[start:] = [token for text in parts.texts for token in text.ids]
+    position_ids = np.concatenate([np.arange(start), *(start + np.arange(length) for length in lengths)])
+    caption_ids = np.repeat(np.arange(1 + len(lengths)), [start, *lengths])
+    # Position t predicts token t + 1; a caption's first token is predicted from the last position before
+    # all captions.
+    predictors = np.arange(len(ids)) - 1
+    predictors[(caption_ids > 0) & (position_ids == start)] = start - 1
+    is_target = np.array([False] * start + [is_it for text in parts.texts for is_it in text.is_target])
+    is_target &= predictors >= 0  # Nothing precedes the first token of a text without prefix and image.
+    is_caption = np.array([False] * start + [is_it for text in parts.texts for is_it in text.is_caption])
+    targets = is_target.nonzero()[0]
+    return _Laid(
+        ids, position_ids, caption_ids, start, targets, predictors[targets], is_caption.nonzero()[0]
+    )
+
+
+def lay_out(
+    sequences: Sequence[Parts],
+    prefix_ids: list[int],
+    image_tokens: int,
+    packing: Packing | None = None,
+    groups: bool = False,
+) -> Sequences:
+    """Lays sequences into rows.
+
+    Args:
+        sequences: N of them.
+        prefix_ids: Tokens before the image, the same in every sequence.
+        image_tokens: P.
+        packing: Lets sequences share rows where that saves time; None gives each a row of its own.
+        groups: Also say which tokens the probe reads. Not together with `packing`.
+    """
+    laid = [_lay(parts, prefix_ids, image_tokens) for parts in sequences]
+    width = max(len(of.ids) for of in laid)
+    rows = [[i] for i in range(len(laid))]
+    used = [of.used for of in laid]
+    if packing is not None:
+        rows = fill_rows(used, width, packing.hidden_size, packing.longest_row)
+    packed = len(rows) < len(laid)
+    if packed:  # What no label needs is left out.
+        width = max(sum(used[i] for i in row) for row in rows)
+    input_ids, position_ids, caption_ids = (np.zeros((len(rows), width), dtype=np.int64) for _ in range(3))
+    segment_ids = np.full((len(rows), width), -1)
+    starts = np.zeros(len(laid), dtype=np.int64)  # Flat position of each sequence's first token.
+    for r, row in enumerate(rows):
+        start = 0
+        for i in row:
+            length = used[i] if packed else len(laid[i].ids)
+            here = slice(start, start + length)
+            input_ids[r, here] = laid[i].ids[:length]
+            position_ids[r, here] = laid[i].position_ids[:length]
+            caption_ids[r, here] = laid[i].caption_ids[:length]
+            segment_ids[r, here] = i
+            starts[i] = r * width + start
+            start += length
+        if not packed:
+            position_ids[r, start:] = np.arange(start, width)  # Positions of plain rows only count up.
+    images = np.array([parts.image for parts in sequences])
+    counts = [len(of.targets) for of in laid]
+    with_image = (images >= 0).nonzero()[0]
+    place = np.arange(image_tokens)
+    is_plain = not packed and all(len(parts.texts) < 2 for parts in sequences)
+    made = Sequences(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        segment_ids=None if is_plain else torch.from_numpy(segment_ids),
+        caption_ids=None if is_plain else torch.from_numpy(caption_ids),
+        image_positions=_flat(starts[with_image, None] + len(prefix_ids) + place),
+        image_rows=_flat(images[with_image, None] * image_tokens + place),
+        labels=_flat([of.ids[of.targets] for of in laid]),
+        label_positions=_flat([start + of.predictors for start, of in zip(starts, laid, strict=True)]),
+        label_images=torch.from_numpy(np.repeat(images, counts)),
+        label_counts=counts,
+        used_positions=sum(used),
+    )
+    if groups:
+        # An image with several captions stands in several sequences: it counts once.
+        first = with_image[np.unique(images[with_image], return_index=True)[1]]
+        before = np.arange(len(prefix_ids) == 0, image_tokens) + len(prefix_ids)
+        captions = [start + of.captions[of.captions > 0] for start, of in zip(starts, laid, strict=True)]
+        made.groups = {
+            "image": (_flat(starts[first, None] + before), _each(images[first], len(before))),
+            "image_copies": (
+                _flat(starts[with_image, None] + before),
+                _each(images[with_image], len(before)),
+            ),
+            "caption": (
+                _flat(captions),
+                torch.from_numpy(np.repeat(images, [len(found) for found in captions])),
+            ),
+        }
+    return made
+
+
+def _flat(values: np.ndarray | list[np.ndarray]) -> Tensor:
+    flat = np.concatenate(values) if isinstance(values, list) else values.reshape(-1)
+    return torch.from_numpy(flat.astype(np.int64))
+
+
+def _each(values: np.ndarray, times: int) -> Tensor:
+    return torch.from_numpy(np.repeat(values, times))
