@@ -70,7 +70,7 @@ def caption_scores(
         clip: Name or folder of a CLIP model of transformers; None leaves out the scores that need one.
         device: Where the CLIP runs.
         samples: Bootstrap samples over images.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Raises:
         ValueError: an image has no reference, or the numbers of captions and images differ.
