@@ -25,6 +25,7 @@ from lightning_limber.data import CaptionData
 from lightning_limber.models.frozen import cpu_multiplies_bfloat16
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
+from lightning_limber.probe.config import with_new_names
 from lightning_limber.tools.predict import CaptionWriter, Images
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
 
@@ -173,7 +174,7 @@ class LimberCLI(LightningCLI):
         checkpoint = read_checkpoint(path)
         saved = checkpoint["lightning_limber"]["config"]
         # A requeued job's command line is the whole one.
-        base = [] if saved is None or requeued else ["--config", saved]
+        base = [] if saved is None or requeued else ["--config", with_new_names(saved)]
         # Processes that are started for DDP read sys.argv too: all continue from the same file.
         sys.argv[2:] = [*base, *sys.argv[2:], "--ckpt_path", str(path)]
         super().parse_arguments(parser, args)
@@ -258,7 +259,7 @@ class LimberCLI(LightningCLI):
             settings = self._settings
             names = (field.name for field in fields(Decoding))
             self.model.decoding = Decoding(**{name: settings[name] for name in names})
-            probe = self._get(self.config_init, "probe") if settings.latents else None
+            probe = self._get(self.config_init, "probe").config if settings.latents else None
             writer = CaptionWriter(settings.output, probe)
             self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
             kwargs["return_predictions"] = False
