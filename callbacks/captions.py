@@ -18,7 +18,7 @@ from lightning_limber.data import CaptionData
 from lightning_limber.data.loader import RecordSet
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
-from lightning_limber.probe.statistics import interval, bootstrap_weights
+from lightning_limber.probe.statistics import bootstrap_weights, interval
 
 from .run_record import log_figure
 

@@ -11,6 +11,7 @@ model.features("cat.png", layer=18)
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,11 +31,12 @@ from lightning_limber.data.records import Record, Turns
 from lightning_limber.models.adapter_weights import EXPORTED, read_projector
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
-from lightning_limber.probe.config import ProbeConfig
+from lightning_limber.probe.config import ProbeConfig, in_present_form
 from lightning_limber.probe.load import build_probe
 from lightning_limber.probe.passes import Probe
 from lightning_limber.probe.tables import frame
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint
+from lightning_limber.utils.trust import class_paths, trusted_class
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,6 +163,9 @@ class TrainedModel:
         Returns:
             A row for each number: layer (none for numbers about all layers), group, metric, value, and
             low and high of its 95 % bootstrap interval over images (probe/metrics/).
+
+        Raises:
+            ValueError: the run had a metric of a module that this program has not imported.
         """
         if len(images) != len(captions) or not len(images):
             raise ValueError(
@@ -215,7 +220,12 @@ class TrainedModel:
     def _probe(self) -> Probe:
         if "probe" not in self.config:
             raise ValueError("This adapter's run had no config of a probe: it was not made by the CLI.")
-        return build_probe(self.model, ProbeConfig.of(self.config["probe"]), self._context)
+        settings = in_present_form({"probe": self.config["probe"]})["probe"]
+        for path in class_paths(settings.get("metrics")):
+            # A file's word is not enough to import it.
+            if path.rpartition(".")[0] not in sys.modules:
+                trusted_class(path, "this adapter", "probe.metrics")
+        return build_probe(self.model, ProbeConfig.of(settings), self._context)
 
     def _image_tokens(self, image: Image | str | Path) -> Tensor:
         pixels = self.model.vision.transform(_picture(image))[None].to(self.model.device)  # [1, 3, H, W]

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import BLEUScore
 
-from lightning_limber.probe.statistics import interval, bootstrap_weights
+from lightning_limber.probe.statistics import bootstrap_weights, interval
 from lightning_limber.utils.hub import resolve
 
 if TYPE_CHECKING:

@@ -68,8 +68,9 @@ class Sequences:
     groups: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Tokens that the probe reads: flat positions [m], and the image [m] that each belongs to.
 
-    ``image`` holds an image's tokens once, ``image_copies`` those in all its sequences, ``caption`` those of the
-    captions. The first position of a sequence is in no group: whatever stands there is an attention sink.
+    ``image`` holds an image's tokens once, ``image_copies`` those in all its sequences, ``caption`` those
+    of the captions. The first position of a sequence is in no group: whatever stands there is an
+    attention sink.
     """
 
     def attention_mask(self) -> Tensor | None:

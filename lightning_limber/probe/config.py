@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import yaml
-
 from lightning_limber.probe.metrics import DEFAULT_METRICS, ProbeMetric, resolve_metrics
 from lightning_limber.probe.sanity_check import Policy
 
@@ -89,10 +87,20 @@ class ProbeConfig:
         return resolve_metrics(self.metrics)
 
 
-def with_new_names(config: str) -> str:
-    """A stored YAML config whose ``probe`` section has no old names, so that flags with new ones win."""
-    settings = yaml.safe_load(config)
-    probe = settings.get("probe") or {}
-    old = {name: probe.pop(name) for name in OLD_NAMES if probe.get(name) is not None}
+def in_present_form(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the probe's present names, and metrics of a user's own as {class_path: ...}.
+
+    Flags with present names then win over a stored config with old ones, and classes are seen as such.
+    """
+    probe = config.get("probe")
+    if not isinstance(probe, dict):
+        return config
+    old = {name: probe[name] for name in OLD_NAMES if probe.get(name) is not None}
+    probe = {name: value for name, value in probe.items() if name not in OLD_NAMES}
     probe |= {OLD_NAMES[name]: value for name, value in old.items()}
-    return yaml.safe_dump(settings, sort_keys=False) if old else config
+    if isinstance(probe.get("metrics"), (list, tuple)):
+        probe["metrics"] = [
+            {"class_path": spec} if isinstance(spec, str) and "." in spec else spec
+            for spec in probe["metrics"]
+        ]
+    return config | {"probe": probe}

@@ -126,7 +126,14 @@ def heatmap_figure(history: History, panels: Sequence[Panel], title: str) -> Fig
     A metric is drawn over the epochs that have it.
     """
     found = [
-        (panel, {epoch: of for epoch in sorted(history) if (of := curve(history[epoch], "image", panel.metric))})
+        (
+            panel,
+            {
+                epoch: of
+                for epoch in sorted(history)
+                if (of := curve(history[epoch], "image", panel.metric))
+            },
+        )
         for panel in panels
         if panel.by_epoch
     ]

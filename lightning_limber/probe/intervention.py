@@ -35,8 +35,8 @@ class Intervention:
         """[R, W, D] by hook name."""
         model = probe.model
         embeds = model.embed_sequences(batch, model.image_tokens(batch))
-        hooks = {name: partial(self.residuals.__setitem__, name) for name in probe.saes}
-        with model.llm.residual_hooks(hooks):
+        keep = self.residuals.__setitem__
+        with model.llm.residual_hooks({name: partial(keep, name) for name in probe.saes}):
             self.hidden = model.llm.decode(embeds)
 
     def image_tokens(self, hook: str, once: bool = False) -> Tensor:

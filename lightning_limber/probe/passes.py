@@ -1,11 +1,11 @@
 """What one probe runs: passes over held-out images.
 
 Pass 1, all images: a forward with the image, one of the same captions alone, and one for each group that
-fills the image's place with something else. At every probed layer a hook runs the SAE, adds to sums by image
-(token_stats.py) and hands the tokens to the metrics; no activation outlives its batch. Pass 2, the first
-`intervention_images`: one more forward whose residual streams are kept for the length of a batch, and what
-forwards the metrics branch off from it. Where the SAEs do not fit the device together, both passes are made
-for each chunk of layers in turn. Everything after that is arithmetic on what was kept: `ProbeMetric.compute`.
+fills the image's place with something else. At every probed layer a hook runs the SAE, adds to sums by
+image (token_stats.py) and hands the tokens to the metrics; no activation outlives its batch. Pass 2, the
+first `intervention_images`: one more forward whose residual streams are kept for the length of a batch, and
+what forwards the metrics branch off from it. Where the SAEs do not fit the device together, both passes are
+made for each chunk of layers in turn. What was kept then goes to `ProbeMetric.compute`.
 
 Groups of tokens that are always measured:
 
@@ -119,7 +119,9 @@ class Probe:
         """By name."""
         for group in (IMAGE, CAPTION, TEXT, *needed):
             if self.groups.setdefault(group.name, group) != group:
-                raise ValueError(f"probe.metrics: two metrics define a group '{group.name}', and not alike.")
+                raise ValueError(
+                    f"probe.metrics: two metrics define a group '{group.name}', and not alike."
+                )
         for metric in self.metrics:
             metric.setup(self)
         self._known_text: tuple[dict[tuple[str, str], ImageStats], Kept] = {}, {}
@@ -196,7 +198,9 @@ class Probe:
         # In one order, whatever the chunks and processes were.
         order = [(group, name) for group in self.groups for name in self.saes]
         data = Measurement(
-            self, {key: stats[key] for key in order}, sorted(self.gather(list(images.values())))
+            self,
+            {key: stats[key] for key in order},
+            sorted(self.gather(list(images.values())), key=lambda image: image.index),
         )
         for number, metric in enumerate(self.metrics):
 

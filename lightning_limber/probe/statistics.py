@@ -57,9 +57,10 @@ class Comparison:
 def compare(samples: Tensor, permuted: Tensor) -> Comparison:
     """Compares bootstrap samples [1 + R] of a metric with its values [M] under permutation."""
     value, low, high = interval(samples)
-    ends = permuted.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    ends = permuted.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    chance_low, chance_high = ends.tolist()
     p = (1 + int((permuted >= value - 1e-12).sum())) / (1 + len(permuted))
-    return Comparison(value, low, high, float(permuted.mean()), *ends, p)
+    return Comparison(value, low, high, float(permuted.mean()), chance_low, chance_high, p)
 
 
 def compare_hits(hits: Tensor, weights: Tensor, permuted: Tensor) -> Comparison:

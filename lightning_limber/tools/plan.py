@@ -129,7 +129,9 @@ def probe_flops(
     clean += ("lens_hit" in metrics) * len(saes) * image * logits
     intervened = 0.0
     if metrics & {"loss_recovered", "cross_layer"}:
-        intervened += embed + decode
+        intervened += (
+            flops["adapter forward"] + decode
+        )  # The encoder's features are kept from the first pass.
     if "loss_recovered" in metrics:
         onward = sum(decode * (1 - sae.next_layer / len(llm.layers)) + head for sae in saes)
         intervened += head + 2 * onward

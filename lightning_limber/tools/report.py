@@ -4,8 +4,8 @@ Several runs are also compared as text, on the standard output.
 
 The file holds its data and its script and asks nothing of the network. It is made from what a run leaves in
 its folder: ``probe.csv``, ``probe_panels.json``, ``captions.csv``, ``captions_baselines.json``,
-``captions_epoch_*.jsonl``, ``detectors_epoch_*.csv``, ``patches_epoch_*.jpg``, ``config.yaml``, ``run.json``
-and the event files of TensorBoard; no torch is loaded.
+``captions_epoch_*.jsonl``, ``detectors_epoch_*.csv``, ``patches_epoch_*.jpg``, ``config.yaml``,
+``run.json`` and the event files of TensorBoard; no torch is loaded.
 """
 
 from __future__ import annotations

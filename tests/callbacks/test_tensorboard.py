@@ -152,6 +152,7 @@ def test_flops_are_those_of_the_first_batch_and_the_first_probe(log, cli):
 
     product._get_raw = sampled._get_raw = True
     sparse = {torch.ops.aten.mm: product, torch.ops.aten.sparse_sampled_addmm: sampled}
+    cli.model.setup("fit")  # Forgets the features that it keeps, as at the start of a run.
     with FlopCounterMode(display=False, custom_mapping={**CPU_ATTENTION, **sparse}) as counter:
         probe.run(data.probe_dataloader(60), data.probe_dataloader(6), data.attributes)
     assert found["flops/probe"] == pytest.approx(counter.get_total_flops(), rel=0.01)
@@ -235,7 +236,7 @@ def test_patch_maps_against_a_second_computation(cli):
     batch = next(iter(loader))
     hook = "blocks.2.hook_resid_post"
     found_at = {}
-    probe.latents(batch.pixel_values, found_at.__setitem__, [hook])
+    probe.latents(model.image_tokens(batch), found_at.__setitem__, [hook])
     latents = found_at[hook].nan_to_num()  # [B, P, K]
     maps = probe.findings.matching(hook, latents, batch.captions)
     model.eval()
@@ -243,8 +244,8 @@ def test_patch_maps_against_a_second_computation(cli):
         record, kept = SceneSet("val", 60, 112, 0)[i], []
         assert record.captions == batch.captions[i]
         with torch.no_grad(), model.llm.residual_hooks({hook: kept.append}):
-            image = model.image_tokens(model.vision.transform(record.image)[None])[0]
-            prefix = model.llm.embed(batch.prefix_ids)
+            image = model.adapter(model.vision(model.vision.transform(record.image)[None]))[0]
+            prefix = model.llm.embed(torch.tensor(model.collator().prompt.prefix_ids))
             model.llm.decode(torch.cat([prefix, image])[None])
             expected = probe.saes[hook].encode(kept[0][0, len(prefix) :])
         torch.testing.assert_close(latents[i], expected, rtol=1e-4, atol=1e-4)

@@ -136,7 +136,7 @@ def test_against_a_second_computation(fit, models):
         for i in range(10):
             record = SceneSet("val", 10, 112, 0)[i]
             with torch.no_grad():
-                image = model.image_tokens(model.vision.transform(record.image)[None])[0]
+                image = model.adapter(model.vision(model.vision.transform(record.image)[None]))[0]
             ids, is_caption, *_ = prompt.text(record.captions[0])
             prefix, text = (model.llm.embed(torch.tensor(x)) for x in (prompt.prefix_ids, ids))
             rows = residuals(torch.cat([prefix, image, text]), hook_name)
@@ -331,13 +331,13 @@ def test_text_alone_is_measured_once_where_the_captions_stay(probed, monkeypatch
     callback, model = probed.trainer.callbacks[0], type(probed.model)
     probe, batches = callback._probe, callback._batches(probed.trainer, 6, "")
     monkeypatch.setattr(probe, "_text_sums", {})
-    sequences, alone = model.sequences, []
+    embed, alone = model.embed_sequences, []
 
-    def counted(self, batch, image_tokens):
+    def counted(self, sequences, image_tokens):
         alone.append(image_tokens is None)
-        return sequences(self, batch, image_tokens)
+        return embed(self, sequences, image_tokens)
 
-    monkeypatch.setattr(model, "sequences", counted)
+    monkeypatch.setattr(model, "embed_sequences", counted)
     found, forwards = [], []
     for same_captions in (False, True, True):
         alone.clear()
@@ -382,18 +382,18 @@ def test_loss_recovered_is_one_for_a_perfect_sae_and_zero_for_the_mean(probed, m
     index = None
     with torch.no_grad():
         for batch in cli.trainer.callbacks[0]._batches(cli.trainer, 10, ""):
-            sequences = cli.model.sequences(batch, cli.model.image_tokens(batch.pixel_values))
-            index = sequences.groups["image"]
-            hooks = {name: lambda x, n=name, i=index: kept[n].append(x[i]) for name in real}
+            embeds = cli.model.embed_sequences(batch, cli.model.image_tokens(batch))
+            index, _ = batch.groups["image"]
+            hooks = {name: lambda x, n=name, i=index: kept[n].append(x.flatten(0, 1)[i]) for name in real}
             with cli.model.llm.residual_hooks(hooks):
-                cli.model.llm.decode(sequences.embeds)
+                cli.model.llm.decode(embeds)
     means = {name: torch.cat(parts).double().mean(0).float() for name, parts in kept.items()}
     blind = report(cli, {name: Identity(sae, means[name]) for name, sae in real.items()}, monkeypatch)
     recovered = [row.value for row in blind.rows if row.metric == "loss_recovered"]
     assert recovered == pytest.approx([0, math.nan], abs=1e-3, nan_ok=True)
 
 
-def test_loss_recovered_against_a_second_computation(probed):
+def test_loss_recovered_against_a_second_computation(probed, monkeypatch):
     """Residual stream replaced by a hook in a whole forward, one image at a time."""
     cli = probed
     callback, model = cli.trainer.callbacks[0], cli.model
@@ -401,13 +401,16 @@ def test_loss_recovered_against_a_second_computation(probed):
     found = [row.value for row in callback.history[1] if row.metric == "loss_recovered"]
     tokens = {name: [] for name in probe.saes}
     batches = [b for b in callback._batches(cli.trainer, 10, "")]
-    single = [model.trainer.datamodule._loader(model.trainer.datamodule.val_set, 1, False, limit=10)]
+    data = model.trainer.datamodule
+    monkeypatch.setattr(data, "val_batch_size", 1)
+    single = list(data.probe_dataloader(10))
+    assert len(single) == 10
 
     def loss(batch, hooks) -> float:
-        sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
+        embeds = model.embed_sequences(batch, model.image_tokens(batch))
         with model.llm.residual_hooks(hooks):
-            hidden = model.llm.decode(sequences.embeds)
-        return float(model.token_losses(batch, sequences, hidden)[0].double().sum())
+            hidden = model.llm.decode(embeds)
+        return float(model.target_losses(batch, hidden)[0].double().sum())
 
     with torch.no_grad():
         for batch in batches:
@@ -425,7 +428,7 @@ def test_loss_recovered_against_a_second_computation(probed):
                 return hook
 
             clean = spliced = ablated = 0.0
-            for batch in single[0]:
+            for batch in single:
                 clean += loss(batch, {})
                 spliced += loss(batch, {name: replace(lambda x, s=sae: s.decode(s.encode(x)))})
                 ablated += loss(batch, {name: replace(lambda x, m=mean: m.expand_as(x))})
@@ -449,14 +452,20 @@ def test_planted_caption_embeddings_look_like_text(probed, monkeypatch):
     """Image tokens that ARE the caption's first embeddings give the `text` curve, within the interval."""
     cli = probed
     model, callback = cli.model, cli.trainer.callbacks[0]
-    ids = []
-    monkeypatch.setattr(model, "image_tokens", lambda pixels: model.llm.embed(ids.pop(0)[:, :4]))
+    first = len(model.collator().prompt.prefix_ids)
+
+    def opening(sequences) -> torch.Tensor:
+        return sequences.input_ids[:, first : first + 4]
+
+    monkeypatch.setattr(model, "image_tokens", lambda batch: model.llm.embed(opening(batch.without_image)))
 
     def batches():
         for batch in callback._batches(cli.trainer, 60, ""):
-            ids.append(batch.text_ids)
             # The text group: the same four tokens.
-            batch.is_caption[:, 4:] = False
+            alone = batch.without_image
+            positions, rows = alone.groups["caption"]
+            kept = alone.position_ids.flatten()[positions] < first + 4
+            alone.groups["caption"] = positions[kept], rows[kept]
             yield batch
 
     rows = callback._probe.run(batches()).rows
@@ -476,8 +485,8 @@ def test_planted_noise_gives_the_noise_curve(probed, monkeypatch):
     own = model.image_tokens
     generator = torch.Generator().manual_seed(1)
 
-    def noise(pixels):
-        tokens = own(pixels)
+    def noise(batch):
+        tokens = own(batch)
         random = torch.randn(tokens.shape, generator=generator)
         return random * (tokens.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True))
 
@@ -504,10 +513,10 @@ def test_lens_hit_against_a_second_computation(probed):
     with torch.no_grad():
         for batch in callback._batches(cli.trainer, 10, ""):
             kept = {}
-            sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
+            embeds = model.embed_sequences(batch, model.image_tokens(batch))
             hooks = {f"blocks.{i}.hook_resid_post": partial(kept.__setitem__, i) for i in hits}
             with model.llm.residual_hooks(hooks):
-                model.llm.decode(sequences.embeds)
+                model.llm.decode(embeds)
             for layer, found in hits.items():
                 logits = model.llm.model.lm_head(base.norm(kept[layer][:, 1:5]))
                 top = logits.topk(2, dim=-1).indices.flatten(1)
@@ -567,10 +576,10 @@ def test_validate_probes_a_published_projector(fit, tmp_path):
     torch.save({"model.mm_projector.weight": weight, "model.mm_projector.bias": bias}, path)
     flags = [f"--model.adapter_weights={path}", "--model.adapter.input_norm=none"]
     cli = fit(*flags, "--probe.published_curves=true", command="validate", probe=True, figures=True)
-    pixels = next(iter(cli.datamodule.probe_dataloader(2))).pixel_values
+    batch = next(iter(cli.datamodule.probe_dataloader(2)))
     with torch.no_grad():
-        expected = cli.model.vision(pixels) @ weight.T + bias
-        torch.testing.assert_close(cli.model.image_tokens(pixels), expected)
+        expected = cli.model.vision(batch.pixel_values) @ weight.T + bias
+        torch.testing.assert_close(cli.model.image_tokens(batch), expected)
     log = events(cli.trainer.log_dir)
     assert log.Scalars("fvu/image/layer_02")
     assert "probe/by_layer" in log.Tags()["images"]
@@ -654,6 +663,7 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
     saes = {name: sae.to("meta") for name, sae in saes.items()}
     probe = Probe(there, saes, callback._probe.text, ProbeConfig())
     moved = move_data_to_device(batch, torch.device("meta"))
+    moved.held_out = False  # Features are copied to the host once a run, when they are first kept.
     assert moved.pixel_values.is_meta
     names, groups = list(saes), ("image", "caption", "text", "noise")
     sums = {}

@@ -62,12 +62,10 @@ def resolve_metric(spec: MetricSpec) -> ProbeMetric:
     Raises:
         ValueError: there is no such metric, the class is none, or it does not take these arguments.
     """
-    path, init_args = spec, {}
-    if isinstance(spec, dict):
-        path, init_args = spec.get("class_path"), spec.get("init_args") or {}
-        if not isinstance(path, str) or spec.keys() - {"class_path", "init_args"}:
-            raise ValueError(f"probe.metrics: {spec} is to have a class_path, and init_args at most.")
-    assert isinstance(path, str)
+    given = {"class_path": spec} if isinstance(spec, str) else spec
+    path, init_args = given.get("class_path"), given.get("init_args") or {}
+    if not isinstance(path, str) or given.keys() - {"class_path", "init_args"}:
+        raise ValueError(f"probe.metrics: {spec} is to have a class_path, and init_args at most.")
     found: Any = REGISTRY.get(path)
     if found is None:
         module, _, name = path.rpartition(".")
@@ -89,8 +87,8 @@ def resolve_metric(spec: MetricSpec) -> ProbeMetric:
     try:
         inspect.signature(found).bind(**init_args)
     except TypeError as error:
-        given = f"{found.__name__}{inspect.signature(found)}"
-        raise ValueError(f"probe.metrics: init_args of '{path}': {error}. It is {given}.") from None
+        wanted = f"{found.__name__}{inspect.signature(found)}"
+        raise ValueError(f"probe.metrics: init_args of '{path}': {error}. It is {wanted}.") from None
     return found(**init_args)
 
 

@@ -112,7 +112,8 @@ class Estimate(NamedTuple):
         return [Row(*key, self.metric, *(value if isinstance(value, tuple) else (value, NAN, NAN)))]
 
 
-class ImageInfo(NamedTuple):
+@dataclass(frozen=True)
+class ImageInfo:
     """A probed image: its index in the held-out set, its captions, and its attributes where known."""
 
     index: int

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_limber.probe.metrics.base import Estimate, Found, Measurement, ProbeMetric
+from lightning_limber.probe.statistics import Comparison
 
 # Allowed image/text ratio of each metric. The first three give layer 18 on the published curves, which
 # is where their authors put it by hand; the others follow mse, as all of them are reconstruction
@@ -70,7 +71,10 @@ class Convergence(ProbeMetric):
             value, *samples = [math.inf if layer is None else float(layer) for layer in layers]
             samples.sort()
             # Positions, not interpolation: halfway to infinity is no layer.
-            ends = [samples[int(share * (len(samples) - 1))] if samples else math.nan for share in (0.025, 0.975)]
+            ends = [
+                samples[int(share * (len(samples) - 1))] if samples else math.nan
+                for share in (0.025, 0.975)
+            ]
             yield Estimate(None, "image", f"convergence_layer/{metric}", (value, ends[0], ends[1]))
 
     @staticmethod
@@ -81,6 +85,13 @@ class Convergence(ProbeMetric):
         if not all(layer in found for layer in data.layers.values()):
             return None
         values = [found[layer] for layer in data.layers.values()]
-        return torch.stack(
-            [v if isinstance(v, Tensor) else torch.tensor([v.value], dtype=torch.float64) for v in values], dim=-1
-        )
+        return torch.stack([_samples(value) for value in values], dim=-1)
+
+
+def _samples(value: float | tuple[float, float, float] | Tensor | Comparison) -> Tensor:
+    """Bootstrap samples [1 + R], or the value alone [1]."""
+    if isinstance(value, Comparison):
+        value = value.value
+    if isinstance(value, tuple):
+        value = value[0]
+    return value if isinstance(value, Tensor) else torch.tensor([value], dtype=torch.float64)

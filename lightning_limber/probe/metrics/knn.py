@@ -59,14 +59,15 @@ class KNN(ProbeMetric):
         groups = [name for name in data.groups if data.probe.groups[name].positions == "image"]
         for hook, layer in data.layers.items():
             for group in groups:
-                means = [data.stats[name, hook].means for name in (group, "text")]
+                image, text = (data.stats[name, hook].means for name in (group, "text"))
                 # Only images that have tokens left in both groups.
-                whole = ~torch.stack([of_group.isnan().any(-1) for of_group in means]).any(0)
+                whole = ~(image.isnan().any(-1) | text.isnan().any(-1))
                 images = int(whole.sum())
                 comparison = Comparison(*[float("nan")] * 7)
                 if images >= 3:
                     comparison = mutual_knn(
-                        *(of_group[whole] for of_group in means),
+                        image[whole],
+                        text[whole],
                         data.probe.config.knn,
                         data.bootstrap_weights(images),
                         data.permutations(images, at_most=MAX_PERMUTATIONS),

@@ -1,6 +1,6 @@
 """`lens_hit`: share of images with a content word of their captions among the logit lens' top tokens.
 
-The top tokens at any image position count (the baseline of the field). Chance: the captions of other images.
+The top tokens at any image position count (the baseline of the field). Chance: other images' captions.
 """
 
 from __future__ import annotations

@@ -27,9 +27,7 @@ class LossRecovered(ProbeMetric):
 
     name = "loss_recovered"
     # Where ablation does little harm, the quotient runs away.
-    panels = (
-        Panel("loss_recovered", "loss recovered by the SAE's x'", limits=(-0.5, 1.1), by_epoch=True),
-    )
+    panels = (Panel("loss_recovered", "loss recovered by the SAE's x'", limits=(-0.5, 1.1), by_epoch=True),)
 
     def intervene(self, run: Intervention, hook: str) -> Tensor:
         """[B, 3] loss of each image: clean, spliced and ablated."""

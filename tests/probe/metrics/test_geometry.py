@@ -156,7 +156,9 @@ def test_tokens_of_a_call_in_any_order():
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     metric = TokenStats()
     metric.update(x[order], y[order], z[order], row[order], torch.arange(5), keep[order])
-    values = {name: float(v) for name, v in reconstruction_metrics(metric.compute(), None, TEXT_VARIANCE).items()}
+    values = {
+        name: float(v) for name, v in reconstruction_metrics(metric.compute(), None, TEXT_VARIANCE).items()
+    }
     assert values == pytest.approx(measure(images), rel=1e-12)
 
 
@@ -272,7 +274,9 @@ def test_interval_covers_the_truth():
         error = torch.tensor(scale * generator.choice([0.9, 1.1], images * length))[:, None]
         metric = TokenStats()
         metric.update(torch.ones_like(error), 1 + error, error, row, range(images))
-        _, low, high = interval(reconstruction_metrics(metric.compute(), bootstrap_weights(images, 400, world))["mse"])
+        _, low, high = interval(
+            reconstruction_metrics(metric.compute(), bootstrap_weights(images, 400, world))["mse"]
+        )
         # E[u^2] of u uniform on 1..3 is 13/3, and E of .9^2 and 1.1^2 is 1.01.
         covered += low <= 13 / 3 * 1.01 <= high
     assert 0.92 <= covered / worlds <= 0.97

@@ -6,8 +6,6 @@ and each bound says what it would catch.
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
 import torch
 
 from lightning_limber.probe.metrics.match import top_latents
