@@ -62,7 +62,7 @@ def resolve_metric(spec: MetricSpec) -> ProbeMetric:
     Raises:
         ValueError: there is no such metric, the class is none, or it does not take these arguments.
     """
-    given = {"class_path": spec} if isinstance(spec, str) else spec
+    given: dict[str, Any] = {"class_path": spec} if isinstance(spec, str) else spec
     path, init_args = given.get("class_path"), given.get("init_args") or {}
     if not isinstance(path, str) or given.keys() - {"class_path", "init_args"}:
         raise ValueError(f"probe.metrics: {spec} is to have a class_path, and init_args at most.")
