@@ -3,12 +3,12 @@
 All run the same LLM weights on the same embeddings, with image and with the captions alone, in the same
 precision, and the same SAEs (JumpReLU, thresholds set so that about one latent in 128 is active, float32).
 Ours leaves latents that cannot fire out by a product in bfloat16, where a CPU has it, and computes the
-others in float32 (sae.py). It makes every reconstruction metric of image, caption and text tokens by image,
-and their bootstrap intervals. The peers add up less, which favours them: squared error, squared norm, mean,
-cosine and l0 of each layer and group. Names of contenders:
+others in float32 (screened_encoder.py). It makes every reconstruction metric of image, caption and text
+tokens by image, and their bootstrap intervals. The peers add up less, which favours them: squared error,
+squared norm, mean, cosine and l0 of each layer and group. Names of contenders:
 
-    limber      `Probe.run` without extras, as at the epochs of a run after the first probe: what the
-                frozen LLM makes of the captions alone is known by then
+    limber      `Probe.run` without further metrics, as at the epochs of a run after the first probe: what
+                the frozen LLM makes of the captions alone is known by then
     limber-first  the first probe of a run
     saelens     HookedSAETransformer.run_with_cache of all layers' residual streams, then each SAE
     dense       residual streams of all layers written to one .pt an image, then read again for the SAEs
@@ -31,7 +31,8 @@ from bench.measure import Laps, Row
 from bench.sizes import Pictures, Setup, attach, collator, limber, pictures
 from lightning_limber.cli import default_precision
 from lightning_limber.data.collate import Batch
-from lightning_limber.probe.passes import Probe, ProbeConfig
+from lightning_limber.probe.config import ProbeConfig
+from lightning_limber.probe.passes import Probe
 from lightning_limber.probe.sanity_check import TextStats
 
 NAMES = ["limber", "limber-first", "saelens", "dense"]
@@ -88,7 +89,7 @@ class Contenders:
     def make_probe(self) -> Probe:
         # Nothing is an outlier, as for the peers.
         text = dict.fromkeys(self.names, TextStats(1e30, 1.0, 0.0, 0.0))
-        return Probe(self.model, self.saes, text, ProbeConfig(extras=()), context=self.context)
+        return Probe(self.model, self.saes, text, ProbeConfig(metrics=[]), context=self.context)
 
     def context(self) -> Any:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)

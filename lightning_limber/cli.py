@@ -25,6 +25,7 @@ from lightning_limber.data import CaptionData
 from lightning_limber.models.frozen import cpu_multiplies_bfloat16
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
+from lightning_limber.probe.config import in_present_form
 from lightning_limber.tools.predict import CaptionWriter, Images
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
 from lightning_limber.utils.config_files import config_dir, find_configs, split_exports
@@ -156,10 +157,14 @@ class LimberCLI(LightningCLI):
             saved = checkpoint["lightning_limber"]["config"]
             if saved is not None and not requeued:  # A requeued job's command line is the whole one.
                 stored.append((path, saved))
-        options, named = self._parser(self.config.subcommand), class_paths(self._settings.as_dict())
+        options = self._parser(self.config.subcommand)
+        named = class_paths(in_present_form(self._settings.as_dict()))
         layers = []
         for file, text in stored:
-            layers += ["--config", read_config(text, options, file, named, *self._log_folder(path))]
+            layers += [
+                "--config",
+                read_config(text, options, file, named, *self._log_folder(path), in_present_form),
+            ]
         self.config = parser.parse_args([*command, *layers, *own])
         if path is None:
             self._name_slurm_run()
@@ -260,7 +265,7 @@ class LimberCLI(LightningCLI):
             settings = self._settings
             names = (field.name for field in fields(Decoding))
             self.model.decoding = Decoding(**{name: settings[name] for name in names})
-            probe = self._get(self.config_init, "probe") if settings.latents else None
+            probe = self._get(self.config_init, "probe").config if settings.latents else None
             writer = CaptionWriter(settings.output, probe)
             self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
             kwargs["return_predictions"] = False

@@ -117,7 +117,7 @@ def test_start(tmp_path):
     assert_positive(result["results"], "seconds", "cpu_seconds")
     seconds = result["first_step_seconds"]
     total = seconds.pop("total")
-    parts = "interpreter imports config models saes text_gate probe first_batch first_step rest".split()
+    parts = "interpreter imports config models saes sanity_check probe first_batch first_step rest".split()
     assert set(seconds) == set(parts)
     assert min(seconds.values()) > 0
     assert max(seconds.values()) < total

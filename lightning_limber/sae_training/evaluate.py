@@ -2,7 +2,7 @@
 
 Ours, over the tokens that count (text, not position 0, not an attention sink):
 
-    explained_variance   1 - fvu, the probe's own metric (`lightning_limber.probe.alignment`)
+    explained_variance   1 - fvu, the probe's own metric (`lightning_limber.probe.metrics.geometry`)
     l0                   mean number of latents that fire on a token
     dead                 share of latents that never fire on the held-out text
     ce_recovered         (CE_ablated - CE_spliced) / (CE_ablated - CE_clean): the residual stream of
@@ -35,7 +35,8 @@ from tqdm.auto import tqdm
 from lightning_limber.models import activations
 from lightning_limber.models.llm import LLM
 from lightning_limber.probe import sanity_check as gate
-from lightning_limber.probe.alignment import SAEAlignment, alignment
+from lightning_limber.probe.metrics.geometry import reconstruction_metrics
+from lightning_limber.probe.token_stats import TokenStats
 from lightning_limber.sae_training.train import CARD
 
 
@@ -52,7 +53,7 @@ def reconstruction(
     Besides the metrics: `variance`, the mean of |x - mean|^2 of text at that layer, raw scale, which
     is the yardstick of `fvu_text`; and `mean`, the mean vector [D], for ablation.
     """
-    metrics = {name: SAEAlignment() for name in saes}
+    metrics = {name: TokenStats() for name in saes}
     for ids, mask, _ in tqdm(
         list(activations.batches(contexts, batch_tokens)), desc="Reconstruction", unit=" batches"
     ):
@@ -66,13 +67,14 @@ def reconstruction(
             metrics[name].update(x, saes[name].decode(latents), latents, row, [0], keep)
     scores = {}
     for name, metric in metrics.items():
-        sums = metric.compute()
-        score = {key: float(value[0]) for key, value in alignment(sums).items() if key != "fvu_text"}
+        stats = metric.compute()
+        found = reconstruction_metrics(stats)
+        score = {key: float(value[0]) for key, value in found.items() if key != "fvu_text"}
         scores[name] = {
             "explained_variance": 1 - score["fvu"],
             "dead": 1 - score.pop("alive"),
             **score,
-            "mean": (sums.total.sum(0) / score["tokens"]).float(),
+            "mean": (stats.total.sum(0) / score["tokens"]).float(),
         }
     return scores
 

@@ -102,17 +102,18 @@ def width_in_name(name: str, d_in: int) -> int | None:
 
 
 def probe_flops(
-    rehearsal: Rehearsal, flops: dict[str, int], saes: list[SAESize], extras: set[str]
+    rehearsal: Rehearsal, flops: dict[str, int], saes: list[SAESize], metrics: set[str]
 ) -> dict[str, float]:
-    """FLOPs of a probe for each image: of all images, and on top of it of the costly ones.
+    """FLOPs of a probe for each image: of all images, and on top of it of those of interventions.
 
-    Follows `Probe._clean_pass` and `Probe._costly_pass`. SAEs of unknown width count as nothing.
+    Follows `Probe._clean_pass` and `Probe._intervention_pass`. SAEs of unknown width count as nothing, and
+    so do metrics of a user's own.
 
     Args:
         rehearsal: The model.
         flops: Of one image in training, see `Step`.
         saes: Of the probed layers.
-        extras: Metrics, see `SAEProbe`.
+        metrics: Names of the metrics, see `ProbeConfig`.
     """
     llm, text = rehearsal.model.llm, rehearsal.text_flops()
     # The first position of a sequence is never counted.
@@ -122,20 +123,22 @@ def probe_flops(
     decode, head = flops["LLM forward"], flops["head"] / 2  # No gradient here.
     per_token = [4 * llm.hidden_size * (sae.d_sae or 0) for sae in saes]
     logits = 2 * llm.hidden_size * llm.vocab_size
-    noise = "noise" in extras
+    noise = "noise" in metrics
     clean = embed + decode * (1 + noise) + text
     clean += sum(per_token) * (image * (1 + noise) + 2 * captions)
-    clean += ("lens_hit" in extras) * len(saes) * image * logits
-    costly = 0.0
-    if extras & {"loss_recovered", "cross_layer"}:
-        costly += flops["adapter forward"] + decode  # The encoder's features are kept from the first pass.
-    if "loss_recovered" in extras:
+    clean += ("lens_hit" in metrics) * len(saes) * image * logits
+    intervened = 0.0
+    if metrics & {"loss_recovered", "cross_layer"}:
+        intervened += (
+            flops["adapter forward"] + decode
+        )  # The encoder's features are kept from the first pass.
+    if "loss_recovered" in metrics:
         onward = sum(decode * (1 - sae.next_layer / len(llm.layers)) + head for sae in saes)
-        costly += head + 2 * onward
-        costly += sum(per_token) * rehearsal.image_tokens
-    if "cross_layer" in extras:
-        costly += len(saes) * sum(per_token) * image
-    return {"every image": clean, "costly images": costly}
+        intervened += head + 2 * onward
+        intervened += sum(per_token) * rehearsal.image_tokens
+    if "cross_layer" in metrics:
+        intervened += len(saes) * sum(per_token) * image
+    return {"every image": clean, "images of interventions": intervened}
 
 
 # -- the plan ---------------------------------------------------------------------------------------
@@ -226,8 +229,10 @@ def make_plan(
     saes: list[SAESize] = []
     of_probe: dict[str, float] = {}
     if probe.every_n_epochs:
-        saes = sae_sizes(probe.sae_release, probe.sae_id, probe.layers, model.llm)
-        of_probe = probe_flops(rehearsal, one.flops, saes, set(probe.config.extras))
+        config = probe.config
+        saes = sae_sizes(config.sae_release, config.sae_id, config.layers, model.llm)
+        metrics = {metric.name for metric in config.make_metrics()}
+        of_probe = probe_flops(rehearsal, one.flops, saes, metrics)
     images = trainer.max_steps * data.batch_size * trainer.accumulate_grad_batches
     fleets = []
     for gpu in (names[gpu.lower()] for gpu in gpus):
@@ -239,7 +244,7 @@ def make_plan(
             whole_probe = 0.0
             if of_probe:
                 whole_probe = probe.num_images * of_probe["every image"]
-                whole_probe += probe.costly_images * of_probe["costly images"]
+                whole_probe += probe.intervention_images * of_probe["images of interventions"]
             fleets.append(
                 Fleet(
                     gpu,
@@ -304,8 +309,8 @@ def sae_parameters(sae: SAESize, d_in: int) -> int:
 
 
 def _sum_bytes(saes: list[SAESize], d_in: int, probe: Any) -> int:
-    """What the probe keeps of every image, group and layer: see metrics.py."""
-    groups = 3 + ("noise" in probe.config.extras)
+    """What the probe keeps of every image, group and layer: see `ImageStats`."""
+    groups = 3 + ("noise" in probe.config.metrics)
     return probe.num_images * groups * sum(8 * d_in + 2 * (sae.d_sae or 0) for sae in saes)
 
 

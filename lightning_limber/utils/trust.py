@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import timedelta
 from enum import Enum
 from importlib import import_module
@@ -73,7 +73,13 @@ def trusted_class(class_path: str, source: str | Path, key: str, named: Collecti
 
 
 def read_config(
-    text: Any, parser: ArgumentParser, source: str | Path, named: Collection[str], save_dir: str, name: str
+    text: Any,
+    parser: ArgumentParser,
+    source: str | Path,
+    named: Collection[str],
+    save_dir: str,
+    name: str,
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config,
 ) -> str:
     """Reads the config that a file carries; see this file's head.
 
@@ -84,6 +90,7 @@ def read_config(
         named: Import paths of classes that the user's own command names.
         save_dir: Where the loggers of the config write to, whatever it says.
         name: The run's name there.
+        upgrade: Makes a config of an older version one of this version, before it is checked.
 
     Returns:
         The config as YAML, with values and allowed classes only.
@@ -97,7 +104,7 @@ def read_config(
         raise ValueError(f"{source}: its config is no YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{source}: its config is no mapping but {type(config).__name__}.")
-    config = {key: config[key] for key in SECTIONS if key in config}
+    config = upgrade({key: config[key] for key in SECTIONS if key in config})
     _Reader(source, named, save_dir, name).options(parser, config)
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
