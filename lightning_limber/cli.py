@@ -27,34 +27,10 @@ from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
 from lightning_limber.tools.predict import CaptionWriter, Images
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
+from lightning_limber.utils.config_files import config_dir, find_configs, split_exports
+from lightning_limber.utils.trust import class_paths, read_config
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "export")
-
-
-def config_dir() -> Path:
-    """The shipped configs: inside the installed package, or at the top of a clone."""
-    package = Path(__file__).parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-def find_configs(args: list[str]) -> list[str]:
-    """Lets ``--config configs/stamps.yaml`` name a shipped config from any working directory."""
-
-    def find(name: str) -> str:
-        if "\n" in name:  # The config itself, as a resumed run hands it to its other processes.
-            return name
-        shipped = config_dir() / name.removeprefix("configs/")
-        return str(shipped) if not Path(name).exists() and shipped.is_file() else name
-
-    found = []
-    for previous, arg in zip(["", *args], args, strict=False):
-        if previous in ("--config", "-c"):
-            arg = find(arg)
-        elif arg.startswith("--config="):
-            arg = "--config=" + find(arg.removeprefix("--config="))
-        found.append(arg)
-    return found
 
 
 def default_precision(accelerator: str) -> str:
@@ -155,30 +131,57 @@ class LimberCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        super().parse_arguments(parser, args)
+        """Reads the command twice where a file carries the config of its run: what the command says by
+        itself decides which classes the file may name (trust.py); then the file's config goes below it.
+        """
+        command, given = sys.argv[1:2], sys.argv[2:]
+        own, exports = split_exports(given)
+        carried = exports or any(arg.startswith("--ckpt_path") for arg in own)
+        first = [arg for arg in own if not (carried and arg.startswith("--print_config"))]
+        self.config = parser.parse_args([*command, *first])
         if "subcommand" not in self.config:
             return
-        ckpt_path = self._settings.get("ckpt_path")
-        requeued = None if ckpt_path else self._name_slurm_run()
-        if not ckpt_path and requeued is None:
+        path, requeued = self._find_checkpoint()
+        if path is None and not exports:
             return
-        logger = self._settings.trainer.logger
-        runs = Path(logger.init_args.save_dir) / logger.init_args.name
-        path = requeued or (runs if ckpt_path == "last" else Path(ckpt_path))
-        if path.is_dir() or ckpt_path == "last":
-            path = newest_checkpoint(path)
         if self.config.subcommand == "export":
             self._settings.ckpt_path = str(path)
             return
-        checkpoint = read_checkpoint(path)
-        saved = checkpoint["lightning_limber"]["config"]
-        # A requeued job's command line is the whole one.
-        base = [] if saved is None or requeued else ["--config", saved]
-        # Processes that are started for DDP read sys.argv too: all continue from the same file.
-        sys.argv[2:] = [*base, *sys.argv[2:], "--ckpt_path", str(path)]
-        super().parse_arguments(parser, args)
-        if self.config.subcommand == "fit":
+        stored = [(file, file.read_text(encoding="utf-8")) for file in exports]
+        if path is not None:
+            checkpoint = read_checkpoint(path)
+            # Processes that are started for DDP read sys.argv too: all continue from the same file.
+            own += ["--ckpt_path", str(path)]
+            sys.argv[2:] = [*given, "--ckpt_path", str(path)]
+            saved = checkpoint["lightning_limber"]["config"]
+            if saved is not None and not requeued:  # A requeued job's command line is the whole one.
+                stored.append((path, saved))
+        options, named = self._parser(self.config.subcommand), class_paths(self._settings.as_dict())
+        layers = []
+        for file, text in stored:
+            layers += ["--config", read_config(text, options, file, named, *self._log_folder(path))]
+        self.config = parser.parse_args([*command, *layers, *own])
+        if path is None:
+            self._name_slurm_run()
+        elif self.config.subcommand == "fit":
             self._continue_logs(path, checkpoint["global_step"])
+
+    def _find_checkpoint(self) -> tuple[Path | None, bool]:
+        """The checkpoint to start from, and whether it is that of a requeued SLURM job."""
+        given = self._settings.get("ckpt_path")
+        if not given:
+            path = self._name_slurm_run()
+            return path, path is not None
+        path = Path(*self._log_folder(None)) if given == "last" else Path(given)
+        return (newest_checkpoint(path) if path.is_dir() or given == "last" else path), False
+
+    def _log_folder(self, checkpoint: Path | None) -> tuple[str, str]:
+        """Where runs are logged and the run's name: as the checkpoint lies, else as the command says."""
+        if checkpoint is not None and checkpoint.parent.name == "checkpoints":
+            run = checkpoint.parent.parent
+            return str(run.parent.parent), run.parent.name
+        options = getattr(self._settings.trainer.logger, "init_args", None) or {}
+        return options.get("save_dir") or "runs", options.get("name") or "default"
 
     def _name_slurm_run(self) -> Path | None:
         """Names a batch job's run after the job; the checkpoint to go on from when the job was requeued."""
@@ -196,11 +199,10 @@ class LimberCLI(LightningCLI):
     def _continue_logs(self, path: Path, step: int) -> None:
         """Logs go on in the run's own folder; what was logged after the checkpoint is replaced."""
         logger = self._settings.trainer.logger
-        run = path.parent.parent
-        if path.parent.name == "checkpoints" and logger.class_path.endswith("TensorBoardLogger"):
-            logger.init_args.save_dir = str(run.parent.parent)
-            logger.init_args.name = run.parent.name
-            logger.init_args.version = run.name
+        is_tensorboard = getattr(logger, "class_path", "").endswith("TensorBoardLogger")
+        if path.parent.name == "checkpoints" and is_tensorboard:
+            logger.init_args.save_dir, logger.init_args.name = self._log_folder(path)
+            logger.init_args.version = path.parent.parent.name
             logger.dict_kwargs = {"purge_step": step + 1}
         rank_zero_info(f"[resume] continuing {path} from step {step}")
 
