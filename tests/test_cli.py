@@ -93,7 +93,7 @@ def test_options_are_frozen(parse):
         *(f"model.optimizer.{name}" for name in "lr min_lr_ratio warmup_steps total_steps".split()),
         *(f"model.optimizer.{name}" for name in "weight_decay betas".split()),
         *(f"model.{name}" for name in "llm prompt max_caption_tokens adapter_weights".split()),
-        *(f"model.{name}" for name in "cache_features compile_llm shard_llm".split()),
+        *(f"model.{name}" for name in "cache_features held_out_features_gb compile_llm shard_llm".split()),
         *(f"probe.{name}" for name in "sae_release sae_id layers num_images every_n_epochs".split()),
         *(f"probe.{name}" for name in "text_gate extras costly_images outlier_factor seed".split()),
         *(f"probe.{name}" for name in "bootstrap_samples descriptions top_latents knn".split()),
