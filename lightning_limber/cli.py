@@ -1,7 +1,8 @@
 """``python -m lightning_limber fit|validate|test|predict|plan|export``: configs in, a running Trainer out.
 
-Layers of configuration, later ones win: configs/default.yaml, each ``--config``, then flags. A run that
-goes on from a checkpoint starts from the config that the checkpoint carries instead of the default.
+Layers of configuration, later ones win: configs/base.yaml, the experiment (configs/default.yaml, unless a
+``--config`` names its data), each ``--config``, then flags. For a run that goes on from a checkpoint, the
+experiment is the config that the checkpoint carries.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
 from lightning_limber.tools.predict import CaptionWriter, Images
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
-from lightning_limber.utils.config_files import config_dir, find_configs, split_exports
+from lightning_limber.utils.config_files import config_dir, default_experiment, find_configs, split_exports
 from lightning_limber.utils.trust import class_paths, read_config
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "export")
@@ -137,7 +138,8 @@ class LimberCLI(LightningCLI):
         command, given = sys.argv[1:2], sys.argv[2:]
         own, exports = split_exports(given)
         carried = exports or any(arg.startswith("--ckpt_path") for arg in own)
-        first = [arg for arg in own if not (carried and arg.startswith("--print_config"))]
+        alone = [*default_experiment(own), *own] if command and command[0] in SUBCOMMANDS else own
+        first = [arg for arg in alone if not (carried and arg.startswith("--print_config"))]
         self.config = parser.parse_args([*command, *first])
         if "subcommand" not in self.config:
             return
@@ -160,7 +162,7 @@ class LimberCLI(LightningCLI):
         layers = []
         for file, text in stored:
             layers += ["--config", read_config(text, options, file, named, *self._log_folder(path))]
-        self.config = parser.parse_args([*command, *layers, *own])
+        self.config = parser.parse_args([*command, *(layers or default_experiment(own)), *own])
         if path is None:
             self._name_slurm_run()
         elif self.config.subcommand == "fit":
@@ -288,7 +290,7 @@ def main(args: list[str] | None = None) -> LimberCLI:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     options = {
         "parser_mode": "omegaconf+",
-        "default_config_files": [str(config_dir() / "default.yaml")],
+        "default_config_files": [str(config_dir() / "base.yaml")],
     }
     try:
         return LimberCLI(

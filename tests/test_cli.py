@@ -31,23 +31,47 @@ def parse(monkeypatch, capsys):
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 
 
+def settings(output: str) -> dict:
+    """What --print_config printed."""
+    return yaml.safe_load(output[output.index("# lightning") :])
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_parsed_and_opens_with_its_command(config, parse):
     code, output = parse("fit", "--config", config, "--print_config")
     assert code == 0, output
-    head = config.read_text().split("\n\n")[0]
-    assert head.startswith("# ")
-    assert "python -m lightning_limber fit" in head
+    command, time, result = config.read_text().split("\n\n")[0].splitlines()
+    assert re.match(r"# (srun )?python -m lightning_limber fit\b", command)
+    assert command.endswith(str(config.relative_to(REPO))) or config.name in ("default.yaml", "base.yaml")
+    assert time.startswith("# Time: ")
+    assert result.startswith("# Result: ")
 
 
 def test_layers_of_configuration(tmp_path, parse):
     (tmp_path / "mine.yaml").write_text("model: {optimizer: {lr: 0.125}}\ntrainer: {max_steps: 9}\n")
     _, output = parse("fit", "--config=mine.yaml", "--trainer.max_steps=77", "--print_config")
-    settings = yaml.safe_load(output[output.index("# lightning") :])
-    assert settings["model"]["optimizer"]["lr"] == 0.125  # The overlay over the default,
-    assert settings["trainer"]["max_steps"] == 77  # a flag over the overlay,
-    assert settings["model"]["optimizer"]["total_steps"] == 77  # and it reaches the interpolation.
-    assert settings["data"]["class_path"] == "lightning_limber.data.Scenes"
+    found = settings(output)
+    assert found["model"]["optimizer"]["lr"] == 0.125  # The overlay over the default,
+    assert found["trainer"]["max_steps"] == 77  # a flag over the overlay,
+    assert found["model"]["optimizer"]["total_steps"] == 77  # and it reaches the interpolation.
+    assert found["data"]["class_path"] == "lightning_limber.data.Scenes"
+
+
+def test_a_config_that_names_its_data_is_laid_over_base_alone(tmp_path, parse):
+    base, default = (
+        yaml.safe_load((REPO / f"configs/{name}.yaml").read_text()) for name in ("base", "default")
+    )
+    assert base.keys() == {"seed_everything", "trainer", "model", "checkpoint"}
+    assert base["model"] == {"optimizer": {"total_steps": "${trainer.max_steps}"}}
+    (tmp_path / "mine.yaml").write_text("data: {class_path: ImageFolder, init_args: {root: x}}\n")
+    found = settings(parse("fit", "--config=mine.yaml", "--trainer.max_steps=5", "--print_config")[1])
+    for name in ("gradient_clip_val", "log_every_n_steps", "max_epochs"):
+        assert found["trainer"][name] == base["trainer"][name]
+    assert found["trainer"]["logger"]["init_args"]["save_dir"] == "runs"
+    for group, name in [("probe", "max_image_share"), ("probe", "num_images"), ("model", "vision")]:
+        assert found[group][name] != default[group][name]
+    assert found["model"]["vision"]["layer"] == -1
+    assert found["model"]["optimizer"]["lr"] == 2e-3
 
 
 PROBE = """
