@@ -8,12 +8,10 @@ experiment is the config that the checkpoint carries.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -29,6 +27,7 @@ from lightning_limber.models.limber import Limber
 from lightning_limber.tools.predict import CaptionWriter, Images
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
 from lightning_limber.utils.config_files import config_dir, default_experiment, find_configs, split_exports
+from lightning_limber.utils.parser import Parser, classes_first
 from lightning_limber.utils.trust import class_paths, read_config
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "export")
@@ -56,30 +55,6 @@ class Trainer(pl.Trainer):
             ckpt_path: A checkpoint, a run's folder, or ``last``.
             output: The folder.
         """
-
-
-NOT_ACCEPTED = re.compile(
-    r"unrecognized arguments: --([\w.]+)|(?:Group '([\w.]+)' does not accept o|O)ption '([\w.]+)'"
-)
-
-
-class Parser(LightningArgumentParser):
-    """Names the nearest option where one is misspelt, on the command line or in a YAML file."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        match = NOT_ACCEPTED.search(message)
-        if match and "Did you mean" not in message:  # The parser of a class inside has said it.
-            given = ".".join(filter(None, match.groups()))
-            parsers = [
-                self,
-                *(self._subcommands_action.choices.values() if self._subcommands_action else ()),
-            ]
-            known = {action.dest for parser in parsers for action in parser._actions}
-            # model.lr is model.optimizer.lr rather than model.llm.
-            same = {name for name in known if name.rpartition(".")[2] == given.rpartition(".")[2]}
-            if near := get_close_matches(given, same or known, n=1):
-                message += f"\n'{given}' is not known. Did you mean '{near[0]}'?"
-        super().error(message, ex)
 
 
 class LimberCLI(LightningCLI):
@@ -136,7 +111,7 @@ class LimberCLI(LightningCLI):
         itself decides which classes the file may name (trust.py); then the file's config goes below it.
         """
         command, given = sys.argv[1:2], sys.argv[2:]
-        own, exports = split_exports(given)
+        own, exports = split_exports(classes_first(given))
         carried = exports or any(arg.startswith("--ckpt_path") for arg in own)
         alone = [*default_experiment(own), *own] if command and command[0] in SUBCOMMANDS else own
         first = [arg for arg in alone if not (carried and arg.startswith("--print_config"))]

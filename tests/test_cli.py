@@ -129,6 +129,75 @@ def test_options_are_frozen(parse):
     }
 
 
+MINE = """
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning_limber.data import CaptionData
+
+class MyData(CaptionData):
+    def __init__(self, train_size: int = 3, image_size: int = 5, **kwargs) -> None:
+        super().__init__(**kwargs)
+
+class MyLogger(CSVLogger):
+    def __init__(self, save_dir: str = "mine", name: str = "mine", version: int = 7) -> None:
+        super().__init__(save_dir, name, version)
+
+class One(Callback):
+    def __init__(self, shared: int = 1) -> None: ...
+
+class Two(Callback):
+    def __init__(self, shared: int = 2) -> None: ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "key", "init_args"),
+    [
+        (["--data=mine.MyData"], "data", {"train_size": 3, "image_size": 5, "batch_size": 16}),
+        (["--data=mine.MyData", "--data.train_size=9"], "data", {"train_size": 9, "image_size": 5}),
+        # Of the class that is named, wherever the flag stands.
+        (
+            ["--data.train_size=9", "--data", "mine.MyData", "--seed_everything=1"],
+            "data",
+            {"train_size": 9},
+        ),
+        (["--config=mine.yaml"], "data", {"train_size": 3, "image_size": 8}),
+        (["--config=mine.yaml", "--data=Scenes"], "data", {"train_size": 3200, "image_size": 112}),
+        (
+            ["--config=configs/stamps.yaml", "--data=mine.MyData"],
+            "data",
+            {"batch_size": 16, "image_size": 5},
+        ),
+        (
+            ["--trainer.logger=mine.MyLogger"],
+            "trainer.logger",
+            {"save_dir": "mine", "name": "mine", "version": 7},
+        ),
+        (["--config=one.yaml", "--config=two.yaml"], "trainer.callbacks.0", {"shared": 2}),
+        (["--config=one.yaml", "--config=other.yaml"], "trainer.callbacks", {"shared": 2}),
+        (["--config=other.yaml", "--trainer.callbacks=mine.One"], "trainer.callbacks", {"shared": 1}),
+    ],
+)
+def test_a_class_takes_no_settings_of_the_one_it_replaces(
+    args, key, init_args, parse, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "mine.yaml").write_text(
+        "data: {class_path: mine.MyData, init_args: {image_size: 8}}\ntrainer: {max_steps: 4}\n"
+    )
+    callback = "trainer: {{callbacks: {}}}\n"
+    (tmp_path / "one.yaml").write_text(callback.format("[{class_path: mine.One, init_args: {shared: 8}}]"))
+    (tmp_path / "two.yaml").write_text(callback.format("[{class_path: mine.Two}]"))
+    (tmp_path / "other.yaml").write_text(callback.format("{class_path: mine.Two}"))
+    code, output = parse("fit", *args, "--print_config")
+    assert code == 0, output
+    found = settings(output)
+    for part in key.split("."):
+        found = found[int(part)] if part.isdigit() else found[part]
+    assert {name: found["init_args"][name] for name in init_args} == init_args
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
