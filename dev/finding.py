@@ -1,4 +1,4 @@
-"""``python -m dev.finding RUN``: draws docs/finding.png, the README's figure, from a run's ``probe.csv``."""
+"""``python -m dev.finding RUN``: draws docs/finding.png, the README's figure, from ``RUN/probe.csv``."""
 
 from __future__ import annotations
 

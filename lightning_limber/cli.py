@@ -1,18 +1,17 @@
 """``python -m lightning_limber fit|validate|test|predict|plan|export``: configs in, a running Trainer out.
 
-Layers of configuration, later ones win: configs/default.yaml, each ``--config``, then flags. A run that
-goes on from a checkpoint starts from the config that the checkpoint carries instead of the default.
+Layers of configuration, later ones win: configs/base.yaml, the experiment (configs/default.yaml, unless a
+``--config`` names its data), each ``--config``, then flags. For a run that goes on from a checkpoint, the
+experiment is the config that the checkpoint carries.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -28,7 +27,8 @@ from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import in_present_form
 from lightning_limber.tools.predict import CaptionWriter, Images
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
-from lightning_limber.utils.config_files import config_dir, find_configs, split_exports
+from lightning_limber.utils.config_files import config_dir, default_experiment, find_configs, split_exports
+from lightning_limber.utils.parser import Parser, classes_first
 from lightning_limber.utils.trust import class_paths, read_config
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "export")
@@ -56,30 +56,6 @@ class Trainer(pl.Trainer):
             ckpt_path: A checkpoint, a run's folder, or ``last``.
             output: The folder.
         """
-
-
-NOT_ACCEPTED = re.compile(
-    r"unrecognized arguments: --([\w.]+)|(?:Group '([\w.]+)' does not accept o|O)ption '([\w.]+)'"
-)
-
-
-class Parser(LightningArgumentParser):
-    """Names the nearest option where one is misspelt, on the command line or in a YAML file."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        match = NOT_ACCEPTED.search(message)
-        if match and "Did you mean" not in message:  # The parser of a class inside has said it.
-            given = ".".join(filter(None, match.groups()))
-            parsers = [
-                self,
-                *(self._subcommands_action.choices.values() if self._subcommands_action else ()),
-            ]
-            known = {action.dest for parser in parsers for action in parser._actions}
-            # model.lr is model.optimizer.lr rather than model.llm.
-            same = {name for name in known if name.rpartition(".")[2] == given.rpartition(".")[2]}
-            if near := get_close_matches(given, same or known, n=1):
-                message += f"\n'{given}' is not known. Did you mean '{near[0]}'?"
-        super().error(message, ex)
 
 
 class LimberCLI(LightningCLI):
@@ -136,9 +112,10 @@ class LimberCLI(LightningCLI):
         itself decides which classes the file may name (trust.py); then the file's config goes below it.
         """
         command, given = sys.argv[1:2], sys.argv[2:]
-        own, exports = split_exports(given)
+        own, exports = split_exports(classes_first(given))
         carried = exports or any(arg.startswith("--ckpt_path") for arg in own)
-        first = [arg for arg in own if not (carried and arg.startswith("--print_config"))]
+        alone = [*default_experiment(own), *own] if command and command[0] in SUBCOMMANDS else own
+        first = [arg for arg in alone if not (carried and arg.startswith("--print_config"))]
         self.config = parser.parse_args([*command, *first])
         if "subcommand" not in self.config:
             return
@@ -165,7 +142,7 @@ class LimberCLI(LightningCLI):
                 "--config",
                 read_config(text, options, file, named, *self._log_folder(path), in_present_form),
             ]
-        self.config = parser.parse_args([*command, *layers, *own])
+        self.config = parser.parse_args([*command, *(layers or default_experiment(own)), *own])
         if path is None:
             self._name_slurm_run()
         elif self.config.subcommand == "fit":
@@ -293,7 +270,7 @@ def main(args: list[str] | None = None) -> LimberCLI:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     options = {
         "parser_mode": "omegaconf+",
-        "default_config_files": [str(config_dir() / "default.yaml")],
+        "default_config_files": [str(config_dir() / "base.yaml")],
     }
     try:
         return LimberCLI(

@@ -1,9 +1,15 @@
-"""Which files make the config of a command: shipped ones by name from anywhere, and those of exports."""
+"""Which files make the config of a command.
+
+Layers, later ones win: configs/base.yaml (always), the experiment (configs/default.yaml, or the first
+``--config`` that names its data), further ``--config`` files, flags.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+
+import yaml
 
 from lightning_limber.models.adapter_weights import EXPORTED
 
@@ -32,6 +38,20 @@ def find_configs(args: list[str]) -> list[str]:
         if not Path(name).exists() and shipped.is_file():
             found[last] = str(shipped) if first < last else f"--config={shipped}"
     return found
+
+
+def default_experiment(args: list[str]) -> list[str]:
+    """The flags of configs/default.yaml; none where a config names its data: an experiment of its own."""
+    for _, _, name in _configs(args):
+        try:
+            text = Path(name).read_text(encoding="utf-8") if Path(name).is_file() else name
+            config = yaml.safe_load(text)
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # The parser says what is wrong with it.
+        data = config.get("data") if isinstance(config, dict) else None
+        if isinstance(data, str) or (isinstance(data, dict) and "class_path" in data):
+            return []
+    return ["--config", str(config_dir() / "default.yaml")]
 
 
 def split_exports(args: list[str]) -> tuple[list[str], list[Path]]:
