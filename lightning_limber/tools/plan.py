@@ -128,7 +128,7 @@ def probe_flops(
     clean += ("lens_hit" in extras) * len(saes) * image * logits
     costly = 0.0
     if extras & {"loss_recovered", "cross_layer"}:
-        costly += embed + decode
+        costly += flops["adapter forward"] + decode  # The encoder's features are kept from the first pass.
     if "loss_recovered" in extras:
         onward = sum(decode * (1 - sae.next_layer / len(llm.layers)) + head for sae in saes)
         costly += head + 2 * onward

@@ -15,12 +15,12 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_limber.data.collate import Batch
-from lightning_limber.data.records import Record
+from lightning_limber.data.layout import Parts, lay_out
+from lightning_limber.data.prompt import Prompt, Text
 from lightning_limber.models.adapters import Adapter
 from lightning_limber.models.limber import Limber, _blank_image
 from lightning_limber.utils.flops import FlopCounter
@@ -130,16 +131,15 @@ class Rehearsal:
         model.vision.load(weights=False)
         model.vision.drop_unused_layers()
         model.llm.load(weights=False)
-        collate = model.collator()
+        prompt = Prompt(model.hparams["prompt"], model.llm.tokenizer, model.hparams["max_caption_tokens"])
         # Of a conversation one turn, with a question of one word.
-        talks = collate.prompt.is_conversation
-        captions = [[("picture", "picture")]] if talks else ["picture"] * captions_per_image
-        captions_per_image = len(captions)
-        self._one = collate([Record("", _blank_image(), [])], [captions])
-        self.captions_per_image = captions_per_image
-        self._more_tokens = captions_per_image * caption_tokens - int(self._one.is_caption.sum())
+        text = prompt.text([("picture", "picture")] if prompt.is_conversation else "picture")
+        self.captions_per_image = 1 if prompt.is_conversation else captions_per_image
+        self._texts = [_stretched(text, caption_tokens)] * self.captions_per_image
+        self._prefix_ids = prompt.prefix_ids
+        self._pixels = model.vision.transform(_blank_image())
         with torch.device("meta"):
-            features = model.vision(self._one.pixel_values.to("meta"))
+            features = model.vision(self._pixels[None].to("meta"))
             model.adapter = Adapter(model.adapter_config, features.shape[-1], model.llm.hidden_size)
             self.image_tokens = model.adapter(features).shape[1]
         model._check_length(self.image_tokens)
@@ -160,17 +160,12 @@ class Rehearsal:
 
     @property
     def prefix_tokens(self) -> int:
-        return len(self._one.prefix_ids)
+        return len(self._prefix_ids)
 
     @property
     def text_tokens(self) -> int:
         """Tokens behind the image."""
-        return self._one.text_ids.shape[1] + self._more_tokens
-
-    @property
-    def target_tokens(self) -> int:
-        """Tokens of a sequence that the loss is taken on."""
-        return len(self._one.target_index) + self._more_tokens
+        return sum(len(text.ids) for text in self._texts)
 
     def weight_bytes(self) -> dict[str, int]:
         """Of each part, buffers with it, as the precision stores them."""
@@ -224,27 +219,31 @@ class Rehearsal:
     def text_flops(self) -> int:
         """Forward of the LLM over one image's sequences without the image."""
         with self.fake, torch.no_grad(), self._autocast():
-            sequences = self.model.sequences(self._batch(1), None)
+            alone = self._made_fake(lay_out([Parts(-1, self._texts)], self._prefix_ids, 0))
             with FlopCounter() as counter:
-                self.model.llm.decode(sequences.embeds)
+                self.model.llm.decode(self.model.embed_sequences(alone, None))
         return counter.total
 
     def _batch(self, images: int) -> Batch:
-        one, texts = self._one, (images, self.text_tokens)
-        shared = one.caption_number is not None
-        return replace(
-            one,
-            ids=one.ids * images,
-            pixel_values=torch.empty(images, *one.pixel_values.shape[1:]),
-            image_index=torch.empty(images, dtype=torch.long),
-            prefix_ids=torch.empty(self.prefix_tokens, dtype=torch.long),
-            text_ids=torch.empty(texts, dtype=torch.long),
-            is_caption=np.zeros(texts, dtype=bool),
-            target_index=torch.empty(images * self.target_tokens, 2, dtype=torch.long),
-            lengths=[self.prefix_tokens + self.text_tokens] * images,  # None is shorter: none shares a row.
-            image_of=list(range(images)),
-            caption_number=torch.empty(texts, dtype=torch.long) if shared else None,
+        parts = [Parts(i, self._texts) for i in range(images)]
+        return self._made_fake(
+            Batch(
+                **vars(lay_out(parts, self._prefix_ids, self.image_tokens)),
+                ids=[""] * images,
+                pixel_values=torch.empty(images, *self._pixels.shape),
+                image_ids=[""] * images,
+                index=list(range(images)),
+                captions=[[]] * images,
+                scenes=[None] * images,
+                truncated=[False] * images,
+                own_labels=0,
+            )
         )
+
+    @staticmethod
+    def _made_fake(sequences: Any) -> Any:
+        """The same with fake tensors."""
+        return apply_to_collection(sequences, Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype))
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -253,6 +252,14 @@ class Rehearsal:
         else:
             with torch.autocast("cpu", dtype=self.dtype), GPUAutocast():
                 yield
+
+
+def _stretched(text: Text, caption_tokens: int) -> Text:
+    """The text with a caption of so many tokens."""
+    first = text.is_caption.index(True)
+    last = first + sum(text.is_caption)
+    places = [*range(first), *[first] * caption_tokens, *range(last, len(text.ids))]
+    return Text(*([values[place] for place in places] for values in text[:3]))  # type: ignore[arg-type]
 
 
 def _make_fake(module: nn.Module) -> None:

@@ -37,12 +37,12 @@ def write_llm(folder: Path, architecture: str, **sizes) -> str:
     return str(folder)
 
 
-def batch_of(model: Limber, images: int = IMAGES):
+def batch_of(model: Limber, images: int = IMAGES, **kwargs):
     from PIL import Image
 
     caption = " ".join(tiny.WORDS[:CAPTION_TOKENS])
     records = [Record(str(i), Image.new("RGB", (48, 48)), [caption]) for i in range(images)]
-    return model.collator()(records, [[caption]] * images, list(range(images)))
+    return model.collator()(records, [[caption]] * images, list(range(images)), **kwargs)
 
 
 def real_and_planned(
@@ -93,7 +93,8 @@ def test_flops_and_parameters_are_those_of_the_real_step(tmp_path, llm, vision, 
         assert step.flops["vision forward"] == counted(lambda: real.vision(pixels))
         features = real.vision(pixels)
         assert step.flops["adapter forward"] == counted(lambda: real.adapter(features))
-        text = counted(lambda: real.llm.decode(real.sequences(batch, None).embeds))
+        alone = batch_of(real, for_probe=True).without_image
+        text = counted(lambda: real.llm.decode(real.embed_sequences(alone, None)))
     assert planned.text_flops() * IMAGES == text
     assert not [p for part in (real.vision, real.llm) for p in part.parameters() if p.grad is not None]
     assert planned.parameters == {
