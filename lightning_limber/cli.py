@@ -221,10 +221,10 @@ class LimberCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def _plan(self) -> None:
-        from lightning_limber.tools import plan
+        from lightning_limber.tools.plan import make_plan
 
         settings, probe = self._settings, self._get(self.config_init, "probe")
-        made = plan.make_plan(
+        table = make_plan(
             self.model,
             self.datamodule,
             probe,
@@ -234,7 +234,7 @@ class LimberCLI(LightningCLI):
             utilisation=settings.utilisation,
             caption_tokens=settings.caption_tokens,
         )
-        print(plan.table(made))
+        print(table)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,12 +92,11 @@ class GPUAutocast(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass
-class Step:
+class Step(NamedTuple):
     """One training step of one process."""
 
     flops: dict[str, int]
-    """By part and direction."""
+    """FLOPs by part and direction."""
     kept_bytes: int
     """What adapter and LLM keep for the backward, and the step's inputs."""
     head_bytes: int
@@ -111,10 +109,10 @@ class Rehearsal:
     """A `Limber` on fake tensors, with its own forward.
 
     Args:
-        model: Its parts not loaded; they are given shapes here, and never values.
-        precision: Of the Trainer.
+        model: A model that is not loaded; its parts are given shapes here, and never values.
+        precision: The Trainer's.
         caption_tokens: Tokens of each caption, beside those that the prompt adds.
-        captions_per_image: Sequences for each image.
+        captions_per_image: Captions of each image; they share a sequence.
 
     Raises:
         FileNotFoundError: the small files of a model are not to be had.
@@ -126,8 +124,7 @@ class Rehearsal:
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"trainer.precision={precision!r}: `plan` knows {', '.join(PRECISIONS)}.")
-        self.model, self.dtype = model, PRECISIONS[precision]
-        self.caption_tokens = caption_tokens
+        self.model, self.dtype, self.caption_tokens = model, PRECISIONS[precision], caption_tokens
         model.vision.load(weights=False)
         model.vision.drop_unused_layers()
         model.llm.load(weights=False)
@@ -137,13 +134,20 @@ class Rehearsal:
         self.captions_per_image = 1 if prompt.is_conversation else captions_per_image
         self._texts = [_stretched(text, caption_tokens)] * self.captions_per_image
         self._prefix_ids = prompt.prefix_ids
-        self._pixels = model.vision.transform(_blank_image())
+        self._pixels = model.vision.transform(_blank_image())  # [3, H, W]
         with torch.device("meta"):
             features = model.vision(self._pixels[None].to("meta"))
             model.adapter = Adapter(model.adapter_config, features.shape[-1], model.llm.hidden_size)
             self.image_tokens = model.adapter(features).shape[1]
         model._check_length(self.image_tokens)
-        self.parameters = {name: _count(part) for name, part in self.parts.items()}
+        self.prefix_tokens = len(self._prefix_ids)
+        self.text_tokens = sum(len(text.ids) for text in self._texts)
+        """Tokens behind the image."""
+        self.parts = {"vision": model.vision, "llm": model.llm, "adapter": model.adapter}
+        self.parameters = {
+            name: sum(parameter.numel() for parameter in part.parameters())
+            for name, part in self.parts.items()
+        }
         self.fake = FakeTensorMode()
         with self.fake:
             for part in self.parts.values():
@@ -154,24 +158,12 @@ class Rehearsal:
                 model.llm.prepare_autocast(self.dtype)
                 model.llm.model.set_attn_implementation(attention)  # Not as on a CPU.
 
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        return {"vision": self.model.vision, "llm": self.model.llm, "adapter": self.model.adapter}
-
-    @property
-    def prefix_tokens(self) -> int:
-        return len(self._prefix_ids)
-
-    @property
-    def text_tokens(self) -> int:
-        """Tokens behind the image."""
-        return sum(len(text.ids) for text in self._texts)
+    def _weights(self, part: nn.Module) -> list[Tensor]:
+        return [*part.parameters(), *part.buffers()]
 
     def weight_bytes(self) -> dict[str, int]:
-        """Of each part, buffers with it, as the precision stores them."""
-        return {
-            name: tensor_bytes([*part.parameters(), *part.buffers()]) for name, part in self.parts.items()
-        }
+        """Bytes of each part, with its buffers, as the precision stores them."""
+        return {name: tensor_bytes(self._weights(part)) for name, part in self.parts.items()}
 
     def checkpoint_bytes(self) -> int:
         """Tensors of a checkpoint: the adapter, AdamW's two moments and step counts."""
@@ -182,7 +174,7 @@ class Rehearsal:
     def step(self, images: int) -> Step:
         """Runs forward and backward of a batch."""
         model, flops = self.model, {}
-        known = [t for part in self.parts.values() for t in (*part.parameters(), *part.buffers())]
+        known = [tensor for part in self.parts.values() for tensor in self._weights(part)]
         with self.fake, FlopCounter() as counter, Meter(known) as meter:
             done = 0
 
@@ -212,46 +204,36 @@ class Rehearsal:
             mark("adapter backward")
             for handle in handles:
                 handle.remove()
-        for parameter in model.adapter.parameters():
-            parameter.grad = None
+        model.adapter.zero_grad()
         return Step(flops, kept["body"], kept["head"], meter.peak)
 
     def text_flops(self) -> int:
-        """Forward of the LLM over one image's sequences without the image."""
+        """Forward of the LLM over one image's captions without the image."""
+        laid = lay_out([Parts(-1, self._texts)], self._prefix_ids, 0)
         with self.fake, torch.no_grad(), self._autocast():
-            alone = self._made_fake(lay_out([Parts(-1, self._texts)], self._prefix_ids, 0))
+            embeds = self.model.embed_sequences(_made_fake(laid), None)
             with FlopCounter() as counter:
-                self.model.llm.decode(self.model.embed_sequences(alone, None))
+                self.model.llm.decode(embeds)
         return counter.total
 
     def _batch(self, images: int) -> Batch:
         parts = [Parts(i, self._texts) for i in range(images)]
-        return self._made_fake(
-            Batch(
-                **vars(lay_out(parts, self._prefix_ids, self.image_tokens)),
-                ids=[""] * images,
-                pixel_values=torch.empty(images, *self._pixels.shape),
-                image_ids=[""] * images,
-                index=list(range(images)),
-                captions=[[]] * images,
-                scenes=[None] * images,
-                truncated=[False] * images,
-                own_labels=0,
-            )
+        keys = ("ids", "image_ids", "index", "captions", "scenes", "truncated")
+        lists: dict[str, Any] = dict.fromkeys(keys, [""] * images)
+        batch = Batch(
+            **vars(lay_out(parts, self._prefix_ids, self.image_tokens)),
+            pixel_values=torch.empty(images, *self._pixels.shape),
+            **lists,
+            own_labels=0,
         )
+        return _made_fake(batch)
 
-    @staticmethod
-    def _made_fake(sequences: Any) -> Any:
-        """The same with fake tensors."""
-        return apply_to_collection(sequences, Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype))
-
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        if self.dtype is None:
-            yield
-        else:
-            with torch.autocast("cpu", dtype=self.dtype), GPUAutocast():
-                yield
+    def _autocast(self) -> AbstractContextManager:
+        context = ExitStack()
+        if self.dtype is not None:
+            context.enter_context(torch.autocast("cpu", dtype=self.dtype))
+            context.enter_context(GPUAutocast())
+        return context
 
 
 def _stretched(text: Text, caption_tokens: int) -> Text:
@@ -260,6 +242,11 @@ def _stretched(text: Text, caption_tokens: int) -> Text:
     last = first + sum(text.is_caption)
     places = [*range(first), *[first] * caption_tokens, *range(last, len(text.ids))]
     return Text(*([values[place] for place in places] for values in text[:3]))  # type: ignore[arg-type]
+
+
+def _made_fake(sequences: Any) -> Any:
+    """The same with new tensors; called where new tensors are fake."""
+    return apply_to_collection(sequences, Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype))
 
 
 def _make_fake(module: nn.Module) -> None:
@@ -271,10 +258,6 @@ def _make_fake(module: nn.Module) -> None:
             if isinstance(tensor, nn.Parameter):
                 fake = nn.Parameter(fake, tensor.requires_grad)
             setattr(owner, name, fakes.setdefault(tensor, fake))
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def tensor_bytes(tensors: Sequence[Tensor]) -> int:
