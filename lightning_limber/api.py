@@ -28,14 +28,14 @@ from lightning_limber.data.collate import Batch
 from lightning_limber.data.image_folder import open_image
 from lightning_limber.data.prompt import CAPTION_QUESTION
 from lightning_limber.data.records import Record, Turns
-from lightning_limber.models.adapter_weights import EXPORTED, read_projector
+from lightning_limber.models.adapter_weights import read_projector
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig, in_present_form
 from lightning_limber.probe.load import build_probe
 from lightning_limber.probe.passes import Probe
 from lightning_limber.probe.tables import frame
-from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint
+from lightning_limber.utils.checkpoints import EXPORTED, newest_checkpoint, read_checkpoint
 from lightning_limber.utils.trust import class_paths, trusted_class
 
 if TYPE_CHECKING:

@@ -28,14 +28,20 @@ from lightning_limber.data.layout import Packing, Sequences
 from lightning_limber.data.loader import RecordStream
 from lightning_limber.data.prompt import Prompt
 from lightning_limber.data.records import Template
-from lightning_limber.models.adapter_weights import EXPORTED, read_projector
+from lightning_limber.models.adapter_weights import read_projector
 from lightning_limber.models.adapters import Adapter, AdapterConfig
 from lightning_limber.models.feature_cache import FeatureCache, KeptFeatures
 from lightning_limber.models.frozen import fingerprint
 from lightning_limber.models.generation import Caption, Decoding, generate
 from lightning_limber.models.llm import LLM
 from lightning_limber.models.vision import VisionConfig, VisionEncoder
-from lightning_limber.utils.checkpoints import FREE, differences, newest_checkpoint, training_settings
+from lightning_limber.utils.checkpoints import (
+    EXPORTED,
+    FREE,
+    differences,
+    newest_checkpoint,
+    training_settings,
+)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from safetensors.torch import save_file
 
 from lightning_limber import __version__
 from lightning_limber.api import Trained
-from lightning_limber.models.adapter_weights import EXPORTED
 from lightning_limber.probe.metrics import DEFAULT_METRICS, Panel, resolve_metrics
 from lightning_limber.probe.tables import Row
-from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint
+from lightning_limber.utils.checkpoints import EXPORTED, newest_checkpoint, read_checkpoint
 from lightning_limber.utils.hub import source
 
 # The rest of the config is about one machine: devices, loggers, files.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from lightning_limber.models.adapter_weights import EXPORTED
+from lightning_limber.utils.checkpoints import EXPORTED
 
 
 def config_dir() -> Path:
