@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -242,35 +241,6 @@ def test_errors_are_one_line_without_a_traceback(tmp_path):
 def test_no_step_count(fit):
     with pytest.raises(ValueError, match="Set trainer.max_steps"):
         fit("--trainer.max_steps=-1", "--trainer.max_epochs=2")
-
-
-def test_runs_from_a_wheel_in_any_folder(models, tmp_path):
-    """What is installed is complete: code, callbacks, configs, SAE suite."""
-    target = tmp_path / "site"
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info", "build")
-    shutil.copytree(REPO, source, ignore=ignored)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--target", str(target), str(source)], check=True)
-    shutil.rmtree(source)
-    (tmp_path / "empty").mkdir()
-    code = (
-        "import lightning_limber.callbacks as c, lightning_limber.probe.saes as s\n"
-        "import lightning_limber.cli as m\n"
-        f"assert c.__file__.startswith({str(target)!r}), c.__file__\n"
-        "assert s.suite_folder('suite:smollm2-135m-instruct').is_dir()\n"
-        f"assert str(m.config_dir()).startswith({str(target)!r})\n"
-        "m.main(['fit', '--config', 'configs/stamps.yaml', '--data.root=x', '--print_config'])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path / "empty",
-        env={**os.environ, "PYTHONPATH": str(target)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "lightning_limber.data.ImageFolder" in done.stdout
 
 
 # -- README -----------------------------------------------------------------------------------------
