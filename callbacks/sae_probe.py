@@ -316,12 +316,12 @@ class SAEProbe(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, rows: list[Row]
     ) -> tuple[list[torch.Tensor], list[str], list[list[PatchMap]], int] | None:
         """What `patch_figure` draws, at the layer where `match` is highest; None without `match` or where
-        the image tokens are no square grid.
+        the image tokens are no places in the image.
         """
         assert self._probe is not None
         assert isinstance(module, Limber)
         found = {row.layer: row.value for row in rows if (row.group, row.metric) == ("image", "match")}
-        if not found:
+        if not found or module.token_grid is None:
             return None
         layer = max(found, key=lambda at: found[at])
         findings = self._probe.findings
@@ -330,10 +330,7 @@ class SAEProbe(pl.Callback):
         found_at: dict[str, torch.Tensor] = {}
         self._probe.latents(module.image_tokens(batch), found_at.__setitem__, [hook])
         latents = found_at[hook].nan_to_num()  # [B, P, K]
-        side = math.isqrt(latents.shape[1])
-        if latents.shape[1] - side**2 > 1:  # One more is the encoder's class token, which comes first.
-            return None
-        maps = findings.matching(hook, latents[:, -(side**2) :], batch.captions)
+        maps = findings.matching(hook, latents[:, -math.prod(module.token_grid) :], batch.captions)
         images = list(module.vision.transform.undo(batch.pixel_values.float().cpu()))
         return images, [captions[0] for captions in batch.captions], maps, cast(int, layer)
 

@@ -29,11 +29,13 @@ from lightning_limber.data.image_folder import open_image
 from lightning_limber.data.prompt import CAPTION_QUESTION
 from lightning_limber.data.records import Record, Turns
 from lightning_limber.models.adapter_weights import EXPORTED, read_projector
+from lightning_limber.models.adapters import Adapter
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.findings import Row
 from lightning_limber.probe.passes import Probe
 from lightning_limber.probe.saes import hook_layer
+from lightning_limber.utils.adapter_config import upgrade_adapter
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint
 
 if TYPE_CHECKING:
@@ -91,24 +93,34 @@ class Trained:
         # The adapter that it started from, and how the run was made faster, are history.
         settings |= {"adapter_weights": None, "shard_llm": False}
         settings |= {"cache_features": False, "compile_llm": False}
+        settings["adapter"] = upgrade_adapter(settings["adapter"])
         config = yaml.safe_load(saved["config"] or "{}") | {"model": settings}
         return cls(config, saved["backbones"], saved["trainer"], weights)
 
 
-def load(path: str | Path, device: str | torch.device | None = None) -> TrainedModel:
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    adapter: type[Adapter] | None = None,
+) -> TrainedModel:
     """Loads a trained adapter with the two frozen models that it stands between.
 
     Args:
         path: A checkpoint, a run's folder (its ``last.ckpt``), a folder of runs (the newest), or a folder
             that ``export`` wrote.
         device: null takes the GPU where there is one.
+        adapter: Class of the adapter, if it is one of your own: a file's word is not enough to import it.
 
     Raises:
         FileNotFoundError: nothing is there, or a frozen model is not to be had.
-        ValueError: a frozen model is another than it was trained with.
+        ValueError: a frozen model is another than it was trained with, or the adapter's class is not of
+            this package and `adapter` is not given.
     """
     trained = Trained.read(path)
-    model = Limber(**trained.config["model"])
+    settings = dict(trained.config["model"])
+    if adapter is not None:
+        settings["adapter"] = partial(adapter, **settings["adapter"]["init_args"])
+    model = Limber(**settings)
     model.configure_model()
     model.on_load_checkpoint({"lightning_limber": {"backbones": trained.backbones}})
     model.adapter.load_state_dict(trained.weights)
@@ -184,8 +196,9 @@ class TrainedModel:
 
         Returns:
             A row for each active latent of each image token: token (place among the image tokens), row and
-            column of its patch (none for CLS), latent, activation, and the latent's description and
-            density on text where they are known. Tokens that are never counted (probing.py) have no rows.
+            column of its patch (none for CLS, and where tokens are no places in the image), latent,
+            activation, and the latent's description and density on text where they are known. Tokens
+            that are never counted (probing.py) have no rows.
         """
         import pandas as pd
 
@@ -198,7 +211,7 @@ class TrainedModel:
         )
         values, index = found[0].nan_to_num(0.0).topk(top, dim=-1)  # [P, top]
         known = self._probe.findings.descriptions.get(names[layer])
-        height, width = self.model.token_grid
+        height, width = self.model.token_grid or (0, 0)
         before = len(values) - height * width
         rows = []
         for token, latent in (values > 0).nonzero().tolist():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import set_parsing_settings
+import yaml
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -26,7 +28,9 @@ from lightning_limber.models.frozen import cpu_multiplies_bfloat16
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
 from lightning_limber.tools.predict import CaptionWriter, Images
+from lightning_limber.utils.adapter_config import adapter_args, adapter_in, upgrade_config
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
+from lightning_limber.utils.trust import trusted_class
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "export")
 
@@ -89,6 +93,16 @@ NOT_ACCEPTED = re.compile(
 class Parser(LightningArgumentParser):
     """Names the nearest option where one is misspelt, on the command line or in a YAML file."""
 
+    def parse_args(self, args: Sequence[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Parses a command, with the adapter in it as `adapter_args` says."""
+        args = list(sys.argv[1:] if args is None else args)
+        if self._subcommands_action:  # Not again for what a subcommand or a class gets.
+            try:
+                args = adapter_args(args)
+            except (ValueError, yaml.YAMLError) as error:
+                self.error(str(error))
+        return super().parse_args(args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         match = NOT_ACCEPTED.search(message)
         if match and "Did you mean" not in message:  # The parser of a class inside has said it.
@@ -150,6 +164,9 @@ class LimberCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # As a namespace: a default that is a class does not go together with a default config.
+        default = Namespace(class_path="lightning_limber.models.adapters.Linear")
+        parser.set_defaults({"model.adapter": default})
         parser.add_lightning_class_args(SAEProbe, "probe")
         parser.add_lightning_class_args(CaptionSamples, "captions")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
@@ -172,6 +189,10 @@ class LimberCLI(LightningCLI):
             return
         checkpoint = read_checkpoint(path)
         saved = checkpoint["lightning_limber"]["config"]
+        if saved is not None:
+            saved = upgrade_config(saved)
+            stored = adapter_in(saved)["class_path"]
+            trusted_class(stored, path, "model.adapter", [self._settings.model.adapter.class_path])
         # A requeued job's command line is the whole one.
         base = [] if saved is None or requeued else ["--config", saved]
         # Processes that are started for DDP read sys.argv too: all continue from the same file.

@@ -250,7 +250,7 @@ def make_plan(
                     whole_probe / speed / 60 if of_probe else None,
                 )
             )
-    hparams, adapter = model.hparams, model.adapter_config.kind
+    hparams, adapter = model.hparams, type(model.adapter).__name__
     prompt = rehearsal.prefix_tokens + rehearsal.text_tokens - caption_tokens
     title = [
         f"{hparams['vision']['name']} -> {adapter} -> {hparams['llm']}",

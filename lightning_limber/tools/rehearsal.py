@@ -29,7 +29,6 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_limber.data.collate import Batch
 from lightning_limber.data.records import Record
-from lightning_limber.models.adapters import Adapter
 from lightning_limber.models.limber import Limber, _blank_image
 from lightning_limber.utils.flops import FlopCounter
 
@@ -140,8 +139,8 @@ class Rehearsal:
         self._more_tokens = captions_per_image * caption_tokens - int(self._one.is_caption.sum())
         with torch.device("meta"):
             features = model.vision(self._one.pixel_values.to("meta"))
-            model.adapter = Adapter(model.adapter_config, features.shape[-1], model.llm.hidden_size)
-            self.image_tokens = model.adapter(features).shape[1]
+            model.adapter = model.make_adapter(features.shape[-1], model.llm.hidden_size)
+            self.image_tokens = model.adapter.count_tokens(features)
         model._check_length(self.image_tokens)
         self.parameters = {name: _count(part) for name, part in self.parts.items()}
         self.fake = FakeTensorMode()
