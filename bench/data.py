@@ -19,10 +19,9 @@ from unittest.mock import patch
 
 from bench import measure
 from bench.measure import Row
-from bench.sizes import Setup, attach, limber
+from bench.sizes import Setup, attach, collator
 from lightning_limber.data import CaptionData, ImageFolder, Scenes, Shards
 from lightning_limber.data.scenes import SceneSet
-from lightning_limber.models.limber import Limber
 
 PICTURE_SIZE = 256
 WINDOW = 16
@@ -64,7 +63,7 @@ def make(kind: str, folder: Path, batch_size: int, count: int, workers: int, win
 
 
 def one_pass(data: CaptionData, epoch: int) -> tuple[float, float]:
-    """Seconds per batch and the share of text positions that are padding."""
+    """Seconds per batch and the share of positions that are padding."""
     loader = data.train_dataloader()
     loader.set_epoch(epoch)
     real = padded = 0
@@ -72,7 +71,7 @@ def one_pass(data: CaptionData, epoch: int) -> tuple[float, float]:
     for i, batch in enumerate(loader):
         if i == 0:
             start = time.perf_counter()
-        real, padded = real + batch.text_tokens, padded + batch.text_ids.numel()
+        real, padded = real + batch.used_positions, padded + batch.input_ids.numel()
     return (time.perf_counter() - start) / i, 1 - real / padded
 
 
@@ -87,13 +86,13 @@ def _main(setup: Setup) -> Row:
     size = setup.size
     count = 16 * size.batch_size
     write_sets(setup.folder, count)
-    model: Limber = limber(size, setup.folder)
+    collate = collator(size, setup.folder)
     sets = {}
     for kind in setup.only or ["Scenes", "ImageFolder", "Shards"]:
         for workers in WORKERS:
             for window in (0,) if kind == "Scenes" or workers else (0, WINDOW):
                 data = make(kind, setup.folder, size.batch_size, count, workers, window)
-                attach(data, model)
+                attach(data, collate)
                 sets[kind, workers, window] = data
     passes: dict[tuple, list[tuple[float, float]]] = {key: [] for key in sets}
     for number in range(setup.repeats):
@@ -106,11 +105,11 @@ def _main(setup: Setup) -> Row:
         row |= measure.step_times([[seconds for seconds, _ in found]])
         row["batches_per_s"] = 1 / row["step_s"]
         row["images_per_s"] = size.batch_size / row["step_s"]
-        row["text_padding"] = statistics.mean(padding for _, padding in found)
+        row["padding"] = statistics.mean(padding for _, padding in found)
         rows.append(row)
     return {"work": {"images": count, "picture_size": PICTURE_SIZE}, "results": rows}
 
 
 COLUMNS = (
-    "name workers length_window batches_per_s images_per_s step_s step_s_p10 step_s_p90 text_padding"
+    "name workers length_window batches_per_s images_per_s step_s step_s_p10 step_s_p90 padding"
 ).split()

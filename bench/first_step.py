@@ -37,16 +37,15 @@ def main(out: Path, args: list[str]) -> None:
 
     begin = time.perf_counter()
     from lightning_limber import cli
-    from lightning_limber.callbacks import sae_probe
-    from lightning_limber.probe import sanity_check as gate
+    from lightning_limber.probe import load, sanity_check
 
     seconds["imports"] = time.perf_counter() - begin
     limber: Any = cli.Limber
     timed(cli.LimberCLI, "parse_arguments", "config")
     timed(limber, "configure_model", "models")
-    timed(sae_probe, "load_saes", "saes")
-    timed(gate, "measure_once", "text_gate")
-    timed(sae_probe.Probe, "run", "probe")
+    timed(load, "load_saes", "saes")
+    timed(sanity_check, "measure_once", "sanity_check")
+    timed(load.Probe, "run", "probe")
     marks: list[float] = []
 
     def on_train_epoch_start(self: Any) -> None:

@@ -3,12 +3,12 @@
 All run the same LLM weights on the same embeddings, with image and with the captions alone, in the same
 precision, and the same SAEs (JumpReLU, thresholds set so that about one latent in 128 is active, float32).
 Ours leaves latents that cannot fire out by a product in bfloat16, where a CPU has it, and computes the
-others in float32 (sae.py). It makes every reconstruction metric of image, caption and text tokens by image,
-and their bootstrap intervals. The peers add up less, which favours them: squared error, squared norm, mean,
-cosine and l0 of each layer and group. Names of contenders:
+others in float32 (screened_encoder.py). It makes every reconstruction metric of image, caption and text
+tokens by image, and their bootstrap intervals. The peers add up less, which favours them: squared error,
+squared norm, mean, cosine and l0 of each layer and group. Names of contenders:
 
-    limber      `Probe.run` without extras, as at the epochs of a run after the first probe: what the
-                frozen LLM makes of the captions alone is known by then
+    limber      `Probe.run` without further metrics, as at the epochs of a run after the first probe: what
+                the frozen LLM makes of the captions alone is known by then
     limber-first  the first probe of a run
     saelens     HookedSAETransformer.run_with_cache of all layers' residual streams, then each SAE
     dense       residual streams of all layers written to one .pt an image, then read again for the SAEs
@@ -28,11 +28,11 @@ from torch import Tensor
 
 from bench import measure
 from bench.measure import Laps, Row
-from bench.sizes import Pictures, Setup, attach, limber, pictures
+from bench.sizes import Pictures, Setup, attach, collator, limber, pictures
 from lightning_limber.cli import default_precision
 from lightning_limber.data.collate import Batch
-from lightning_limber.models.limber import Sequences
-from lightning_limber.probe.passes import Probe, ProbeConfig
+from lightning_limber.probe.config import ProbeConfig
+from lightning_limber.probe.passes import Probe
 from lightning_limber.probe.sanity_check import TextStats
 
 NAMES = ["limber", "limber-first", "saelens", "dense"]
@@ -74,7 +74,8 @@ class Contenders:
         self.model = limber(setup.size, setup.folder)
         self.model.configure_model()
         self.model.to(self.device)
-        batch = move_data_to_device(pictures(setup.size, self.model, 1).ready[0], self.device)
+        self.collate = collator(setup.size, setup.folder, packed=False)
+        batch = move_data_to_device(pictures(setup.size, self.collate, 1).ready[0], self.device)
         self.model.adapter.calibrate(
             self.model.vision(batch.pixel_values), torch.tensor(self.model.token_norm, device=self.device)
         )
@@ -88,7 +89,7 @@ class Contenders:
     def make_probe(self) -> Probe:
         # Nothing is an outlier, as for the peers.
         text = dict.fromkeys(self.names, TextStats(1e30, 1.0, 0.0, 0.0))
-        return Probe(self.model, self.saes, text, ProbeConfig(extras=()), context=self.context)
+        return Probe(self.model, self.saes, text, ProbeConfig(metrics=[]), context=self.context)
 
     def context(self) -> Any:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
@@ -114,30 +115,24 @@ class Contenders:
 
         hooks: dict[str, Any] = {name: partial(build, name) for name in self.names}
         with self.context(), self.model.llm.residual_hooks(hooks):
-            self.model.llm.decode(self.model.sequences(batch, self._image_tokens(batch)).embeds)
+            self.model.llm.decode(self.model.embed_sequences(batch, self.model.image_tokens(batch)))
         return saes
-
-    def _image_tokens(self, batch: Batch) -> Tensor:
-        return self.model.image_tokens(batch.pixel_values)
 
     def batches(self, num_images: int) -> Iterator[Batch]:
         """The first held-out images, each batch made when it is asked for, as in a run."""
         size = self.setup.size
         data = Pictures(num_images, size.features.image_size or 224, batch_size=1)
-        attach(data, self.model)
+        attach(data, self.collate)
         for batch in data.probe_dataloader(num_images):
             yield move_data_to_device(batch, self.device)
 
-    def forwards(self, batch: Batch) -> Iterator[tuple[Sequences, Groups]]:
-        """The batch with its images, and its captions alone."""
-        with_image = self.model.sequences(batch, self._image_tokens(batch))
-        alone = self.model.sequences(batch, None)
-        flat = {name: self._flat(mask) for name, mask in with_image.groups.items()}
-        yield with_image, flat
-        yield alone, {"text": self._flat(alone.groups["caption"])}
-
-    def _flat(self, mask: Tensor) -> Tensor:
-        return mask.flatten().nonzero()[:, 0].to(self.device)
+    def forwards(self, batch: Batch) -> Iterator[tuple[Tensor, Groups]]:
+        """Embeddings of the batch with its images, and of its captions alone."""
+        embeds = self.model.embed_sequences(batch, self.model.image_tokens(batch))
+        yield embeds, {name: batch.groups[name][0] for name in ("image", "caption")}
+        alone = batch.without_image
+        assert alone is not None
+        yield self.model.embed_sequences(alone, None), {"text": alone.groups["caption"][0]}
 
     # -- contenders -------------------------------------------------------------------------------
 
@@ -157,9 +152,9 @@ class Contenders:
         sums: dict[tuple[str, int], Sums] = {}
         for batch in batches:
             with self.context():
-                for sequences, groups in self.forwards(batch):
+                for embeds, groups in self.forwards(batch):
                     _, cache = hooked.run_with_cache(
-                        sequences.embeds.to(hooked.cfg.dtype),
+                        embeds.to(hooked.cfg.dtype),
                         start_at_layer=0,
                         return_type=None,
                         names_filter=self.names,
@@ -178,11 +173,11 @@ class Contenders:
         llm = self.model.llm
         for batch in batches:
             with self.context():
-                for sequences, groups in self.forwards(batch):
+                for embeds, groups in self.forwards(batch):
                     kept: dict[str, Tensor] = {}
                     hooks = {name: partial(kept.__setitem__, name) for name in self.names}
                     with llm.residual_hooks(hooks):
-                        llm.decode(sequences.embeds)
+                        llm.decode(embeds)
                     residuals = torch.stack(
                         [kept[name] for name in self.names], dim=1
                     ).cpu()  # [N, L, S, D]

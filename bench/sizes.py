@@ -10,10 +10,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from lightning_limber.data import CaptionData
-from lightning_limber.data.collate import Batch
+from lightning_limber.data.collate import Batch, Collator
 from lightning_limber.data.loader import RecordSet
 from lightning_limber.data.records import Record
 from lightning_limber.data.scenes import SceneSet
@@ -224,10 +225,28 @@ class Pictures(CaptionData):
         return DataLoader(cast(Any, self.ready), batch_size=None)
 
 
+def collator(size: Size, folder: Path, packed: bool = True) -> Collator:
+    """The default run's, without the LLM's weights.
+
+    Args:
+        size: What is measured.
+        folder: Has the models.
+        packed: Let short sequences share a row, as in a run.
+    """
+    model = limber(size, folder)
+    model.llm.load(weights=False)
+    model.vision.load()
+    blank = model.vision.transform(Image.new("RGB", (64, 64)))
+    model.num_image_tokens = model.vision(blank[None]).shape[1]
+    collate = model.collator()
+    collate.packing = collate.packing if packed else None
+    return collate
+
+
 def pictures(
-    size: Size, model: Limber, batches: int, captions: int = 1, share_prefix: bool = False
+    size: Size, collate: Collator, batches: int, captions: int = 1, share_prefix: bool = False
 ) -> Pictures:
-    """Training batches for `model`, in ``ready``."""
+    """Training batches in ``ready``."""
     data = Pictures(
         batches * size.batch_size,
         size.features.image_size or 224,
@@ -235,12 +254,13 @@ def pictures(
         captions_per_image=captions,
         share_prefix=share_prefix,
     )
-    attach(data, model)
+    attach(data, collate)
     data.ready = list(CaptionData.train_dataloader(data))
     return data
 
 
-def attach(data: CaptionData, model: Limber) -> None:
+def attach(data: CaptionData, collate: Collator) -> None:
     """Sets a data module up without a Trainer."""
-    data.trainer = cast(Any, SimpleNamespace(lightning_module=model, global_rank=0, world_size=1))
+    module = SimpleNamespace(collator=lambda: collate)
+    data.trainer = cast(Any, SimpleNamespace(lightning_module=module, global_rank=0, world_size=1))
     data.setup()

@@ -1,7 +1,7 @@
 """How long one waits: for ``--help``, for ``--print_config``, and for the first optimiser step of ``fit``.
 
 Every command runs in a process of its own, once unmeasured to warm caches. The default run's models have
-random weights of true size here, so the text gate only warns; all else is the default config.
+random weights of true size here, so the sanity check only warns; all else is the default config.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fit_flags(setup: Setup) -> list[str]:
         tiny.write_saes(setup.folder / "saes")
         flags = tiny.arguments(setup.folder)
     elif setup.size.llm is SIZES["default"].llm:
-        flags = ["--probe.text_gate=warn", f"--model.llm={setup.folder / 'llm'}"]
+        flags = ["--probe.sanity_check=warn", f"--model.llm={setup.folder / 'llm'}"]
         flags.append(f"--model.vision.name={setup.folder / 'vision'}")
     else:
         raise ValueError("bench start measures the default config: use --size default or tiny.")

@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import measure
 from bench.measure import Clock, Laps, Row
-from bench.sizes import Setup, Size, limber, pictures
+from bench.sizes import Setup, Size, collator, limber, pictures
 from lightning_limber.cli import default_precision
 from lightning_limber.data.collate import Batch
 from lightning_limber.models.vision import VisionEncoder
@@ -71,7 +71,7 @@ class Ours:
     ) -> None:
         self.device, self.precision = device, precision
         self.model = limber(size, folder, **kwargs)
-        self.data = pictures(size, self.model, READY_BATCHES, captions, share)
+        self.data = pictures(size, collator(size, folder), READY_BATCHES, captions, share)
         self.runs = str(folder / "runs")
         self.fit(1)  # Loads and calibrates.
 
@@ -182,20 +182,18 @@ class Peers:
 
     @staticmethod
     def _example(batch: Batch, image_tokens: int, image_token_id: int) -> dict[str, Tensor]:
-        """The batch as transformers takes it, every caption in a sequence of its own."""
-        count, width = batch.text_ids.shape
-        row, column = batch.target_index.unbind(1)
+        """The batch, every sequence in a row of its own, as transformers takes it."""
+        ids, labels = batch.input_ids.clone(), torch.full_like(batch.input_ids, -100)
+        ids.view(-1)[batch.image_positions] = image_token_id
+        labels.view(-1)[batch.label_positions + 1] = batch.labels
+        column = torch.arange(ids.shape[1])
         # The end token is the last of each text.
-        lengths = torch.zeros(count, dtype=torch.long).scatter_reduce(0, row, column + 1, "amax")
-        labels = torch.full((count, width), -100)
-        labels[row, column] = batch.text_ids[row, column]
-        before = len(batch.prefix_ids) + image_tokens
-        opening = torch.cat([batch.prefix_ids, torch.full((image_tokens,), image_token_id)])
+        last = torch.where(labels >= 0, column, 0).amax(1, keepdim=True)
         return {
-            "input_ids": torch.cat([opening.expand(count, -1), batch.text_ids], dim=1),
-            "attention_mask": (torch.arange(before + width) < before + lengths[:, None]).long(),
-            "labels": nn.functional.pad(labels, (before, 0), value=-100),
-            "pixel_values": batch.pixel_values[batch.image_index],
+            "input_ids": ids,
+            "attention_mask": (column <= last).long(),
+            "labels": labels,
+            "pixel_values": batch.pixel_values[batch.image_rows[::image_tokens] // image_tokens],
         }
 
     def trainer(self, steps: int, bf16: bool) -> list[float]:
@@ -284,11 +282,13 @@ class Contenders:
 
     def peers(self, dtype: torch.dtype) -> Peers:
         if dtype not in self._made:
-            batches = pictures(
-                self.size, limber(self.size, self.folder), READY_BATCHES, self.captions
-            ).ready
-            self._made[dtype] = Peers(self.size, self.folder, self.device, batches, dtype)
+            self._made[dtype] = Peers(self.size, self.folder, self.device, self.plain_batches(), dtype)
         return self._made[dtype]
+
+    def plain_batches(self) -> list[Batch]:
+        """The same batches, each caption in a row of its own."""
+        collate = collator(self.size, self.folder, packed=False)
+        return pictures(self.size, collate, READY_BATCHES, self.captions).ready
 
     def build(self, name: str) -> Laps:
         bf16 = "bf16" in name
@@ -314,19 +314,18 @@ def _memory(setup: Setup, name: str) -> Row:
     return measure.peak_memory(setup.device, lambda: run(1))
 
 
-def count_work(ours: Ours, setup: Setup) -> Row:
+def count_work(ours: Ours, batches: list[Batch], setup: Setup) -> Row:
     """What a batch holds, and the FLOPs that its maths needs: by parameters and tokens, 2 a product.
 
     Forward and the backward through activations for the LLM's layers (4N a token), the same for the head
     on target tokens alone, one forward for the encoder up to the layer that is used; attention's own
-    products are left out. Padding, and a prefix that is laid down for each caption, are not needed.
+    products are left out. `batches` have each caption in a row of its own. Padding, and a prefix that is
+    laid down for each caption, are not needed.
     """
     from transformers import AutoModel
 
-    model, batches, size = ours.model, ours.data.ready, setup.size
-    with torch.no_grad():
-        pixels = batches[0].pixel_values[:1].to(model.device)
-        image_tokens = model.image_tokens(pixels).shape[1]
+    model, size = ours.model, setup.size
+    image_tokens = model.num_image_tokens
     with torch.device("meta"):
         encoder = AutoModel.from_config(size.vision())
 
@@ -335,12 +334,13 @@ def count_work(ours: Ours, setup: Setup) -> Row:
 
     layer, layers = size.features.layer, encoder.config.num_hidden_layers
     used = (layer if layer >= 0 else layers + 1 + layer) / layers
-    patches = (pixels.shape[-1] // encoder.config.patch_size) ** 2
+    patches = (batches[0].pixel_values.shape[-1] // encoder.config.patch_size) ** 2
     images = sum(len(batch.pixel_values) for batch in batches)
     samples = images * setup.captions
-    before = len(batches[0].prefix_ids) + image_tokens
-    text = sum(batch.text_tokens for batch in batches)
-    targets = sum(len(batch.target_index) for batch in batches)
+    before = len(model.collator().prompt.prefix_ids) + image_tokens
+    # The last token of a sequence is its last label.
+    text = sum(batch.used_positions for batch in batches) + samples - samples * before
+    targets = sum(len(batch.labels) for batch in batches)
     flops = 4 * matrices(model.llm.layers) * (images * before + text)
     flops += 4 * model.llm.embedding.weight.numel() * targets
     flops += int(2 * used * matrices(encoder) * patches * images)
@@ -372,7 +372,7 @@ def _main(setup: Setup) -> Row:
         with FlopCounterMode(display=False) as counter:
             runs[name](1)  # Two steps.
         flops[name] = counter.get_total_flops() / 2
-    work = count_work(contenders.ours(contenders.precision), setup)
+    work = count_work(contenders.ours(contenders.precision), contenders.plain_batches(), setup)
     config = setup.size.llm()
     shapes = [(int(work["tokens"]), config.hidden_size, config.intermediate_size), (2048, 2048, 2048)]
     dtypes = [torch.float32, *([torch.bfloat16] if contenders.precision == "bf16-mixed" else [])]

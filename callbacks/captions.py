@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 
+from lightning_limber.captioning.figures import caption_figure
 from lightning_limber.captioning.scores import Score, caption_scores, most_frequent_caption
 from lightning_limber.data import CaptionData
 from lightning_limber.data.loader import RecordSet
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
-from lightning_limber.probe.statistics import interval, resamples
+from lightning_limber.probe.statistics import bootstrap_weights, interval
 
-from .figures import caption_figure, log_figure
+from .run_record import log_figure
 
 
 class Baseline(NamedTuple):
@@ -252,6 +253,6 @@ def slot_scores(data: CaptionData, written: list[str], scenes: list[Any]) -> dic
             for name in (slot,) if slot == "held_out" else (slot, "all"):
                 of_slot = counts.setdefault(name, torch.zeros(len(written), 2, dtype=torch.float64))
                 of_slot[i] += torch.tensor(found)
-    weights = resamples(len(written), 1000, seed=0)  # [R, I]
+    weights = bootstrap_weights(len(written), 1000, seed=0)  # [R, I]
     sums = {name: weights @ of_slot for name, of_slot in counts.items()}  # [R, 2]
     return {f"slots/{name}": Score(*interval(of[:, 0] / of[:, 1])) for name, of in sums.items()}

@@ -6,6 +6,7 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import torch
 from torch.utils.tensorboard.summary import hparams
 
 from lightning_limber.data.collate import Batch
-from lightning_limber.probe.findings import Row
-from lightning_limber.probe.palette import GROUPS, PANELS
+from lightning_limber.probe.palette import Panel, ordered_groups
+from lightning_limber.probe.tables import Row
 from lightning_limber.utils.checkpoints import FREE
 from lightning_limber.utils.flops import FlopCounter
 
@@ -146,17 +147,26 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def log_layout(trainer: Any, rows: list[Row]) -> None:
+def log_figure(trainer: Any, tag: str, figure: Any) -> None:
+    """Hands a matplotlib figure to every logger that takes figures (TensorBoard does); None is left out."""
+    for logger in trainer.loggers:
+        if figure is not None and hasattr(logger.experiment, "add_figure"):
+            logger.experiment.add_figure(tag, figure, global_step=trainer.global_step)
+
+
+def log_layout(trainer: Any, rows: list[Row], panels: Sequence[Panel]) -> None:
     """Lays out the charts in every logger that can (TensorBoard: the first layout of a run counts)."""
     for logger in trainer.loggers:
         if hasattr(logger.experiment, "add_custom_scalars"):
-            logger.experiment.add_custom_scalars(chart_layout(rows))
+            logger.experiment.add_custom_scalars(chart_layout(rows, panels))
 
 
-def chart_layout(rows: list[Row]) -> dict[str, dict[str, list]]:
+def chart_layout(rows: list[Row], panels: Sequence[Panel]) -> dict[str, dict[str, list]]:
     """TensorBoard's CUSTOM SCALARS: one metric's layers in one chart, one layer's groups in one chart."""
     layers = sorted({row.layer for row in rows if row.layer is not None})
-    metrics = [metric for metric in PANELS if any(row.metric == metric for row in rows)]
+    measured = {row.metric for row in rows}
+    labels = {panel.metric: panel.label for panel in panels if panel.metric in measured}
+    groups = "|".join(ordered_groups(row.group for row in rows))
     layout = {
         "training": {
             "loss": ["Multiline", ["train/loss$", "val/loss"]],
@@ -166,12 +176,12 @@ def chart_layout(rows: list[Row]) -> dict[str, dict[str, list]]:
             "captions: scores": ["Multiline", [f"captions/({'|'.join(SCORES)})$"]],
         },
         "image tokens, all layers": {
-            PANELS[metric]: ["Multiline", [rf"{metric}/image/layer_\d+$"]] for metric in metrics
+            label: ["Multiline", [rf"{metric}/image/layer_\d+$"]] for metric, label in labels.items()
         },
     }
     for layer in layers:
         layout[f"layer {layer:02d}, all groups"] = {
-            PANELS[metric]: ["Multiline", [f"{metric}/({'|'.join(GROUPS)})/layer_{layer:02d}$"]]
-            for metric in metrics
+            label: ["Multiline", [f"{metric}/({groups})/layer_{layer:02d}$"]]
+            for metric, label in labels.items()
         }
     return layout

@@ -4,7 +4,7 @@
     python -m lightning_limber fit --model.adapter my_parts.Resampler --model.adapter.queries 16
 
 Checkpoints store the class path and the settings. A command that starts from one (`--ckpt_path`) names the
-class again, since a file's word is not enough to run code; in Python, `load(run, adapter=Resampler)`.
+class again, since a file's word is not enough to run code; in Python, import this file before `load(run)`.
 """
 
 from __future__ import annotations

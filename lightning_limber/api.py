@@ -11,6 +11,7 @@ model.features("cat.png", layer=18)
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,20 +24,20 @@ import yaml
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_limber.callbacks import SAEProbe
 from lightning_limber.data.collate import Batch
 from lightning_limber.data.image_folder import open_image
 from lightning_limber.data.prompt import CAPTION_QUESTION
 from lightning_limber.data.records import Record, Turns
-from lightning_limber.models.adapter_weights import EXPORTED, read_projector
-from lightning_limber.models.adapters import Adapter
+from lightning_limber.models.adapter_weights import read_projector
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
-from lightning_limber.probe.findings import Row
+from lightning_limber.probe.config import ProbeConfig, in_present_form
+from lightning_limber.probe.load import build_probe
 from lightning_limber.probe.passes import Probe
-from lightning_limber.probe.saes import hook_layer
+from lightning_limber.probe.tables import frame
 from lightning_limber.utils.adapter_config import upgrade_adapter
-from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint
+from lightning_limber.utils.checkpoints import EXPORTED, newest_checkpoint, read_checkpoint
+from lightning_limber.utils.trust import class_paths, trusted_class
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,29 +99,23 @@ class Trained:
         return cls(config, saved["backbones"], saved["trainer"], weights)
 
 
-def load(
-    path: str | Path,
-    device: str | torch.device | None = None,
-    adapter: type[Adapter] | None = None,
-) -> TrainedModel:
+def load(path: str | Path, device: str | torch.device | None = None) -> TrainedModel:
     """Loads a trained adapter with the two frozen models that it stands between.
+
+    Where the adapter's class is your own, import its module first: a file's word is not enough to do so.
 
     Args:
         path: A checkpoint, a run's folder (its ``last.ckpt``), a folder of runs (the newest), or a folder
             that ``export`` wrote.
         device: null takes the GPU where there is one.
-        adapter: Class of the adapter, if it is one of your own: a file's word is not enough to import it.
 
     Raises:
         FileNotFoundError: nothing is there, or a frozen model is not to be had.
         ValueError: a frozen model is another than it was trained with, or the adapter's class is not of
-            this package and `adapter` is not given.
+            this package and not imported.
     """
     trained = Trained.read(path)
-    settings = dict(trained.config["model"])
-    if adapter is not None:
-        settings["adapter"] = partial(adapter, **settings["adapter"]["init_args"])
-    model = Limber(**settings)
+    model = Limber(**trained.config["model"])
     model.configure_model()
     model.on_load_checkpoint({"lightning_limber": {"backbones": trained.backbones}})
     model.adapter.load_state_dict(trained.weights)
@@ -172,19 +167,19 @@ class TrainedModel:
 
         Returns:
             A row for each number: layer (none for numbers about all layers), group, metric, value, and
-            low and high of its 95 % bootstrap interval over images (metrics.py, concepts.py).
-        """
-        import pandas as pd
+            low and high of its 95 % bootstrap interval over images (probe/metrics/).
 
+        Raises:
+            ValueError: the run had a metric of a module that this program has not imported.
+        """
         if len(images) != len(captions) or not len(images):
             raise ValueError(
                 f"{len(images)} images and {len(captions)} captions: each image needs its own."
             )
         texts = [[text] if isinstance(text, str) else list(text) for text in captions]
-        costly = min(self._sae_probe.costly_images, len(images))
         batches = partial(_Batches, self.model, images, texts, batch_size)
-        report = self._probe.run(batches(len(images)), batches(costly))
-        return pd.DataFrame(report.rows, columns=Row._fields).astype({"layer": "Int64"})
+        intervention_images = min(self._probe.config.intervention_images, len(images))
+        return frame(self._probe.run(batches(len(images)), batches(intervention_images)).rows)
 
     def features(self, image: Image | str | Path, layer: int, top: int = 3) -> pd.DataFrame:
         """The SAE latents that are strongest at each image token, at one layer.
@@ -198,11 +193,11 @@ class TrainedModel:
             A row for each active latent of each image token: token (place among the image tokens), row and
             column of its patch (none for CLS, and where tokens are no places in the image), latent,
             activation, and the latent's description and density on text where they are known. Tokens
-            that are never counted (probing.py) have no rows.
+            that are never counted (passes.py) have no rows.
         """
         import pandas as pd
 
-        names = {hook_layer(name): name for name in self._probe.saes}
+        names = {at: name for name, at in self._probe.layers.items()}
         if layer not in names:
             raise ValueError(f"layer={layer} has no SAE; there are {sorted(names)}.")
         found: list[Tensor] = []
@@ -210,7 +205,7 @@ class TrainedModel:
             self._image_tokens(image), lambda _, latents: found.append(latents[0]), [names[layer]]
         )
         values, index = found[0].nan_to_num(0.0).topk(top, dim=-1)  # [P, top]
-        known = self._probe.findings.descriptions.get(names[layer])
+        known = self._probe.descriptions.get(names[layer])
         height, width = self.model.token_grid or (0, 0)
         before = len(values) - height * width
         rows = []
@@ -225,17 +220,18 @@ class TrainedModel:
     @property
     def layers(self) -> list[int]:
         """Layers that have an SAE."""
-        return [hook_layer(name) for name in self._probe.saes]
-
-    @cached_property
-    def _sae_probe(self) -> SAEProbe:
-        if "probe" not in self.config:
-            raise ValueError("This adapter's run had no config of a probe: it was not made by the CLI.")
-        return SAEProbe(**self.config["probe"])
+        return list(self._probe.layers.values())
 
     @cached_property
     def _probe(self) -> Probe:
-        return self._sae_probe.load(self.model, self._context)
+        if "probe" not in self.config:
+            raise ValueError("This adapter's run had no config of a probe: it was not made by the CLI.")
+        settings = in_present_form({"probe": self.config["probe"]})["probe"]
+        for path in class_paths(settings.get("metrics")):
+            # A file's word is not enough to import it.
+            if path.rpartition(".")[0] not in sys.modules:
+                trusted_class(path, "this adapter", "probe.metrics")
+        return build_probe(self.model, ProbeConfig.of(settings), self._context)
 
     def _image_tokens(self, image: Image | str | Path) -> Tensor:
         pixels = self.model.vision.transform(_picture(image))[None].to(self.model.device)  # [1, 3, H, W]

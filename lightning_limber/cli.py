@@ -1,23 +1,20 @@
 """``python -m lightning_limber fit|validate|test|predict|plan|export``: configs in, a running Trainer out.
 
-Layers of configuration, later ones win: configs/default.yaml, each ``--config``, then flags. A run that
-goes on from a checkpoint starts from the config that the checkpoint carries instead of the default.
+Layers of configuration, later ones win: configs/base.yaml, the experiment (configs/default.yaml, unless a
+``--config`` names its data), each ``--config``, then flags. For a run that goes on from a checkpoint, the
+experiment is the config that the checkpoint carries.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
@@ -27,38 +24,15 @@ from lightning_limber.data import CaptionData
 from lightning_limber.models.frozen import cpu_multiplies_bfloat16
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
+from lightning_limber.probe.config import in_present_form
 from lightning_limber.tools.predict import CaptionWriter, Images
-from lightning_limber.utils.adapter_config import adapter_args, adapter_in, upgrade_config
+from lightning_limber.utils.adapter_config import upgrade_config
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
-from lightning_limber.utils.trust import trusted_class
+from lightning_limber.utils.config_files import config_dir, default_experiment, find_configs, split_exports
+from lightning_limber.utils.parser import Parser, classes_first
+from lightning_limber.utils.trust import class_paths, read_config
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "export")
-
-
-def config_dir() -> Path:
-    """The shipped configs: inside the installed package, or at the top of a clone."""
-    package = Path(__file__).parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-def find_configs(args: list[str]) -> list[str]:
-    """Lets ``--config configs/stamps.yaml`` name a shipped config from any working directory."""
-
-    def find(name: str) -> str:
-        if "\n" in name:  # The config itself, as a resumed run hands it to its other processes.
-            return name
-        shipped = config_dir() / name.removeprefix("configs/")
-        return str(shipped) if not Path(name).exists() and shipped.is_file() else name
-
-    found = []
-    for previous, arg in zip(["", *args], args, strict=False):
-        if previous in ("--config", "-c"):
-            arg = find(arg)
-        elif arg.startswith("--config="):
-            arg = "--config=" + find(arg.removeprefix("--config="))
-        found.append(arg)
-    return found
 
 
 def default_precision(accelerator: str) -> str:
@@ -83,40 +57,6 @@ class Trainer(pl.Trainer):
             ckpt_path: A checkpoint, a run's folder, or ``last``.
             output: The folder.
         """
-
-
-NOT_ACCEPTED = re.compile(
-    r"unrecognized arguments: --([\w.]+)|(?:Group '([\w.]+)' does not accept o|O)ption '([\w.]+)'"
-)
-
-
-class Parser(LightningArgumentParser):
-    """Names the nearest option where one is misspelt, on the command line or in a YAML file."""
-
-    def parse_args(self, args: Sequence[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Parses a command, with the adapter in it as `adapter_args` says."""
-        args = list(sys.argv[1:] if args is None else args)
-        if self._subcommands_action:  # Not again for what a subcommand or a class gets.
-            try:
-                args = adapter_args(args)
-            except (ValueError, yaml.YAMLError) as error:
-                self.error(str(error))
-        return super().parse_args(args, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        match = NOT_ACCEPTED.search(message)
-        if match and "Did you mean" not in message:  # The parser of a class inside has said it.
-            given = ".".join(filter(None, match.groups()))
-            parsers = [
-                self,
-                *(self._subcommands_action.choices.values() if self._subcommands_action else ()),
-            ]
-            known = {action.dest for parser in parsers for action in parser._actions}
-            # model.lr is model.optimizer.lr rather than model.llm.
-            same = {name for name in known if name.rpartition(".")[2] == given.rpartition(".")[2]}
-            if near := get_close_matches(given, same or known, n=1):
-                message += f"\n'{given}' is not known. Did you mean '{near[0]}'?"
-        super().error(message, ex)
 
 
 class LimberCLI(LightningCLI):
@@ -172,34 +112,62 @@ class LimberCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        super().parse_arguments(parser, args)
+        """Reads the command twice where a file carries the config of its run: what the command says by
+        itself decides which classes the file may name (trust.py); then the file's config goes below it.
+        """
+        command, given = sys.argv[1:2], sys.argv[2:]
+        own, exports = split_exports(classes_first(given))
+        carried = exports or any(arg.startswith("--ckpt_path") for arg in own)
+        alone = [*default_experiment(own), *own] if command and command[0] in SUBCOMMANDS else own
+        first = [arg for arg in alone if not (carried and arg.startswith("--print_config"))]
+        self.config = parser.parse_args([*command, *first])
         if "subcommand" not in self.config:
             return
-        ckpt_path = self._settings.get("ckpt_path")
-        requeued = None if ckpt_path else self._name_slurm_run()
-        if not ckpt_path and requeued is None:
+        path, requeued = self._find_checkpoint()
+        if path is None and not exports:
             return
-        logger = self._settings.trainer.logger
-        runs = Path(logger.init_args.save_dir) / logger.init_args.name
-        path = requeued or (runs if ckpt_path == "last" else Path(ckpt_path))
-        if path.is_dir() or ckpt_path == "last":
-            path = newest_checkpoint(path)
         if self.config.subcommand == "export":
             self._settings.ckpt_path = str(path)
             return
-        checkpoint = read_checkpoint(path)
-        saved = checkpoint["lightning_limber"]["config"]
-        if saved is not None:
-            saved = upgrade_config(saved)
-            stored = adapter_in(saved)["class_path"]
-            trusted_class(stored, path, "model.adapter", [self._settings.model.adapter.class_path])
-        # A requeued job's command line is the whole one.
-        base = [] if saved is None or requeued else ["--config", saved]
-        # Processes that are started for DDP read sys.argv too: all continue from the same file.
-        sys.argv[2:] = [*base, *sys.argv[2:], "--ckpt_path", str(path)]
-        super().parse_arguments(parser, args)
-        if self.config.subcommand == "fit":
+        stored = [(file, file.read_text(encoding="utf-8")) for file in exports]
+        if path is not None:
+            checkpoint = read_checkpoint(path)
+            # Processes that are started for DDP read sys.argv too: all continue from the same file.
+            own += ["--ckpt_path", str(path)]
+            sys.argv[2:] = [*given, "--ckpt_path", str(path)]
+            saved = checkpoint["lightning_limber"]["config"]
+            if saved is not None and not requeued:  # A requeued job's command line is the whole one.
+                stored.append((path, saved))
+        options = self._parser(self.config.subcommand)
+        named = class_paths(_upgrade(self._settings.as_dict()))
+        layers = []
+        for file, text in stored:
+            layers += [
+                "--config",
+                read_config(text, options, file, named, *self._log_folder(path), _upgrade),
+            ]
+        self.config = parser.parse_args([*command, *(layers or default_experiment(own)), *own])
+        if path is None:
+            self._name_slurm_run()
+        elif self.config.subcommand == "fit":
             self._continue_logs(path, checkpoint["global_step"])
+
+    def _find_checkpoint(self) -> tuple[Path | None, bool]:
+        """The checkpoint to start from, and whether it is that of a requeued SLURM job."""
+        given = self._settings.get("ckpt_path")
+        if not given:
+            path = self._name_slurm_run()
+            return path, path is not None
+        path = Path(*self._log_folder(None)) if given == "last" else Path(given)
+        return (newest_checkpoint(path) if path.is_dir() or given == "last" else path), False
+
+    def _log_folder(self, checkpoint: Path | None) -> tuple[str, str]:
+        """Where runs are logged and the run's name: as the checkpoint lies, else as the command says."""
+        if checkpoint is not None and checkpoint.parent.name == "checkpoints":
+            run = checkpoint.parent.parent
+            return str(run.parent.parent), run.parent.name
+        options = getattr(self._settings.trainer.logger, "init_args", None) or {}
+        return options.get("save_dir") or "runs", options.get("name") or "default"
 
     def _name_slurm_run(self) -> Path | None:
         """Names a batch job's run after the job; the checkpoint to go on from when the job was requeued."""
@@ -217,11 +185,10 @@ class LimberCLI(LightningCLI):
     def _continue_logs(self, path: Path, step: int) -> None:
         """Logs go on in the run's own folder; what was logged after the checkpoint is replaced."""
         logger = self._settings.trainer.logger
-        run = path.parent.parent
-        if path.parent.name == "checkpoints" and logger.class_path.endswith("TensorBoardLogger"):
-            logger.init_args.save_dir = str(run.parent.parent)
-            logger.init_args.name = run.parent.name
-            logger.init_args.version = run.name
+        is_tensorboard = getattr(logger, "class_path", "").endswith("TensorBoardLogger")
+        if path.parent.name == "checkpoints" and is_tensorboard:
+            logger.init_args.save_dir, logger.init_args.name = self._log_folder(path)
+            logger.init_args.version = path.parent.parent.name
             logger.dict_kwargs = {"purge_step": step + 1}
         rank_zero_info(f"[resume] continuing {path} from step {step}")
 
@@ -258,10 +225,10 @@ class LimberCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def _plan(self) -> None:
-        from lightning_limber.tools import plan
+        from lightning_limber.tools.plan import make_plan
 
         settings, probe = self._settings, self._get(self.config_init, "probe")
-        made = plan.make_plan(
+        table = make_plan(
             self.model,
             self.datamodule,
             probe,
@@ -271,7 +238,7 @@ class LimberCLI(LightningCLI):
             utilisation=settings.utilisation,
             caption_tokens=settings.caption_tokens,
         )
-        print(plan.table(made))
+        print(table)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -279,7 +246,7 @@ class LimberCLI(LightningCLI):
             settings = self._settings
             names = (field.name for field in fields(Decoding))
             self.model.decoding = Decoding(**{name: settings[name] for name in names})
-            probe = self._get(self.config_init, "probe") if settings.latents else None
+            probe = self._get(self.config_init, "probe").config if settings.latents else None
             writer = CaptionWriter(settings.output, probe)
             self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
             kwargs["return_predictions"] = False
@@ -298,6 +265,11 @@ class LimberCLI(LightningCLI):
         )
 
 
+def _upgrade(config: dict[str, Any]) -> dict[str, Any]:
+    """What older versions wrote, as this one does."""
+    return upgrade_config(in_present_form(config))
+
+
 def main(args: list[str] | None = None) -> LimberCLI:
     """The command line. `args` replaces ``sys.argv[1:]``."""
     # Workers of torch's loader and of tokenizers do not mix otherwise.
@@ -307,7 +279,7 @@ def main(args: list[str] | None = None) -> LimberCLI:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     options = {
         "parser_mode": "omegaconf+",
-        "default_config_files": [str(config_dir() / "default.yaml")],
+        "default_config_files": [str(config_dir() / "base.yaml")],
     }
     try:
         return LimberCLI(

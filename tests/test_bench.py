@@ -103,7 +103,7 @@ def test_data(tmp_path):
     result = run(tmp_path, "data")
     assert_positive(result["results"], "batches_per_s", "images_per_s", "step_s")
     padding = {
-        (row["name"], row["length_window"]): row["text_padding"]
+        (row["name"], row["length_window"]): row["padding"]
         for row in result["results"]
         if row["workers"] == 0
     }
@@ -117,7 +117,7 @@ def test_start(tmp_path):
     assert_positive(result["results"], "seconds", "cpu_seconds")
     seconds = result["first_step_seconds"]
     total = seconds.pop("total")
-    parts = "interpreter imports config models saes text_gate probe first_batch first_step rest".split()
+    parts = "interpreter imports config models saes sanity_check probe first_batch first_step rest".split()
     assert set(seconds) == set(parts)
     assert min(seconds.values()) > 0
     assert max(seconds.values()) < total
@@ -138,19 +138,20 @@ def test_every_way_to_train_runs(tiny_setup, tmp_path, monkeypatch):
 
 def test_peers_compute_our_loss(tiny_setup):
     """Given the same projection, LLaVA and the plain loop's sequences have the loss of ours."""
-    from bench.sizes import limber, pictures
+    from bench.sizes import collator, limber, pictures
     from bench.train import Peers
 
     model = limber(tiny_setup.size, tiny_setup.folder)
-    batches = pictures(tiny_setup.size, model, 1, captions=3).ready
     model.configure_model()
+    collate = collator(tiny_setup.size, tiny_setup.folder, packed=False)
+    batches = pictures(tiny_setup.size, collate, 1, captions=3).ready
     peers = Peers(tiny_setup.size, tiny_setup.folder, "cpu", batches, torch.float32)
     llava = peers.llava()
     llava.model.multi_modal_projector = model.adapter
     with torch.no_grad():
         theirs = llava(**peers.examples[0])
         _, losses, _ = model(batches[0])
-    assert len(batches[0].image_index) == 3 * len(batches[0].pixel_values)
+    assert len(peers.examples[0]["pixel_values"]) == 3 * len(batches[0].pixel_values)
     assert theirs.loss.item() == pytest.approx(losses.mean().item(), rel=1e-5)
     # Logits at every position: what the plain loop makes too.
     assert theirs.logits.shape[:2] == peers.examples[0]["input_ids"].shape
@@ -158,10 +159,10 @@ def test_peers_compute_our_loss(tiny_setup):
 
 def test_trainers_in_turn_get_the_precision_they_ask_for(tiny_setup):
     """Accelerate would keep the first one's."""
-    from bench.sizes import limber, pictures
+    from bench.sizes import collator, pictures
     from bench.train import Peers
 
-    batches = pictures(tiny_setup.size, limber(tiny_setup.size, tiny_setup.folder), 1).ready
+    batches = pictures(tiny_setup.size, collator(tiny_setup.size, tiny_setup.folder, packed=False), 1).ready
     peers = Peers(tiny_setup.size, tiny_setup.folder, "cpu", batches, torch.float32)
     seen = []
     peers.llm.get_output_embeddings().register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))

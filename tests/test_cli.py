@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -31,23 +30,47 @@ def parse(monkeypatch, capsys):
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 
 
+def settings(output: str) -> dict:
+    """What --print_config printed."""
+    return yaml.safe_load(output[output.index("# lightning") :])
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_parsed_and_opens_with_its_command(config, parse):
     code, output = parse("fit", "--config", config, "--print_config")
     assert code == 0, output
-    head = config.read_text().split("\n\n")[0]
-    assert head.startswith("# ")
-    assert "python -m lightning_limber fit" in head
+    command, time, result = config.read_text().split("\n\n")[0].splitlines()
+    assert re.match(r"# (srun )?python -m lightning_limber fit\b", command)
+    assert command.endswith(str(config.relative_to(REPO))) or config.name in ("default.yaml", "base.yaml")
+    assert time.startswith("# Time: ")
+    assert result.startswith("# Result: ")
 
 
 def test_layers_of_configuration(tmp_path, parse):
     (tmp_path / "mine.yaml").write_text("model: {optimizer: {lr: 0.125}}\ntrainer: {max_steps: 9}\n")
     _, output = parse("fit", "--config=mine.yaml", "--trainer.max_steps=77", "--print_config")
-    settings = yaml.safe_load(output[output.index("# lightning") :])
-    assert settings["model"]["optimizer"]["lr"] == 0.125  # The overlay over the default,
-    assert settings["trainer"]["max_steps"] == 77  # a flag over the overlay,
-    assert settings["model"]["optimizer"]["total_steps"] == 77  # and it reaches the interpolation.
-    assert settings["data"]["class_path"] == "lightning_limber.data.Scenes"
+    found = settings(output)
+    assert found["model"]["optimizer"]["lr"] == 0.125  # The overlay over the default,
+    assert found["trainer"]["max_steps"] == 77  # a flag over the overlay,
+    assert found["model"]["optimizer"]["total_steps"] == 77  # and it reaches the interpolation.
+    assert found["data"]["class_path"] == "lightning_limber.data.Scenes"
+
+
+def test_a_config_that_names_its_data_is_laid_over_base_alone(tmp_path, parse):
+    base, default = (
+        yaml.safe_load((REPO / f"configs/{name}.yaml").read_text()) for name in ("base", "default")
+    )
+    assert base.keys() == {"seed_everything", "trainer", "model", "checkpoint"}
+    assert base["model"] == {"optimizer": {"total_steps": "${trainer.max_steps}"}}
+    (tmp_path / "mine.yaml").write_text("data: {class_path: ImageFolder, init_args: {root: x}}\n")
+    found = settings(parse("fit", "--config=mine.yaml", "--trainer.max_steps=5", "--print_config")[1])
+    for name in ("gradient_clip_val", "log_every_n_steps", "max_epochs"):
+        assert found["trainer"][name] == base["trainer"][name]
+    assert found["trainer"]["logger"]["init_args"]["save_dir"] == "runs"
+    for group, name in [("probe", "max_image_share"), ("probe", "num_images"), ("model", "vision")]:
+        assert found[group][name] != default[group][name]
+    assert found["model"]["vision"]["layer"] == -1
+    assert found["model"]["optimizer"]["lr"] == 2e-3
 
 
 PROBE = """
@@ -93,9 +116,10 @@ def test_options_are_frozen(parse):
         *(f"model.optimizer.{name}" for name in "lr min_lr_ratio warmup_steps total_steps".split()),
         *(f"model.optimizer.{name}" for name in "weight_decay betas".split()),
         *(f"model.{name}" for name in "llm prompt max_caption_tokens adapter_weights".split()),
-        *(f"model.{name}" for name in "cache_features compile_llm shard_llm".split()),
+        *(f"model.{name}" for name in "cache_features held_out_features_gb compile_llm shard_llm".split()),
         *(f"probe.{name}" for name in "sae_release sae_id layers num_images every_n_epochs".split()),
-        *(f"probe.{name}" for name in "text_gate extras costly_images outlier_factor seed".split()),
+        *(f"probe.{name}" for name in "sanity_check metrics intervention_images outlier_factor".split()),
+        *(f"probe.{name}" for name in "text_gate extras costly_images seed".split()),  # three old names
         *(f"probe.{name}" for name in "bootstrap_samples descriptions top_latents knn".split()),
         *(f"probe.{name}" for name in "max_image_share max_text_density lens_top_k".split()),
         *(f"probe.{name}" for name in "detector_auroc published_curves sae_memory_gb".split()),
@@ -103,6 +127,75 @@ def test_options_are_frozen(parse):
         *(f"checkpoint.{name}" for name in "every_n_steps keep_epochs".split()),
         "data.help",
     }
+
+
+MINE = """
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning_limber.data import CaptionData
+
+class MyData(CaptionData):
+    def __init__(self, train_size: int = 3, image_size: int = 5, **kwargs) -> None:
+        super().__init__(**kwargs)
+
+class MyLogger(CSVLogger):
+    def __init__(self, save_dir: str = "mine", name: str = "mine", version: int = 7) -> None:
+        super().__init__(save_dir, name, version)
+
+class One(Callback):
+    def __init__(self, shared: int = 1) -> None: ...
+
+class Two(Callback):
+    def __init__(self, shared: int = 2) -> None: ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "key", "init_args"),
+    [
+        (["--data=mine.MyData"], "data", {"train_size": 3, "image_size": 5, "batch_size": 16}),
+        (["--data=mine.MyData", "--data.train_size=9"], "data", {"train_size": 9, "image_size": 5}),
+        # Of the class that is named, wherever the flag stands.
+        (
+            ["--data.train_size=9", "--data", "mine.MyData", "--seed_everything=1"],
+            "data",
+            {"train_size": 9},
+        ),
+        (["--config=mine.yaml"], "data", {"train_size": 3, "image_size": 8}),
+        (["--config=mine.yaml", "--data=Scenes"], "data", {"train_size": 3200, "image_size": 112}),
+        (
+            ["--config=configs/stamps.yaml", "--data=mine.MyData"],
+            "data",
+            {"batch_size": 16, "image_size": 5},
+        ),
+        (
+            ["--trainer.logger=mine.MyLogger"],
+            "trainer.logger",
+            {"save_dir": "mine", "name": "mine", "version": 7},
+        ),
+        (["--config=one.yaml", "--config=two.yaml"], "trainer.callbacks.0", {"shared": 2}),
+        (["--config=one.yaml", "--config=other.yaml"], "trainer.callbacks", {"shared": 2}),
+        (["--config=other.yaml", "--trainer.callbacks=mine.One"], "trainer.callbacks", {"shared": 1}),
+    ],
+)
+def test_a_class_takes_no_settings_of_the_one_it_replaces(
+    args, key, init_args, parse, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "mine.yaml").write_text(
+        "data: {class_path: mine.MyData, init_args: {image_size: 8}}\ntrainer: {max_steps: 4}\n"
+    )
+    callback = "trainer: {{callbacks: {}}}\n"
+    (tmp_path / "one.yaml").write_text(callback.format("[{class_path: mine.One, init_args: {shared: 8}}]"))
+    (tmp_path / "two.yaml").write_text(callback.format("[{class_path: mine.Two}]"))
+    (tmp_path / "other.yaml").write_text(callback.format("{class_path: mine.Two}"))
+    code, output = parse("fit", *args, "--print_config")
+    assert code == 0, output
+    found = settings(output)
+    for part in key.split("."):
+        found = found[int(part)] if part.isdigit() else found[part]
+    assert {name: found["init_args"][name] for name in init_args} == init_args
 
 
 @pytest.mark.parametrize(
@@ -147,35 +240,6 @@ def test_errors_are_one_line_without_a_traceback(tmp_path):
 def test_no_step_count(fit):
     with pytest.raises(ValueError, match="Set trainer.max_steps"):
         fit("--trainer.max_steps=-1", "--trainer.max_epochs=2")
-
-
-def test_runs_from_a_wheel_in_any_folder(models, tmp_path):
-    """What is installed is complete: code, callbacks, configs, SAE suite."""
-    target = tmp_path / "site"
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info", "build")
-    shutil.copytree(REPO, source, ignore=ignored)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--target", str(target), str(source)], check=True)
-    shutil.rmtree(source)
-    (tmp_path / "empty").mkdir()
-    code = (
-        "import lightning_limber.callbacks as c, lightning_limber.probe.saes as s\n"
-        "import lightning_limber.cli as m\n"
-        f"assert c.__file__.startswith({str(target)!r}), c.__file__\n"
-        "assert s.suite_folder('suite:smollm2-135m-instruct').is_dir()\n"
-        f"assert str(m.config_dir()).startswith({str(target)!r})\n"
-        "m.main(['fit', '--config', 'configs/stamps.yaml', '--data.root=x', '--print_config'])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path / "empty",
-        env={**os.environ, "PYTHONPATH": str(target)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "lightning_limber.data.ImageFolder" in done.stdout
 
 
 # -- README -----------------------------------------------------------------------------------------

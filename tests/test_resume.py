@@ -163,7 +163,7 @@ def test_checkpoint_is_small_and_plain(straight):
 def test_a_changed_setting_stops_the_resume(straight, fit, flag, message):
     path = straight / "runs/default/version_0/checkpoints/epoch_1.ckpt"
     with pytest.raises(ValueError, match=r"belongs to another run") as error:
-        fit(f"--ckpt_path={path}", flag, base=False)
+        fit(f"--ckpt_path={path}", flag, *crash_flags("batches"), base=False)
     assert message in str(error.value)
 
 
@@ -178,7 +178,7 @@ def test_other_backbones_stop_the_resume(straight, fit, tmp_path):
     model.save_pretrained(other)
     path = straight / "runs/default/version_0/checkpoints/epoch_1.ckpt"
     with pytest.raises(ValueError, match=r"weights\.llm: '\w+' in the checkpoint, '\w+' now"):
-        fit(f"--ckpt_path={path}", f"--model.llm={other}", base=False)
+        fit(f"--ckpt_path={path}", f"--model.llm={other}", *crash_flags("batches"), base=False)
 
 
 def test_last_without_a_run_stops(fit):

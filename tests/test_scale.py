@@ -4,39 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import tiny
 import torch
 from process import HELPERS, run_cli
+from sharding import compare_with_its_parts
 
-TESTS = HELPERS
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-
-
-def local_bytes(llm) -> int:
-    """Bytes of the decoder layers' weights that this process holds."""
-    weights = (p.to_local() if hasattr(p, "to_local") else p for p in llm.layers.parameters())
-    return sum(weight.nbytes for weight in weights)
-
-
-class LayerBytes(pl.Callback):
-    """Writes them down at the end of a run."""
-
-    def on_fit_end(self, trainer, pl_module) -> None:
-        Path(f"bytes.{trainer.global_rank}").write_text(str(local_bytes(pl_module.llm)))
 
 
 def callbacks(hook: str = "", step: int = -1) -> str:
     crash = {"log": "batches", "hook": hook, "step": step, "kill": True}
     chosen = [
         {"class_path": "crash.CrashAt", "init_args": crash},
-        {"class_path": "test_scale.LayerBytes"},
+        {"class_path": "sharding.LayerBytes"},
     ]
     return f"--trainer.callbacks={json.dumps(chosen)}"
 
@@ -96,7 +81,7 @@ def runs(models, tmp_path_factory) -> dict[str, Path]:
     for name, flags in {"one": [], "ddp": DDP, "sharded": [*DDP, "--model.shard_llm=true"]}.items():
         roots[name] = tmp_path_factory.mktemp(name)
         flags = [*tiny.arguments(models), "--trainer.max_steps=8", *flags, callbacks()]
-        done = run_cli("fit", *flags, cwd=roots[name], env=TESTS)
+        done = run_cli("fit", *flags, cwd=roots[name], env=HELPERS)
         assert done.returncode == 0, done.stdout
     return roots
 
@@ -124,58 +109,13 @@ def test_each_process_holds_its_part_and_the_checkpoint_stays_small(runs):
 @pytest.mark.slow
 def test_a_sharded_run_resumes_exactly(runs, models, tmp_path):
     flags = [*tiny.arguments(models), "--trainer.max_steps=8", *DDP, "--model.shard_llm=true"]
-    killed = run_cli("fit", *flags, callbacks("batch_start", 6), env=TESTS)
+    killed = run_cli("fit", *flags, callbacks("batch_start", 6), env=HELPERS)
     assert killed.returncode != 0, killed.stdout
     assert torch.load(checkpoint(tmp_path), weights_only=True)["global_step"] == 6
-    resumed = run_cli("fit", "--ckpt_path=last", callbacks(), env=TESTS)
+    resumed = run_cli("fit", "--ckpt_path=last", callbacks(), env=HELPERS)
     assert resumed.returncode == 0, resumed.stdout
     assert_same_batches(runs["sharded"], tmp_path, 2)
     assert_same_adapter(runs["sharded"], tmp_path)
-
-
-def everything(llm) -> list[torch.Tensor]:
-    """What the project asks of an LLM, under bf16 autocast."""
-    embeds = llm.embed(torch.arange(4, 16).view(2, 6)).requires_grad_()
-    found = []
-    with torch.autocast("cpu", torch.bfloat16):
-        llm.decode(embeds.detach(), first_layer=3)  # The logit lens.
-        # One process' share of a batch has no image, so nothing to train.
-        alone = torch.distributed.get_rank() == 0
-        hidden = llm.decode(embeds.detach() if alone else embeds)
-        if llm.sharded or not alone:
-            hidden.sum().backward()
-        hidden = llm.decode(embeds)
-        llm.logits(hidden.flatten(0, 1)).float().logsumexp(-1).sum().backward()
-        found += [hidden.detach(), embeds.grad]
-        with torch.inference_mode(), llm.residual_hooks({"blocks.1.hook_resid_post": found.append}):
-            found.append(llm.decode(embeds, first_layer=1))
-        with torch.no_grad(), llm.residual_hooks({"blocks.1.hook_resid_pre": lambda x: 2 * x}):
-            found.append(llm.decode(embeds))
-        # The processes write different numbers of tokens.
-        length = 3 + torch.distributed.get_rank()
-        mask = torch.ones(2, 6, dtype=torch.long)
-        options = {"max_new_tokens": length, "do_sample": False, "synced_gpus": llm.sharded}
-        found.append(llm.model.generate(inputs_embeds=embeds.detach(), attention_mask=mask, **options))
-    return found
-
-
-def compare_with_its_parts(rank: int, folder: str) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    from lightning_limber.models.llm import LLM
-
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    for architecture in tiny.llm_configs():
-        llm = LLM(f"{folder}/{architecture}").load()
-        llm.prepare_autocast(torch.bfloat16)  # Matrices in bfloat16, norms in float32.
-        whole, expected = local_bytes(llm), everything(llm)
-        llm.shard(init_device_mesh("cpu", (2,)))
-        llm._apply(lambda t: t.to("cpu"))  # As Lightning moves the module.
-        assert local_bytes(llm) == pytest.approx(whole / 2, rel=0.01), architecture
-        for got, wanted in zip(everything(llm), expected, strict=True):
-            assert torch.equal(got, wanted), architecture
-        assert local_bytes(llm) == pytest.approx(whole / 2, rel=0.01), architecture  # Let go again.
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -201,17 +141,6 @@ def test_sharding_needs_more_than_one_process(models):
 # -- SLURM ------------------------------------------------------------------------------------------
 
 
-class Preempt(pl.Callback):
-    """SLURM's signal to one process, while a batch is on its way."""
-
-    def __init__(self, step: int, rank: int) -> None:
-        self.step, self.rank = step, rank
-
-    def on_before_backward(self, trainer, pl_module, loss) -> None:
-        if (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-
 def slurm_job(root: Path, flags: list[str], tasks: int = 1, **env: str) -> list[str]:
     """What `srun` does: the same command line for each task. Returns what scontrol was told, ever."""
     tools = root / "bin"
@@ -222,7 +151,7 @@ def slurm_job(root: Path, flags: list[str], tasks: int = 1, **env: str) -> list[
     job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "limber", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
     job |= {"SLURM_NTASKS": str(tasks), "SLURM_NTASKS_PER_NODE": str(tasks)}
     job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **env}
-    job |= {"PATH": f"{tools}:{os.environ['PATH']}", **TESTS}
+    job |= {"PATH": f"{tools}:{os.environ['PATH']}", **HELPERS}
     command = [sys.executable, "-m", "lightning_limber", "fit", *flags]
     processes = [
         subprocess.Popen(
@@ -253,7 +182,7 @@ def free_port() -> int:
 def preempted(step: int, rank: int = 0) -> str:
     chosen = [
         {"class_path": "crash.CrashAt", "init_args": {"log": "batches"}},
-        {"class_path": "test_scale.Preempt", "init_args": {"step": step, "rank": rank}},
+        {"class_path": "crash.Preempt", "init_args": {"step": step, "rank": rank}},
     ]
     return f"--trainer.callbacks={json.dumps(chosen)}"
 
@@ -307,7 +236,7 @@ def test_torchrun(runs, models, tmp_path, nodes):
         subprocess.Popen(
             [*torchrun, f"--node_rank={node}", "-m", "lightning_limber", "fit", *flags],
             cwd=tmp_path,
-            env={**os.environ, **TESTS, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **HELPERS, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

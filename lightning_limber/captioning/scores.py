@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import BLEUScore
 
-from lightning_limber.probe.statistics import interval, resamples
+from lightning_limber.probe.statistics import bootstrap_weights, interval
 from lightning_limber.utils.hub import resolve
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def caption_scores(
         clip: Name or folder of a CLIP model of transformers; None leaves out the scores that need one.
         device: Where the CLIP runs.
         samples: Bootstrap samples over images.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Raises:
         ValueError: an image has no reference, or the numbers of captions and images differ.
@@ -96,7 +96,7 @@ def caption_scores(
     by_image = {"cider_d": cider_d(written, known), "rouge_l": rouge_l(written, known)}
     if clip:
         by_image |= clip_scores(images, candidates, references, clip, device)
-    weights = resamples(len(candidates), samples, seed)  # [R, I]
+    weights = bootstrap_weights(len(candidates), samples, seed)  # [R, I]
     values = {name: weights @ scores / len(candidates) for name, scores in by_image.items()}  # [R] each
     values["bleu_4"] = bleu(weights @ bleu_counts(written, known))
     order = ("cider_d", "bleu_4", "rouge_l", "clip_score", "ref_clip_score")

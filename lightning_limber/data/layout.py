@@ -1,4 +1,4 @@
-"""Where every token stands: sequences [prefix | image | text] laid into rows, in the loader's worker.
+"""Lays sequences [prefix | image | text] into rows of tokens, in the loader's worker.
 
 A sequence is about one image, or about none. Its text is a caption with the prompt around it, or a
 conversation. Several captions of one image can share a sequence, [prefix | image | caption 1 | caption 2 |
@@ -22,7 +22,7 @@ from lightning_limber.data.prompt import Text
 
 
 class Parts(NamedTuple):
-    """What one sequence is made of."""
+    """The image and the texts of one sequence."""
 
     image: int
     """Index among the batch's images; -1: no image."""
@@ -30,7 +30,7 @@ class Parts(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """What decides whether sequences share rows; see `packing.fill_rows`."""
+    """Limits for sequences that share a row; see `packing.fill_rows`."""
 
     hidden_size: int
     longest_row: int | None
@@ -46,7 +46,7 @@ class Sequences:
     input_ids: Tensor
     """[R, W] token ids; 0 at image tokens and padding."""
     position_ids: Tensor
-    """[R, W] place of each token in its own sequence, from 0."""
+    """[R, W] position of each token in its own sequence, from 0."""
     segment_ids: Tensor | None = None
     """[R, W] number of the sequence, -1 at padding; None: plain causal rows, a sequence each."""
     caption_ids: Tensor | None = None
@@ -60,16 +60,17 @@ class Sequences:
     label_positions: Tensor
     """[n] flat position that predicts each of them."""
     label_images: Tensor
-    """[n] image that each is about; -1: none."""
+    """[n] image of each label's sequence; -1: none."""
     label_counts: list[int]
-    """Labels of each of the N sequences; host."""
+    """Number of labels of each of the N sequences (on the host)."""
     used_positions: int
-    """Positions that some label needs; the rest of R * W is padding."""
+    """Number of positions that some label needs; the rest of R * W is padding."""
     groups: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Tokens that the probe reads: flat positions [m], and the image [m] that each belongs to.
 
-    ``image`` holds an image's tokens once, ``image_copies`` those in all its sequences, ``caption`` those of the
-    captions. The first position of a sequence is in no group: whatever stands there is an attention sink.
+    ``image`` holds an image's tokens once, ``image_copies`` those in all its sequences, ``caption`` those
+    of the captions. The first position of a sequence is in no group: whatever stands there is an
+    attention sink.
     """
 
     def attention_mask(self) -> Tensor | None:
@@ -131,19 +132,19 @@ def lay_out(
     packing: Packing | None = None,
     groups: bool = False,
 ) -> Sequences:
-    """Lays sequences into rows.
+    """Lays sequences into rows, and says where labels and image tokens are.
 
     Args:
-        sequences: N of them.
+        sequences: The N sequences.
         prefix_ids: Tokens before the image, the same in every sequence.
-        image_tokens: P.
+        image_tokens: Number P of image tokens of one image.
         packing: Lets sequences share rows where that saves time; None gives each a row of its own.
         groups: Also say which tokens the probe reads. Not together with `packing`.
     """
     laid = [_lay(parts, prefix_ids, image_tokens) for parts in sequences]
-    width = max(len(of.ids) for of in laid)
+    width = max(len(sequence.ids) for sequence in laid)
     rows = [[i] for i in range(len(laid))]
-    used = [of.used for of in laid]
+    used = [sequence.used for sequence in laid]
     if packing is not None:
         rows = fill_rows(used, width, packing.hidden_size, packing.longest_row)
     packed = len(rows) < len(laid)
@@ -166,7 +167,7 @@ def lay_out(
         if not packed:
             position_ids[r, start:] = np.arange(start, width)  # Positions of plain rows only count up.
     images = np.array([parts.image for parts in sequences])
-    counts = [len(of.targets) for of in laid]
+    counts = [len(sequence.targets) for sequence in laid]
     with_image = (images >= 0).nonzero()[0]
     place = np.arange(image_tokens)
     is_plain = not packed and all(len(parts.texts) < 2 for parts in sequences)
@@ -177,8 +178,10 @@ def lay_out(
         caption_ids=None if is_plain else torch.from_numpy(caption_ids),
         image_positions=_flat(starts[with_image, None] + len(prefix_ids) + place),
         image_rows=_flat(images[with_image, None] * image_tokens + place),
-        labels=_flat([of.ids[of.targets] for of in laid]),
-        label_positions=_flat([start + of.predictors for start, of in zip(starts, laid, strict=True)]),
+        labels=_flat([sequence.ids[sequence.targets] for sequence in laid]),
+        label_positions=_flat(
+            [start + sequence.predictors for start, sequence in zip(starts, laid, strict=True)]
+        ),
         label_images=torch.from_numpy(np.repeat(images, counts)),
         label_counts=counts,
         used_positions=sum(used),
@@ -187,7 +190,7 @@ def lay_out(
         # An image with several captions stands in several sequences: it counts once.
         first = with_image[np.unique(images[with_image], return_index=True)[1]]
         before = np.arange(len(prefix_ids) == 0, image_tokens) + len(prefix_ids)
-        captions = [start + of.captions[of.captions > 0] for start, of in zip(starts, laid, strict=True)]
+        captions = [start + one.captions[one.captions > 0] for start, one in zip(starts, laid, strict=True)]
         made.groups = {
             "image": (_flat(starts[first, None] + before), _each(images[first], len(before))),
             "image_copies": (

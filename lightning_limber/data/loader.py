@@ -155,7 +155,7 @@ class BatchLoader:
         batch_size: Records in a batch, over all processes together.
         shuffle: Training order, else the data set's own.
         num_workers: Loader processes.
-        rank: Of this process.
+        rank: Rank of this process.
         world_size: Number of processes.
         limit: Only the first records.
         length_window: Sort the records of this many consecutive batches by length before they are cut
@@ -293,7 +293,7 @@ def shuffled_order(
         count: Number of records.
         blocks: First index of each file; files are taken in random order, a few at a time, and the
             records of those are mixed. None mixes all.
-        generator: Its state decides.
+        generator: Source of randomness; it is advanced.
     """
     if blocks is None:
         yield torch.randperm(count, generator=generator)

@@ -111,6 +111,11 @@ def counted(hidden: Tensor, mask: Tensor, median_norm: float) -> Tensor:
     return keep
 
 
+def counted_at_all(hidden: dict[str, Tensor], mask: Tensor, median_norms: dict[str, float]) -> Tensor:
+    """Which tokens count at every layer, bool [N, S]; by hook name, see `counted`."""
+    return torch.stack([counted(hidden[name], mask, median_norms[name]) for name in hidden]).all(0)
+
+
 def median_norms(
     llm: LLM, contexts: list[Context], hook_names: list[str], batch_tokens: int
 ) -> tuple[dict[str, float], dict[str, Tensor], dict[str, float]]:

@@ -29,10 +29,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint
+from lightning_limber.utils.checkpoints import EXPORTED, newest_checkpoint, read_checkpoint
 
-EXPORTED = "adapter.safetensors"
-"""Weights in a folder that ``export`` wrote."""
 # What stands before the projector's own keys in a file that may hold much else.
 STEMS = ("mm_projector", "multi_modal_projector", "image_prefix.proj")
 # The projector's layers by the name they have there, and in `Linear` and `MLP`.

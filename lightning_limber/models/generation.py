@@ -78,8 +78,6 @@ def generate(
         log_probabilities: Also sum log-probabilities. This keeps the logits of all steps, 4 G V bytes for
             each image and beam; without it they are NaN.
     """
-    if not len(embeds):
-        return []
     embeds = embeds.to(llm.embedding.weight.dtype)
     # A stream of random numbers of its own: nothing else in the process moves with it.
     with torch.random.fork_rng(devices=[embeds.device] if embeds.is_cuda else []):

@@ -311,6 +311,8 @@ class Limber(pl.LightningModule):
         log_probabilities: bool = False,
     ) -> list[Caption]:
         """Captions of image tokens [B, P, D_l] (None: one caption without an image); see generation.py."""
+        if image_tokens is not None and not len(image_tokens):
+            return []
         collate = self.collator()
         opening = collate.opening(None if image_tokens is None else len(image_tokens))
         opening = apply_to_collection(opening, Tensor, lambda tensor: tensor.to(self.device))

@@ -198,7 +198,7 @@ class LLM(nn.Module):
             )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final hidden states [n, D_l] -> logits [n, V]. Give it contiguous rows (design: traps)."""
+        """Final hidden states [n, D_l] -> logits [n, V]; contiguous rows multiply fastest on a CPU."""
         weight, bias = self._head()
         logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
         if self._softcap is not None:  # Gemma 2
@@ -206,7 +206,7 @@ class LLM(nn.Module):
         return logits
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy in nats [n] and correctness [n] of final hidden states [n, D_l]; see losses.py."""
+        """Cross-entropy in nats [n] and correctness [n] of final hidden states [n, D_l] (head_loss.py)."""
         return FrozenHeadLoss.apply(hidden, *self._head(), targets, self._softcap)
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
@@ -224,7 +224,7 @@ class LLM(nn.Module):
         lengths, and was a third of the training step.
 
         Args:
-            dtype: Of autocast.
+            dtype: Data type that autocast multiplies in.
             device: Where the forwards will run; None is where the weights are.
         """
         store_matrices(self.layers, dtype)
@@ -235,7 +235,7 @@ class LLM(nn.Module):
     def shard(self, mesh: DeviceMesh) -> None:
         """Splits the decoder layers' weights over the processes of `mesh`, on its device (FSDP2).
 
-        A layer's weights are gathered for its forward, let go, and gathered again for the backward
+        A layer's weights are gathered for its forward, freed, and gathered again for the backward
         pass, which the adapter's gradient needs. Embeddings, final norm and head stay whole. From now
         on all processes must run the same number of forwards.
         """
@@ -259,7 +259,7 @@ class LLM(nn.Module):
         """Calls ``fn(residual [N, S, D_l])`` at each named place of every forward inside the context
         (in layers that `decode` does not skip).
 
-        Names are TransformerLens': ``blocks.{l}.hook_resid_pre`` is the residual stream entering
+        Names follow TransformerLens: ``blocks.{l}.hook_resid_pre`` is the residual stream entering
         layer l, ``blocks.{l}.hook_resid_post`` the one leaving it (for the last layer: before the
         final norm). A tensor returned by `fn` replaces the residual stream from there on.
 

@@ -18,6 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
 FIELDS = {
     "model_id": "modelId",
     "layer": "layer",
@@ -72,6 +76,30 @@ def read_explanations(where: str | Path) -> list[Explanation]:
             if line.strip():
                 rows += _parse(json.loads(line), f"{name}, line {number}")
     return rows
+
+
+@dataclass
+class Descriptions:
+    """What is known of each latent of a layer's SAE: texts [K] ("" where none) and density [K]."""
+
+    texts: list[str]
+    density: Tensor
+
+    @classmethod
+    def read(cls, where: str, d_sae: int) -> Descriptions:
+        """Reads explanations in Neuronpedia's export format; of several for a latent the first counts.
+
+        Warns where several explainers described latents of one SAE: their texts differ in what they can
+        match.
+        """
+        rows = read_explanations(where)
+        if len(names := explainers(rows)) > 1:
+            rank_zero_info(f"[warning] {where}: descriptions by several explainers: {dict(names)}")
+        texts, density = [""] * d_sae, torch.zeros(d_sae)
+        for row in reversed(rows):
+            texts[row.index] = row.description
+            density[row.index] = row.density or 0.0
+        return cls(texts, density)
 
 
 def explainers(rows: Iterable[Explanation]) -> Counter[str]:

@@ -1,7 +1,17 @@
-"""How metrics and groups are named, ordered and coloured, in TensorBoard's figures and in the report.
+"""What figures and the report need to draw metrics, without torch: panels, colours, published curves.
 
 Colours are Okabe and Ito's, safe for colour-blind readers; a group has the same one everywhere.
 """
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_limber.assets import ASSETS
 
 COLOURS = {
     "image": "#D55E00",
@@ -10,21 +20,56 @@ COLOURS = {
     "noise": "#CC79A7",
     "control": "#999999",
 }
-GROUPS = ("image", "caption", "text", "noise")
-PANELS = {
-    "fvu": "fvu: unexplained variance",
-    "fvu_text": "fvu_text: error / variance of plain text",
-    "mse": "mse",
-    "cosine": "cosine(x, x')",
-    "norm": "norm |x|",
-    "l0": "l0: active latents per token",
-    "shared": "shared: latents also alive in text",
-    "loss_recovered": "loss recovered by the SAE's x'",
-    "match": "match: descriptions agree with caption",
-    "lens_hit": "lens_hit: caption word in logit lens",
-    "knn": "knn: neighbours shared with text",
-    "detectors": "detectors: attributes with a latent",
-}
-"""The metrics that are drawn, with their titles; all others are in the table."""
-LOG_SCALE = {"mse", "norm", "l0", "fvu_text"}
+SPARE = ("#E69F00", "#56B4E9", "#F0E442")
+"""Colours of groups that a user adds."""
 PAPER_NAME = "Venhoff et al., Gemma 2 2B"
+PANELS_FILE = "probe_panels.json"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """How one metric is drawn, by layer: in TensorBoard's figures and charts, and in the report.
+
+    Attributes:
+        metric: Name of the metric in the table.
+        label: Title of the panel.
+        log: Draw the axis logarithmically.
+        limits: Ends of the axis; None fits it to the curves.
+        by_epoch: Also draw the metric of image tokens as a map of layer by epoch.
+        also: Another metric of image tokens to draw beside it, and its label.
+    """
+
+    metric: str
+    label: str
+    log: bool = False
+    limits: tuple[float, float] | None = None
+    by_epoch: bool = False
+    also: tuple[str, str] | None = None
+
+
+def ordered_groups(groups: Iterable[str]) -> dict[str, str]:
+    """Colours of the groups by name: those known here first, in their order, then others in theirs."""
+    given = dict.fromkeys(groups)
+    known = [name for name in COLOURS if name in given]
+    others = [name for name in given if name not in COLOURS]
+    spare = {name: SPARE[i % len(SPARE)] for i, name in enumerate(others)}
+    return {name: COLOURS[name] for name in known} | spare
+
+
+def write_panels(panels: Iterable[Panel], folder: Path) -> None:
+    text = json.dumps([asdict(panel) for panel in panels], indent=1)
+    (folder / PANELS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_panels(folder: Path) -> list[dict[str, Any]]:
+    """The panels of a run as `write_panels` left them; of an older run, those that all runs had."""
+    path = folder / PANELS_FILE
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    names = "fvu fvu_text mse cosine norm l0 shared loss_recovered match lens_hit knn detectors".split()
+    return [asdict(Panel(name, name, log=name in ("fvu_text", "mse", "norm", "l0"))) for name in names]
+
+
+def published_curves() -> dict[str, Any]:
+    """Curves of Venhoff et al., ``curves[metric][group]`` [L], with their ``layers`` [L] and source."""
+    return json.loads((ASSETS / "venhoff2025.json").read_text(encoding="utf-8"))

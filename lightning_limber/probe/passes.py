@@ -1,17 +1,16 @@
-"""What one probe measures: passes over held-out images.
+"""What one probe runs: passes over held-out images.
 
-Pass 1, all images: one forward with the image, one of the same captions alone, one with noise in the
-image's place. At every probed layer a hook runs the SAE and adds to sums by image (metrics.py); no
-activation outlives its batch. Pass 2, `costly_images` of them: one more forward whose residual streams
-are kept for the length of a batch, and forwards that go on from each layer with something replaced.
-Where the SAEs do not fit the device together, both passes are made for each chunk of layers in turn.
-Everything after that (intervals, chance levels, words) is arithmetic on sums: findings.py.
+Pass 1, all images: a forward with the image, one of the same captions alone, and one for each group that
+fills the image's place with something else. At every probed layer a hook runs the SAE, adds to sums by
+image (token_stats.py) and hands the tokens to the metrics; no activation outlives its batch. Pass 2, the
+first `intervention_images`: one more forward whose residual streams are kept for the length of a batch, and
+what forwards the metrics branch off from it. Where the SAEs do not fit the device together, both passes are
+made for each chunk of layers in turn. What was kept then goes to `ProbeMetric.compute`.
 
-Groups of tokens:
+Groups of tokens that are always measured:
 
     image    image positions                        caption  caption positions behind the image
-    text     the same captions, without an image    noise    image positions, filled with Gaussian
-                                                             noise of the image tokens' norms
+    text     the same captions, without an image
 
 Never counted: the first position of a sequence (an attention sink in every LLM), and tokens whose norm
 at a layer is more than `outlier_factor` times the median of plain text there (sinks that form
@@ -21,10 +20,10 @@ elsewhere). Their share is the metric ``outliers``.
 from __future__ import annotations
 
 import time
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,25 +34,64 @@ from torch import Tensor
 from lightning_limber.data.collate import Batch
 from lightning_limber.data.layout import Sequences
 from lightning_limber.models.limber import Limber
-from lightning_limber.probe.alignment import ImageSums, SAEAlignment, active_latents
-from lightning_limber.probe.findings import Clock, Descriptions, Findings, PassSums, ProbeConfig, Report
+from lightning_limber.probe.config import ProbeConfig
+from lightning_limber.probe.explanations import Descriptions
+from lightning_limber.probe.intervention import Intervention, next_layer
+from lightning_limber.probe.metrics import Group, Measurement, ProbeMetric, Tokens
+from lightning_limber.probe.metrics.base import CAPTION, IMAGE, TEXT, Found, ImageInfo
+from lightning_limber.probe.palette import Panel
 from lightning_limber.probe.saes import chunks_on_device, hook_layer
 from lightning_limber.probe.sanity_check import TextStats
 from lightning_limber.probe.screened_encoder import make_encoder
+from lightning_limber.probe.tables import Row
+from lightning_limber.probe.token_stats import ImageStats, TokenStats
+
+Kept = dict[tuple[int, str, str], list[tuple[list[int], Any]]]
+"""What metrics returned, by number of the metric, group and hook name: indices of the images, and items."""
+INTERVENTIONS = ""
+"""Stands for the group of what `intervene` returned."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a probe found: rows, and the tables and matrices of `Measurement`; seconds by name."""
+
+    rows: list[Row]
+    tables: dict[str, list[dict[str, Any]]]
+    matrices: dict[str, dict[str, list[list[float]]]]
+    seconds: dict[str, float]
+
+
+class Clock:
+    """Adds up seconds by name, without those of another name inside.
+
+    On CUDA they are the host's: work is queued, not waited for.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._inside = 0.0
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start, before, self._inside = time.perf_counter(), self._inside, 0.0
+        yield
+        spent = time.perf_counter() - start
+        self.seconds[name] += spent - self._inside
+        self._inside = before + spent
 
 
 class Probe:
     """One set of SAEs on one LLM; `run` measures whatever adapter the model has at that moment.
 
     Args:
-        model: With its LLM loaded.
-        saes: By hook name; on the model's device, or on the CPU where there is a budget.
-        text: Yardsticks of plain text by hook name, from the text gate.
+        model: Has its LLM loaded.
+        saes: By hook name; on the model's device, or on the CPU where `config.sae_memory_gb` is given.
+        text: Yardsticks of plain text by hook name, from the sanity check.
         config: What is measured.
         descriptions: By hook name, for `match`; layers without any have no match.
         context: Makes the context of each forward (autocast).
-        gather: Makes of a process' list the list of all processes' items, in any order.
-        sae_memory_gb: Most that SAEs may take on the device at a time; see `chunks_on_device`.
+        gather: All-gathers a list across processes (order unspecified).
     """
 
     def __init__(
@@ -65,24 +103,44 @@ class Probe:
         descriptions: dict[str, Descriptions] | None = None,
         context: Callable[[], AbstractContextManager] = nullcontext,
         gather: Callable[[list], list] = lambda items: items,
-        sae_memory_gb: float | None = None,
     ) -> None:
         self.model, self.text, self.config = model, text, config
         # In the order in which the residual stream passes them.
-        self.saes = dict(sorted(saes.items(), key=lambda item: (_next_layer(item[0]), item[0])))
+        self.saes = dict(sorted(saes.items(), key=lambda item: (next_layer(item[0]), item[0])))
+        self.layers = {name: hook_layer(name) for name in self.saes}
         self.encoders = {name: make_encoder(sae, model.device) for name, sae in self.saes.items()}
-        self.context, self.gather, self.sae_memory_gb = context, gather, sae_memory_gb
-        self.extras = set(config.extras)
+        given = descriptions or {}
+        self.descriptions = {name: given[name] for name in self.saes if name in given}
+        self.context, self.gather = context, gather
         self.clock = Clock()
-        self._text_sums: dict[str, ImageSums] = {}
-        layers = {name: hook_layer(name) for name in self.saes}
-        self.findings = Findings(layers, text, config, descriptions or {}, model.llm, self.clock)
+        self.metrics = config.make_metrics()
+        needed = [group for metric in self.metrics for group in metric.groups]
+        self.groups: dict[str, Group] = {}
+        """By name."""
+        for group in (IMAGE, CAPTION, TEXT, *needed):
+            if self.groups.setdefault(group.name, group) != group:
+                raise ValueError(
+                    f"probe.metrics: two metrics define a group '{group.name}', and not alike."
+                )
+        for metric in self.metrics:
+            metric.setup(self)
+        self._known_text: tuple[dict[tuple[str, str], ImageStats], Kept] = {}, {}
+
+    @property
+    def panels(self) -> list[Panel]:
+        """How the metrics are drawn, in their order."""
+        return [panel for metric in self.metrics for panel in metric.panels]
+
+    @property
+    def intervenes(self) -> bool:
+        """Whether some metric runs forwards with something replaced."""
+        return any(_intervenes(metric) for metric in self.metrics)
 
     @torch.no_grad()
     def run(
         self,
         batches: Iterable[Batch],
-        costly_batches: Iterable[Batch] = (),
+        intervention_batches: Iterable[Batch] = (),
         attributes: Callable[[Any], set[str] | None] = lambda scene: None,
         same_captions: bool = False,
     ) -> Report:
@@ -91,7 +149,7 @@ class Probe:
         Args:
             batches: Held-out images, on the model's device, this process' share; iterated for each chunk
                 of SAEs.
-            costly_batches: The first of them again, for the costly metrics; may be empty.
+            intervention_batches: The first of them again, for metrics that intervene; may be empty.
             attributes: Truth of a scene in words, for the detectors.
             same_captions: The captions are the same at every call: what the LLM makes of them without an
                 image is then measured by the first alone, as neither LLM nor SAEs ever change.
@@ -99,65 +157,70 @@ class Probe:
         self.clock.seconds.clear()
         training = self.model.training
         self.model.eval()
-        known = self._text_sums if same_captions else {}
-        groups = ["image", "caption", *([] if known else ["text"])]
-        groups += ["noise"] if "noise" in self.extras else []
-        sums = {("text", name): of for name, of in known.items()}
-        truth: dict[int, tuple[int, list[str], set[str] | None]] = {}
-        lens: dict[str, list[Tensor]] = {name: [] for name in self.saes}
-        losses: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-        cross: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-        for chunk in chunks_on_device(self.saes, self.model.device, self.sae_memory_gb):
-            names = list(chunk)
-            metrics = {
-                (group, name): SAEAlignment(self._keeps_strength(group)).to(self.model.device)
-                for group in groups
-                for name in names
+        stats, kept = self._known_text if same_captions else ({}, {})
+        stats, kept = dict(stats), defaultdict(list, kept)
+        known = {group for group, _ in stats}
+        images: dict[int, ImageInfo] = {}
+        for chunk in chunks_on_device(self.saes, self.model.device, self.config.sae_memory_gb):
+            accumulators = {
+                (group, name): TokenStats(
+                    any(group in metric.activation_sums for metric in self.metrics)
+                ).to(self.model.device)
+                for group in self.groups
+                for name in chunk
+                if group not in known
             }
             for batch in batches:
-                self._clean_pass(batch, names, metrics, lens)
-                for place, captions, scene in zip(batch.index, batch.captions, batch.scenes, strict=True):
-                    truth[place] = place, captions, attributes(scene)
-            # One by one: the parts that a metric was given are let go when its whole is made.
-            sums |= {key: metrics.pop(key).compute() for key in list(metrics)}
-            for batch in costly_batches:
-                self._costly_pass(batch, names, sums, losses, cross)
+                self._clean_pass(batch, accumulators, kept)
+                for index, captions, scene in zip(batch.index, batch.captions, batch.scenes, strict=True):
+                    images[index] = ImageInfo(index, captions, attributes(scene))
+            # One by one: parts are freed when their whole is made.
+            stats |= {key: accumulators.pop(key).compute() for key in list(accumulators)}
+            for batch in intervention_batches if self.intervenes else ():
+                self._intervention_pass(batch, list(chunk), stats, kept)
         self.model.train(training)
+        kept = apply_to_collection(dict(kept), Tensor, lambda tensor: tensor.cpu())
         if same_captions:
-            self._text_sums = {name: sums["text", name] for name in self.saes}
-        return self.findings.report(
-            PassSums(
-                # In one order, whatever the chunks were.
-                groups={
-                    (group, name): sums[group, name]
-                    for group in ("image", "caption", "text", "noise")
-                    for name in self.saes
-                    if (group, name) in sums
-                },
-                truth=sorted(self.gather(list(truth.values())), key=lambda item: item[0]),
-                lens={
-                    name: set(self.gather(torch.cat(parts).unique().tolist())) - {-1}
-                    for name, parts in lens.items()
-                    if "lens_hit" in self.extras
-                },
-                losses=self.gather(
-                    [
-                        item
-                        for places, parts in losses.items()
-                        for item in zip(places, torch.stack(parts, dim=1).tolist(), strict=True)
-                    ]
-                ),
-                cross=self.gather(
-                    [(list(key), torch.cat(parts, dim=1).cpu()) for key, parts in cross.items()]
-                ),
+            alone = {group.name for group in self.groups.values() if not group.with_image}
+            self._known_text = (
+                {key: of_key for key, of_key in stats.items() if key[0] in alone},
+                {key: items for key, items in kept.items() if key[1] in alone},
             )
+        return self._report(stats, kept, images)
+
+    def _report(
+        self, stats: dict[tuple[str, str], ImageStats], kept: Kept, images: dict[int, ImageInfo]
+    ) -> Report:
+        """Joins what all processes kept, and computes each metric."""
+        joined: Kept = defaultdict(list)
+        for key, items in self.gather(list(kept.items())):
+            joined[key] += items
+        # In one order, whatever the chunks and processes were.
+        order = [(group, name) for group in self.groups for name in self.saes]
+        data = Measurement(
+            self,
+            {key: stats[key] for key in order},
+            sorted(self.gather(list(images.values())), key=lambda image: image.index),
         )
+        for number, metric in enumerate(self.metrics):
+
+            def items(group: str, name: str, number: int = number) -> list[tuple[list[int], Any]]:
+                return sorted(joined.get((number, group, name), ()), key=lambda item: item[0])
+
+            found = Found(
+                {key: items(*key) for key in order if (number, *key) in joined},
+                {name: items("", name) for name in self.saes if (number, INTERVENTIONS, name) in joined},
+            )
+            with self.clock(metric.name):
+                data.estimates += list(metric.compute(data, found))
+        rows = [row for estimate in data.estimates for row in estimate.rows()]
+        return Report(rows, data.tables, data.matrices, dict(self.clock.seconds))
 
     @torch.no_grad()
     def latents(
         self, image_tokens: Tensor, read: Callable[[str, Tensor], None], names: Iterable[str] | None = None
     ) -> None:
-        """Hands what the SAEs find in image tokens [B, P, D_l] to ``read(hook name, latents [B, P, K])``.
+        """Hands what the SAEs find in image tokens [B, P, D] to ``read(hook name, latents [B, P, K])``.
 
         Latents are NaN at image tokens that are never counted.
 
@@ -178,174 +241,102 @@ class Probe:
             embeds = self.model.embed_sequences(opening, image_tokens)
 
             def look(name: str, residual: Tensor) -> None:
-                x = residual.flatten(0, 1).index_select(0, positions).float()  # [B * P, D_l]
+                x = residual.flatten(0, 1).index_select(0, positions).float()  # [B * P, D]
                 with torch.autocast(x.device.type, enabled=False):
                     found = self.encoders[name](x).to_dense()  # [B * P, K]
-                never = ~(self._keep(name, x) & counted)
+                never = ~(self.keep(name, x) & counted)
                 found = found.masked_fill(never[:, None], torch.nan)
                 read(name, found.unflatten(0, image_tokens.shape[:2]))
 
-            for chunk in chunks_on_device(chosen, self.model.device, self.sae_memory_gb):
+            for chunk in chunks_on_device(chosen, self.model.device, self.config.sae_memory_gb):
                 with self.model.llm.residual_hooks({name: partial(look, name) for name in chunk}):
                     self.model.llm.decode(embeds)
         self.model.train(training)
 
-    def _keeps_strength(self, group: str) -> bool:
-        """Whether some metric needs what each latent does on each image of the group."""
-        of_match = "match" in self.extras and bool(self.findings.descriptions)
-        return (of_match and group != "caption") or (
-            "detectors" in self.extras and group in ("image", "text")
-        )
+    def encode(self, hook: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [n, K], dense or sparse, and reconstruction [n, D] of float32 tokens [n, D]."""
+        with torch.autocast(x.device.type, enabled=False):
+            latents = self.encoders[hook](x)
+            return latents, self.saes[hook].decode(latents)
+
+    def keep(self, hook: str, x: Tensor) -> Tensor:
+        """[n] false at outliers among float32 tokens [n, D]."""
+        return x.norm(dim=-1) <= self.config.outlier_factor * self.text[hook].median_norm
 
     # -- passes -----------------------------------------------------------------------------------
 
     def _clean_pass(
-        self,
-        batch: Batch,
-        names: list[str],
-        metrics: dict[tuple[str, str], SAEAlignment],
-        lens: dict[str, list[Tensor]],
+        self, batch: Batch, accumulators: dict[tuple[str, str], TokenStats], kept: Kept
     ) -> None:
-        start, hooks = time.perf_counter(), sum(self.clock.seconds.values())
-        with self.context():
+        """One forward for each thing that stands in the image's place, and one without an image."""
+        with self.context(), self.clock("forward"):
             tokens = self.model.image_tokens(batch)
-            where = {"image": "image", "caption": "caption"}
-            self._forward(batch, names, batch, tokens, where, metrics, lens)
-            if ("text", names[0]) in metrics and batch.without_image is not None:
-                self._forward(batch, names, batch.without_image, None, {"text": "caption"}, metrics)
-            if "noise" in self.extras:
-                with self.clock("noise"):
-                    noise = gaussian_like(tokens, batch.ids)
-                    before = self.clock.seconds["sae"]
-                    self._forward(batch, names, batch, noise, {"noise": "image"}, metrics)
-                self.clock.seconds["noise"] -= self.clock.seconds["sae"] - before
-        spent = sum(self.clock.seconds.values()) - hooks
-        self.clock.seconds["forward"] += time.perf_counter() - start - spent
+            wanted = {group for group, _ in accumulators}
+            forwards: dict[tuple, list[Group]] = defaultdict(list)
+            for group in self.groups.values():
+                if group.name in wanted:
+                    forwards[group.with_image, group.fill].append(group)
+            for (with_image, fill), groups in forwards.items():
+                if not with_image:
+                    if batch.without_image is not None:
+                        self._forward(batch, batch.without_image, None, groups, accumulators, kept)
+                elif fill is None:
+                    self._forward(batch, batch, tokens, groups, accumulators, kept)
+                else:
+                    with self.clock(groups[0].name):
+                        filled = fill(self.model, batch, tokens)
+                        self._forward(batch, batch, filled, groups, accumulators, kept)
 
     def _forward(
         self,
         batch: Batch,
-        names: list[str],
         sequences: Sequences,
         image_tokens: Tensor | None,
-        groups: dict[str, str],
-        metrics: dict[tuple[str, str], SAEAlignment],
-        lens: dict[str, list[Tensor]] | None = None,
+        groups: list[Group],
+        accumulators: dict[tuple[str, str], TokenStats],
+        kept: Kept,
     ) -> None:
-        """One forward of the LLM that feeds the metrics of the named layers."""
-        indices = {group: sequences.groups[where] for group, where in groups.items()}
+        """One forward of the LLM that feeds sums and metrics."""
+        names = list(dict.fromkeys(name for _, name in accumulators))
         embeds = self.model.embed_sequences(sequences, image_tokens)
 
         def read(name: str, residual: Tensor) -> None:
-            with self.clock("sae"):
-                for group, (index, row) in indices.items():
-                    x = residual.flatten(0, 1).index_select(0, index).float()  # [n, D_l]
-                    latents, reconstruction = self._sae(name, x)
-                    keep = self._keep(name, x)
-                    metrics[group, name].update(x, reconstruction, latents, row, batch.index, keep)
-            if lens is not None and "lens_hit" in self.extras:
-                with self.clock("lens_hit"):
-                    index, row = indices["image"]
-                    x = residual.flatten(0, 1).index_select(0, index)  # [n, D_l]
-                    self._lens(name, x, row, batch, lens[name])
+            for group in groups:
+                positions, image_rows = sequences.groups[group.positions]
+                with self.clock("sae"):
+                    selected = residual.flatten(0, 1).index_select(0, positions)  # [n, D]
+                    x = selected.float()
+                    latents, reconstruction = self.encode(name, x)
+                    keep = self.keep(name, x)
+                    accumulators[group.name, name].update(
+                        x, reconstruction, latents, image_rows, batch.index, keep
+                    )
+                tokens = Tokens(
+                    group.name, name, batch, selected, x, latents, reconstruction, image_rows, keep
+                )
+                for number, metric in enumerate(self.metrics):
+                    with self.clock(metric.name):
+                        item = metric.update(tokens)
+                    if item is not None:
+                        kept[number, group.name, name].append((batch.index, item))
 
         with self.model.llm.residual_hooks({name: partial(read, name) for name in names}):
             self.model.llm.decode(embeds)
 
-    def _sae(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [n, K], dense or sparse, and reconstruction [n, D_l] of float32 tokens."""
-        with torch.autocast(x.device.type, enabled=False):
-            latents = self.encoders[name](x)
-            return latents, self.saes[name].decode(latents)
-
-    def _keep(self, name: str, x: Tensor) -> Tensor:
-        """Which of the tokens [n, D_l] are no outliers."""
-        return x.norm(dim=-1) <= self.config.outlier_factor * self.text[name].median_norm
-
-    def _lens(self, name: str, x: Tensor, row: Tensor, batch: Batch, lens: list[Tensor]) -> None:
-        """Keeps the logit lens' top tokens at image positions, as image * V + token id; -1 at outliers."""
-        llm = self.model.llm
-        hidden = llm.decode(x[None], first_layer=len(llm.layers))[0]  # final norm alone
-        top = llm.logits(hidden).topk(self.config.lens_top_k, dim=-1).indices  # [n, k]
-        place = torch.tensor(batch.index, device=x.device)[row]
-        code = place[:, None] * llm.vocab_size + top
-        lens.append(code.masked_fill(~self._keep(name, x.float())[:, None], -1).flatten())
-
-    def _costly_pass(
-        self,
-        batch: Batch,
-        names: list[str],
-        sums: dict[tuple[str, str], ImageSums],
-        losses: dict[tuple[int, ...], list[Tensor]],
-        cross: dict[tuple[int, ...], list[Tensor]],
+    def _intervention_pass(
+        self, batch: Batch, names: list[str], stats: dict[tuple[str, str], ImageStats], kept: Kept
     ) -> None:
-        """Forwards that go on from each named layer with something replaced, and tokens of all layers
-        through the named layers' SAEs.
-        """
-        model, llm = self.model, self.model.llm
+        """Lets metrics branch off from a batch's forward at each named layer."""
         with self.context():
-            embeds = model.embed_sequences(batch, model.image_tokens(batch))
-            index, every = batch.groups["image"][0], batch.groups["image_copies"][0]
-            places = tuple(batch.index)
-            kept: dict[str, Tensor] = {}
-            with llm.residual_hooks({name: partial(kept.__setitem__, name) for name in self.saes}):
-                hidden = llm.decode(embeds)
-            if "loss_recovered" in self.extras:
-                with self.clock("loss_recovered"):
-                    # The clean forward is the same for each chunk: counted with the first.
-                    if places not in losses:
-                        losses[places].append(self._losses(batch, hidden))
-                    for name in names:
-                        residual = kept[name]
-                        x = residual.flatten(0, 1).index_select(0, every)
-                        counted = self._keep(name, x.float())[:, None]
-                        mean = _mean(sums["image", name]).to(x)
-                        for new in (self._sae(name, x.float())[1].to(x), mean):
-                            new = torch.where(counted, new, x)
-                            spliced = residual.flatten(0, 1).index_copy(0, every, new).view_as(residual)
-                            onward = llm.decode(spliced, first_layer=_next_layer(name))
-                            losses[places].append(self._losses(batch, onward))
-            if "cross_layer" in self.extras:
-                with self.clock("cross_layer"):
-                    cross[places].append(self._cross(kept, names, index))
-
-    def _losses(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """Cross-entropy summed over each image's targets, [B] float64."""
-        losses, _ = self.model.target_losses(batch, hidden)
-        sums = losses.new_zeros(len(batch.ids), dtype=torch.float64)
-        return sums.index_add_(0, batch.label_images, losses.double())
-
-    def _cross(self, kept: dict[str, Tensor], names: list[str], index: Tensor) -> Tensor:
-        """Tokens of all L layers through the SAEs of c named ones: sums [L, c, 3] of squared errors, active
-        latents and tokens.
-        """
-        table = torch.zeros(len(kept), len(names), 3, dtype=torch.float64, device=index.device)
-        for i, name in enumerate(self.saes):
-            x = kept[name].flatten(0, 1).index_select(0, index).float()
-            keep = self._keep(name, x)
-            for j, other in enumerate(names):
-                latents, reconstruction = self._sae(other, x)
-                errors = (x - reconstruction).double().pow(2).sum(-1)
-                by_token = torch.stack([errors, active_latents(latents), torch.ones_like(errors)], dim=-1)
-                table[i, j] = torch.where(keep[:, None], by_token, 0.0).sum(0)
-        return table
+            with self.clock("forward"):
+                run = Intervention(self, batch, stats)
+            for number, metric in enumerate(self.metrics):
+                for name in names if _intervenes(metric) else ():
+                    with self.clock(metric.name):
+                        item = metric.intervene(run, name)
+                    if item is not None:
+                        kept[number, INTERVENTIONS, name].append((batch.index, item))
 
 
-def _mean(group: ImageSums) -> Tensor:
-    """[D] mean over all tokens of all images."""
-    return group.total.sum(0) / group.sums[:, 0].sum()
-
-
-def _next_layer(hook_name: str) -> int:
-    """The layer that the residual stream at this hook enters."""
-    return hook_layer(hook_name) + hook_name.endswith("post")
-
-
-def gaussian_like(tokens: Tensor, ids: list[str]) -> Tensor:
-    """Gaussian directions with the norms of `tokens` [B, P, D_l]; an image's are a function of its name."""
-    noise = []
-    for name in ids:
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        noise.append(torch.randn(tokens.shape[1:], generator=generator))
-    directions = torch.stack(noise).to(tokens)
-    return directions * (tokens.norm(dim=-1, keepdim=True) / directions.norm(dim=-1, keepdim=True))
+def _intervenes(metric: ProbeMetric) -> bool:
+    return type(metric).intervene is not ProbeMetric.intervene

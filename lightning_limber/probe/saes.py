@@ -115,7 +115,7 @@ def _say_of_which_llm(trained_on: str | None, release: str, llm: LLM) -> None:
     if theirs != ours and not Path(llm.name).expanduser().is_dir():
         rank_zero_info(
             f"[warning] probe.sae_release={release} was trained on {trained_on}, model.llm is {llm.name}: "
-            "the text gate says how well it fits."
+            "the sanity check says how well it fits."
         )
 
 

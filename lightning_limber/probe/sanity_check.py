@@ -1,8 +1,8 @@
-"""The text gate: do these SAEs, on this LLM as it is loaded here, do on plain text what they should?
+"""The sanity check: do these SAEs, on this LLM as it is loaded here, behave on plain text as they should?
 
 An SAE on the wrong layer, a hook that is off by one, a BOS that is missing or embeddings on another
 scale spoil every number of the probe without a word. So before anything is trained, a few pages of
-plain English (`gate_text.txt`, held-out documents of the shipped suite's corpus) go through the LLM and
+plain English (`plain_text.txt`, held-out documents of the shipped suite's corpus) go through the LLM and
 the SAEs, and `fvu` and `l0` are held against what is known of each SAE:
 
     a suite with a card      the same two numbers on the same text, written into the card when it was
@@ -35,8 +35,9 @@ from lightning_limber.assets import ASSETS
 from lightning_limber.models import activations
 from lightning_limber.models.frozen import fingerprint
 from lightning_limber.models.llm import LLM
-from lightning_limber.probe.alignment import SAEAlignment, alignment
+from lightning_limber.probe.metrics.geometry import reconstruction_metrics
 from lightning_limber.probe.screened_encoder import make_encoder
+from lightning_limber.probe.token_stats import TokenStats
 from lightning_limber.utils.cache import cache_dir
 
 TEXT = ASSETS / "plain_text.txt"
@@ -79,7 +80,7 @@ def measure(
     outlier_factor: float = activations.SINK_FACTOR,
     context: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, TextStats]:
-    """Runs the gate's text through LLM and SAEs, by hook name.
+    """Runs the plain text through LLM and SAEs, by hook name.
 
     Args:
         llm: The loaded LLM.
@@ -93,7 +94,7 @@ def measure(
     # Two passes: what an outlier is must be known before anything is summed.
     norms: dict[str, list[Tensor]] = {name: [] for name in saes}
     # Every process reads the whole text.
-    sums = {name: SAEAlignment(False, sync_on_compute=False).to(device) for name in saes}
+    sums = {name: TokenStats(False, sync_on_compute=False).to(device) for name in saes}
     encoders = {name: make_encoder(sae, device) for name, sae in saes.items()}
     limits: dict[str, float] = {}
 
@@ -119,7 +120,7 @@ def measure(
         limits = {name: outlier_factor * median for name, median in medians.items()}
     stats = {}
     for name, metric in sums.items():
-        values = {key: float(value[0]) for key, value in alignment(metric.compute()).items()}
+        values = {key: float(value[0]) for key, value in reconstruction_metrics(metric.compute()).items()}
         stats[name] = TextStats(medians[name], values["variance"], values["fvu"], values["l0"])
     return stats
 
@@ -154,7 +155,7 @@ def measure_once(
         [[name, fingerprint(one), repr(one.cfg.to_dict())] for name, one in saes.items()],
     ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    path = cache_dir() / "gate" / f"{digest}.json"
+    path = cache_dir() / "sanity_check" / f"{digest}.json"
     if path.is_file():
         return {name: TextStats(**stats) for name, stats in json.loads(path.read_text()).items()}
     found = measure(llm, saes, prefix_ids, outlier_factor, context)
@@ -221,11 +222,11 @@ def check(measured: dict[str, TextStats], known: dict[str, dict[str, float]], po
     if not lines or policy == "off":
         return
     message = (
-        "The text gate: these SAEs do not do on plain text what is known of them.\n  "
+        "The sanity check: these SAEs do not behave on plain text as is known of them.\n  "
         + "\n  ".join(lines)
         + "\nLikely causes: SAEs of another layer or hook point, or of another model (base or instruct); "
         "a model.prompt without {bos} where the SAEs were trained with it; embeddings on another scale. "
-        "Set probe.text_gate to warn or off to go on all the same."
+        "Set probe.sanity_check to warn or off to go on all the same."
     )
     if policy == "stop":
         raise ValueError(message)

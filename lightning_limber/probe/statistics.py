@@ -1,12 +1,17 @@
-"""Bootstrap intervals over images."""
+"""Bootstrap intervals over images, and permutation chance levels.
+
+Shapes: I images, R bootstrap samples, M permutations.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def resamples(images: int, count: int, seed: int) -> Tensor:
+def bootstrap_weights(images: int, count: int, seed: int) -> Tensor:
     """Weights [1 + count, images] of a bootstrap over images: the first row is the sample itself.
 
     The other rows say how often each image is drawn when as many are drawn with replacement.
@@ -18,12 +23,54 @@ def resamples(images: int, count: int, seed: int) -> Tensor:
     return torch.cat([torch.ones(1, images, dtype=torch.float64), weights])
 
 
-def intervals(values: Tensor) -> list[tuple[float, float, float]]:
-    """Values [M, 1 + R] of `resamples` -> (value, low, high): the sample's, and the 95 % percentiles."""
-    ends = values[:, 1:].double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1)
-    return list(zip(values[:, 0].tolist(), *ends.tolist(), strict=True))
+def interval(samples: Tensor) -> tuple[float, float, float]:
+    """Samples [1 + R] by `bootstrap_weights` -> (value, low, high): the first, and 95 % percentiles."""
+    low, high = samples[1:].double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(samples[0]), low, high
 
 
-def interval(values: Tensor) -> tuple[float, float, float]:
-    """`intervals` of one metric's values [1 + R]."""
-    return intervals(values[None])[0]
+def permutations(images: int, count: int, seed: int) -> Tensor:
+    """[count, images] random permutations, each of which pairs images with captions anew."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, images, generator=generator).argsort(dim=-1)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A value with its 95 % bootstrap interval over images, and what chance gives.
+
+    Attributes:
+        value, low, high: The value and its interval.
+        chance, chance_low, chance_high: Mean and 95 % range over random permutations.
+        p: Share of permutations (the real pairing counted in) that reach the value.
+    """
+
+    value: float
+    low: float
+    high: float
+    chance: float
+    chance_low: float
+    chance_high: float
+    p: float
+
+
+def compare(samples: Tensor, permuted: Tensor) -> Comparison:
+    """Compares bootstrap samples [1 + R] of a metric with its values [M] under permutation."""
+    value, low, high = interval(samples)
+    ends = permuted.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    chance_low, chance_high = ends.tolist()
+    p = (1 + int((permuted >= value - 1e-12).sum())) / (1 + len(permuted))
+    return Comparison(value, low, high, float(permuted.mean()), chance_low, chance_high, p)
+
+
+def compare_hits(hits: Tensor, weights: Tensor, permuted: Tensor) -> Comparison:
+    """Share of images that hit with their own captions, against other images' captions.
+
+    Args:
+        hits: [I, I] how well image i hits with the captions of image j, 0..1.
+        weights: [1 + R, I] from `bootstrap_weights`.
+        permuted: [M, I] from `permutations`.
+    """
+    hits = hits.double()
+    own = weights @ hits.diagonal() / weights.sum(-1)
+    return compare(own, hits[torch.arange(len(hits)), permuted].mean(-1))

@@ -21,6 +21,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lightning_limber.assets import ASSETS
 
@@ -166,6 +168,21 @@ def agreement(descriptions: Sequence[str], words: Sequence[str]) -> np.ndarray:
         found = {key for word in description_words(description) for key in _keys(word)} & columns.keys()
         agrees[row, [column for key in found for column in columns[key]]] = True
     return agrees
+
+
+def word_table(texts: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
+    """Distinct words (in alphabetical order), and which text has which: bool [I, W]."""
+    words = sorted({word for text in texts for word in text})
+    column = {word: i for i, word in enumerate(words)}
+    table = torch.zeros(len(texts), len(words), dtype=torch.bool)
+    for row, text in enumerate(texts):
+        table[row, [column[word] for word in text]] = True
+    return words, table
+
+
+def word_hits(found: Tensor, captions: Tensor) -> Tensor:
+    """[I, W] words found for each image, [J, W] words of each caption -> [I, J] whether any agrees."""
+    return found.float() @ captions.float().T > 0
 
 
 @cache

@@ -5,50 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 Split = Literal["train", "heldout"]
-
-
 HELDOUT_PCT = 6
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text, with where it comes from.
-
-    Attributes:
-        id: Stable name; the split is a function of it alone.
-        kind: What sort of English it is ("encyclopaedic", "narrative", ...).
-        source: The package it was read from.
-        text: The text itself.
-    """
-
-    id: str
-    kind: str
-    source: str
-    text: str
-
-    @property
-    def split(self) -> Split:
-        """Held-out by document, by a hash of the name: the same on every machine."""
-        digest = int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:4], "big")
-        return "heldout" if digest % 100 < HELDOUT_PCT else "train"
+def split_by_name(name: str) -> Split:
+    """Held-out or not, by a hash of the document's name: the same on every machine."""
+    digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    return "heldout" if digest % 100 < HELDOUT_PCT else "train"
 
 
 def read_documents(where: str | Path, text_key: str = "text") -> Iterator[tuple[Split, str, str]]:
     """Documents of a text source, one by one, so that a source of any size can be read.
 
     Args:
-        where: A `corpus.jsonl`, any other JSONL, a folder of `.txt` files (one document each), or
-            the name of a `datasets` data set, whose "train" split is read as a stream.
+        where: A JSONL file, a folder of `.txt` files (one document each), or the name of a `datasets`
+            data set, whose "train" split is read as a stream.
         text_key: The field of a record that holds its text.
 
     Yields:
         `(split, source, text)`. A record's own `split` decides where there is one, else a hash of its
-        place; source is the record's own, with its kind of English, or `where`.
+        index; source is the record's own, with its kind of English, or `where`.
 
     Raises:
         FileNotFoundError: There is no such file, or no text in the folder.
@@ -60,10 +40,8 @@ def read_documents(where: str | Path, text_key: str = "text") -> Iterator[tuple[
                 f"{where}: record {name} has no field {text_key!r}, only {sorted(record)}; "
                 "put the text of each record there"
             )
-        document = Document(name, "", "", record[text_key])
-        labels = [str(record[key]) for key in ("source", "kind") if key in record]
-        source = ", ".join(labels) or str(where)
-        yield record.get("split", document.split), source, document.text
+        source = ", ".join(str(record[key]) for key in ("source", "kind") if key in record)
+        yield record.get("split", split_by_name(name)), source or str(where), record[text_key]
 
 
 def read_texts(where: str | Path, split: Split) -> Iterator[str]:
@@ -81,12 +59,11 @@ def _records(where: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield str(file.relative_to(path)), {"text": file.read_text(encoding="utf-8")}
     elif path.is_file():
         with path.open(encoding="utf-8") as lines:
-            for i, line in enumerate(lines):
-                yield str(i), json.loads(line)
+            yield from ((str(i), json.loads(line)) for i, line in enumerate(lines))
     elif path.suffix:
         raise FileNotFoundError(f"{path} does not exist")
     else:
         from datasets import load_dataset
 
-        for i, record in enumerate(load_dataset(str(where), split="train", streaming=True)):
-            yield str(i), record
+        stream = load_dataset(str(where), split="train", streaming=True)
+        yield from ((str(i), record) for i, record in enumerate(stream))

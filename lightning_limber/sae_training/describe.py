@@ -1,4 +1,4 @@
-"""Describes what each latent of a suite fires on, in words, and scores every description.
+"""Describes what each latent of a release fires on, in words, and scores every description.
 
 No language model writes here: a description is counted from held-out text and checked on other
 held-out text. For each latent, four kinds of evidence compete:
@@ -23,11 +23,15 @@ Shapes: n tokens that count, W words, K latents, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import json
+import random
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import sparse
 from torch import Tensor
@@ -35,7 +39,9 @@ from tqdm.auto import tqdm
 
 from lightning_limber.models import activations
 from lightning_limber.models.llm import LLM
-from lightning_limber.probe.explanations import Explanation
+from lightning_limber.probe.explanations import Explanation, write_explanations
+from lightning_limber.sae_training.evaluate import load_release
+from lightning_limber.sae_training.train import CARD
 
 EXPLAINER = "lightning_limber-token-statistics-2"
 KINDS = ("on", "after", "before", "near")
@@ -55,29 +61,71 @@ class Firings:
     Attributes:
         words: Distinct words, lower case; W of them.
         of_kind: For each kind, bool [n, W] sparse: the words that are evidence for a token.
-        place: int32 [n]: where a token stands in `tokens`.
         tokens: Text of every token, position by position, contexts one after the other.
-        start, end: int32 [n]: where the token's context lies in `tokens`.
+        spans: int [n, 3]: index of a token in `tokens`, and start and end of its context there.
         half: bool [n]: True for the describing half.
         fires: For each hook, float16 activations [n, K], sparse.
     """
 
     words: list[str]
     of_kind: dict[str, sparse.csr_matrix]
-    place: np.ndarray
     tokens: list[str]
-    start: np.ndarray
-    end: np.ndarray
+    spans: np.ndarray
     half: np.ndarray
     fires: dict[str, sparse.csr_matrix]
 
     def context(self, token: int, width: int = 10) -> str:
         """The text around a token, which is marked, for a reader."""
-        at = int(self.place[token])
-        first = max(int(self.start[token]), at - width)
-        last = min(int(self.end[token]), at + width)
-        parts = [*self.tokens[first:at], f"[[{self.tokens[at]}]]", *self.tokens[at + 1 : last]]
-        return "".join(parts).replace("\n", " / ").strip()
+        at, start, end = self.spans[token].tolist()
+        before, after = self.tokens[max(start, at - width) : at], self.tokens[at + 1 : min(end, at + width)]
+        return "".join([*before, f"[[{self.tokens[at]}]]", *after]).replace("\n", " / ").strip()
+
+
+def describe_release(
+    release: str,
+    text: str,
+    bf16: bool = True,
+    context_size: int = 128,
+    max_tokens: int = 150_000,
+    write: bool = False,
+    show: int = 20,
+    seed: int = 0,
+) -> None:
+    """Describes every latent of a release from held-out text, and prints some with their contexts.
+
+    Args:
+        release: Folder of a release, or the name of one that ships (`suite:NAME`).
+        text: The corpus; its held-out documents are used.
+        bf16: bf16 matrix products in the LLM.
+        context_size: Longest context in tokens.
+        max_tokens: Held-out tokens to read.
+        write: Put the descriptions beside the SAEs (`descriptions/`) and a summary into the card.
+        show: How many latents to print, drawn at random.
+        seed: Random seed of that draw.
+    """
+    folder, card, llm, saes, texts = load_release(release, text, bf16, max_tokens)
+    medians = {name: card["layers"][name]["median_norm"] for name in saes}
+    firings = collect(llm, saes, medians, texts, context_size, max_tokens)
+    every: list[tuple[str, Explanation]] = []
+    for name, sae in saes.items():
+        found = list(describe(firings, name, sae, llm, card["model_id"]))
+        every += [(name, row) for row in found]
+        scores = sorted(row.score for row in found if row.score is not None)
+        card["layers"][name]["descriptions"] = summary = {
+            "described": len(found),
+            "scored": len(scores),
+            "median_score": scores[len(scores) // 2] if scores else None,
+            "score_0.8_or_more": sum(score >= 0.8 for score in scores),
+        }
+        print(name, summary)
+        if write:
+            write_explanations(found, folder / "descriptions" / name / "batch-0.jsonl.gz")
+    if write:
+        (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+    for name, row in random.Random(seed).sample(every, min(show, len(every))):
+        print(f"\n{name} latent {row.index}, density {row.density}, score {row.score}\n  {row.description}")
+        for context in top_contexts(firings, name, row.index):
+            print(f"    {context}")
 
 
 @torch.no_grad()
@@ -104,53 +152,43 @@ def collect(
     contexts: list[activations.Context] = []
     half_of: list[bool] = []
     for text in texts:
-        pieces = list(activations.contexts([text], llm.tokenizer, context_size))
-        contexts += pieces
-        half_of += [_first_half(text)] * len(pieces)
+        contexts += activations.contexts([text], llm.tokenizer, context_size)
+        first_half = hashlib.sha256(b"half" + text.encode()).digest()[0] < 128
+        half_of += [first_half] * (len(contexts) - len(half_of))
     contexts = activations.first_tokens(contexts, max_tokens)
+    pieces = llm.tokenizer.convert_ids_to_tokens(range(len(llm.tokenizer)))
+    token_text = [llm.tokenizer.convert_tokens_to_string([piece]) for piece in pieces]
 
-    token_text = [
-        llm.tokenizer.convert_tokens_to_string([t])
-        for t in llm.tokenizer.convert_ids_to_tokens(range(len(llm.tokenizer)))
-    ]
     tokens: list[str] = []
-    place, start, end, half, seen = [], [], [], [], []
-    rows: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in saes}
-    n_tokens = 0
+    spans: list[tuple[int, int, int]] = []
+    half: list[bool] = []
+    seen: list[dict[str, list[str]]] = []
+    rows: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
     batches = list(activations.batches(contexts, batch_tokens))
     for ids, mask, chosen in tqdm(batches, desc="Reading held-out text", unit=" batches"):
         hidden = activations.residuals(llm, ids, list(saes))
         # One set of tokens for all layers: the statistics of the words are then counted once.
-        keep = torch.stack(
-            [activations.counted(hidden[name], mask, median_norm[name]) for name in saes]
-        ).all(0)
+        keep = activations.counted_at_all(hidden, mask, median_norm)
         for name, sae in saes.items():
             latents = sae.encode(hidden[name][keep].float())
             token, latent = latents.nonzero(as_tuple=True)
-            values = latents[token, latent].half()
-            rows[name].append(((token + n_tokens).int(), latent.int(), values))
+            rows[name].append((token + len(seen), latent, latents[token, latent].half()))
         for row, context in enumerate(chosen):
             texts_here = [token_text[i] for i in contexts[context]]
             words_here = _words(texts_here)
             for position in keep[row].nonzero()[:, 0].tolist():
-                place.append(len(tokens) + position)
-                start.append(len(tokens) + 1)  # BOS is not shown
-                end.append(len(tokens) + len(texts_here))
+                # BOS is not shown.
+                spans.append((len(tokens) + position, len(tokens) + 1, len(tokens) + len(texts_here)))
                 half.append(half_of[context])
                 seen.append(_evidence(texts_here, words_here, position))
             tokens += texts_here
-        n_tokens += int(keep.sum())
-
     words, of_kind = _matrices(seen)
     fires = {}
     for name, sae in saes.items():
         token, latent, value = (torch.cat(part).numpy() for part in zip(*rows[name], strict=True))
-        fires[name] = sparse.csr_matrix(
-            (value.astype(np.float32), (token, latent)), shape=(n_tokens, sae.cfg.d_sae)
-        )
-    return Firings(
-        words, of_kind, np.array(place), tokens, np.array(start), np.array(end), np.array(half), fires
-    )
+        values = value.astype(np.float32)
+        fires[name] = sparse.csr_matrix((values, (token, latent)), shape=(len(seen), sae.cfg.d_sae))
+    return Firings(words, of_kind, tokens, np.array(spans), np.array(half), fires)
 
 
 def describe(firings: Firings, hook: str, sae: Any, llm: LLM, model_id: str) -> Iterator[Explanation]:
@@ -198,21 +236,15 @@ def top_contexts(firings: Firings, hook: str, latent: int, count: int = 5) -> li
     """The contexts in which a latent fires most, strongest first, each from another place."""
     column = firings.fires[hook][:, latent].tocoo()
     order = column.row[np.argsort(-column.data, kind="stable")]
-    found: list[str] = []
+    found: dict[str, None] = {}
     for token in order:
-        text = firings.context(int(token))
-        if text not in found:
-            found.append(text)
+        found[firings.context(int(token))] = None
         if len(found) == count:
             break
-    return found
+    return list(found)
 
 
 # --- words ------------------------------------------------------------------------------------
-
-
-def _first_half(text: str) -> bool:
-    return hashlib.sha256(b"half" + text.encode()).digest()[0] < 128
 
 
 def _words(tokens: list[str]) -> list[tuple[int, str]]:
@@ -221,18 +253,14 @@ def _words(tokens: list[str]) -> list[tuple[int, str]]:
     A word is a run of tokens of letters or digits; a space or any other mark ends it, and a mark is a
     word of its own.
     """
-    groups: list[list[int]] = []
-    for i, token in enumerate(tokens):
-        glued = i > 0 and token[:1].isalnum() and tokens[i - 1][-1:].isalnum()
-        if glued:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    words: list[tuple[int, str]] = []
-    for number, group in enumerate(groups):
-        word = "".join(tokens[i] for i in group).strip().lower() or "⏎"
-        words += [(number, word)] * len(group)
-    return words
+    starts = [
+        not (b[:1].isalnum() and a[-1:].isalnum()) for a, b in zip(["", *tokens], tokens, strict=False)
+    ]
+    numbers = np.cumsum(starts).tolist()
+    words: dict[int, str] = defaultdict(str)
+    for number, token in zip(numbers, tokens, strict=True):
+        words[number] += token
+    return [(number, words[number].strip().lower() or "⏎") for number in numbers]
 
 
 def _evidence(tokens: list[str], words: list[tuple[int, str]], position: int) -> dict[str, list[str]]:
@@ -257,21 +285,25 @@ def _forms(token: str, word: str, inside: bool) -> list[str]:
     return found + [f"(-{e})" for e in ENDINGS if len(word) > len(e) + 2 and word.endswith(e)]
 
 
-def _matrices(
-    seen: list[dict[str, list[str]]],
-) -> tuple[list[str], dict[str, sparse.csr_matrix]]:
+def _matrices(seen: list[dict[str, list[str]]]) -> tuple[list[str], dict[str, sparse.csr_matrix]]:
     """Evidence of n tokens -> the W distinct words and, a kind each, bool [n, W]."""
-    index: dict[str, int] = {}
-    cells: dict[str, tuple[list[int], list[int]]] = {kind: ([], []) for kind in KINDS}
-    for token, evidence in enumerate(seen):
-        for kind, words in evidence.items():
-            cells[kind][0].extend([token] * len(words))
-            cells[kind][1].extend(index.setdefault(word, len(index)) for word in words)
-    shape = (len(seen), len(index))
-    return list(index), {
-        kind: sparse.csr_matrix((np.ones(len(row), np.float32), (row, column)), shape=shape)
-        for kind, (row, column) in cells.items()
+    cells = [
+        (kind, token, word)
+        for token, evidence in enumerate(seen)
+        for kind, found in evidence.items()
+        for word in found
+    ]
+    table = pd.DataFrame(cells, columns=["kind", "token", "word"])
+    table["column"], words = pd.factorize(table["word"])
+    shape = (len(seen), len(words))
+    of_kind = {
+        kind: sparse.csr_matrix(
+            (np.ones(len(part), np.float32), (part["token"], part["column"])), shape=shape
+        )
+        for kind in KINDS
+        for part in [table[table["kind"] == kind]]
     }
+    return list(words), of_kind
 
 
 def _choose(active: sparse.csr_matrix, seen: sparse.csc_matrix) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -1,31 +1,25 @@
-"""Scores a suite on held-out text, by our definitions and by SAELens' own evals side by side.
+"""Scores SAEs on held-out text, by our definitions and by SAELens' own evals side by side.
 
 Ours, over the tokens that count (text, not position 0, not an attention sink):
 
-    explained_variance   1 - fvu, the probe's own metric (`lightning_limber.probe.alignment`)
+    explained_variance   1 - fvu, the probe's own metric (`lightning_limber.probe.metrics.geometry`)
     l0                   mean number of latents that fire on a token
     dead                 share of latents that never fire on the held-out text
     ce_recovered         (CE_ablated - CE_spliced) / (CE_ablated - CE_clean): the residual stream of
                          the tokens that count replaced by its reconstruction (spliced) or by its mean
                          over them (ablated); cross-entropy of the next token
 
-SAELens' evals differ by design, and their numbers with them:
-
-    * they leave out special tokens (BOS) and nothing else: an attention sink in the middle of a text
-      adds its norm to their variance, and its reconstruction error;
-    * they ablate to zero, at every position, BOS too: a heavier blow than the mean, so a larger
-      denominator and a higher score for the same splice;
-    * they take contexts of one length, so here only those of full length;
-    * they run over a few batches, in which rare latents do not come up: "dead" by them is an upper
-      bound that falls with the number of tokens.
+SAELens' evals differ by design, and their numbers with them: they count attention sinks, which add to
+variance and error; they ablate to zero at every position, BOS too, so the same splice recovers more; they
+take contexts of one length; and over their few batches more latents look dead.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,9 +28,115 @@ from tqdm.auto import tqdm
 
 from lightning_limber.models import activations
 from lightning_limber.models.llm import LLM
-from lightning_limber.probe import sanity_check as gate
-from lightning_limber.probe.alignment import SAEAlignment, alignment
+from lightning_limber.probe import sanity_check
+from lightning_limber.probe.metrics.geometry import reconstruction_metrics
+from lightning_limber.probe.saes import load_saes, suite_folder
+from lightning_limber.probe.token_stats import TokenStats
+from lightning_limber.sae_training.corpus import read_texts
 from lightning_limber.sae_training.train import CARD
+
+SAE_ID = "blocks.{layer}.hook_resid_post"
+SCORES = ("explained_variance", "l0", "ce_recovered", "dead")
+
+
+def evaluate_release(
+    release: str,
+    text: str,
+    bf16: bool = True,
+    context_size: int = 128,
+    max_tokens: int = 150_000,
+    ce_tokens: int = 8192,
+    saelens_tokens: int = 2048,
+    write: bool = False,
+) -> None:
+    """Scores a release on held-out text by our definitions and by SAELens' evals.
+
+    Args:
+        release: Folder of a release, or the name of one that ships (`suite:NAME`).
+        text: The corpus; its held-out documents are used.
+        bf16: bf16 matrix products in the LLM.
+        context_size: Longest context in tokens.
+        max_tokens: Held-out tokens for explained variance, l0 and dead latents.
+        ce_tokens: Tokens for loss recovered.
+        saelens_tokens: Tokens for SAELens' evals; 0 leaves them out.
+        write: Put the scores into the release's card.
+    """
+    folder, card, llm, saes, texts = load_release(release, text, bf16, max_tokens)
+    pieces = list(activations.contexts(texts, llm.tokenizer, context_size))
+    pieces = activations.first_tokens(pieces, max_tokens)
+    print(f"{len(pieces):,} held-out contexts, {sum(map(len, pieces)):,} tokens")
+    scores = evaluate(llm, saes, card, pieces, ce_tokens, saelens_tokens)
+    print(table(scores))
+    if write:
+        bos = llm.tokenizer.bos_token_id
+        prefix = [] if bos is None else [bos]
+        stats = sanity_check.measure(llm, saes, prefix, context=lambda: activations.autocast(llm))
+        for name, score in scores.items():
+            # What the sanity check is to find again.
+            card["layers"][name] |= {"scores": _rounded(score), "gate": _rounded(asdict(stats[name]))}
+        (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+
+
+def load_release(release: str, text: str, bf16: bool, max_tokens: int) -> tuple[Path, Any, LLM, Any, list]:
+    """Folder, card, LLM and SAEs by hook name of a release, and enough held-out documents of a corpus."""
+    folder = suite_folder(release)
+    if folder is None or not (folder / CARD).exists():
+        raise FileNotFoundError(f"{release} is no folder with a release of SAEs in it ({CARD})")
+    card = json.loads((folder / CARD).read_text())
+    llm = LLM(card["llm"]).load()
+    if bf16:
+        llm.prepare_autocast(torch.bfloat16)
+    saes = load_saes(str(folder), SAE_ID, None, llm)
+    texts, n_chars = [], 0
+    for document in read_texts(text, "heldout"):
+        texts.append(document)
+        n_chars += len(document)
+        if n_chars > 8 * max_tokens:  # English has four or five characters a token
+            break
+    return folder, card, llm, saes, texts
+
+
+def evaluate(
+    llm: LLM,
+    saes: dict[str, Any],
+    card: dict[str, Any],
+    contexts: list[activations.Context],
+    ce_tokens: int = 8192,
+    saelens_tokens: int = 2048,
+) -> dict[str, dict[str, Any]]:
+    """All scores of a release, by hook name; `saelens` holds SAELens', `same_text` ours on their text.
+
+    Args:
+        llm: The loaded model.
+        saes: SAEs by hook name.
+        card: The release's card, for the median norms.
+        contexts: Held-out contexts.
+        ce_tokens: Tokens for our loss recovered: two forwards a layer.
+        saelens_tokens: Tokens for SAELens' evals: four forwards a layer, with all logits; 0 leaves
+            them out.
+    """
+    medians = {name: card["layers"][name]["median_norm"] for name in saes}
+
+    def ours(contexts: list[activations.Context], ce_contexts: list[activations.Context]) -> dict:
+        scores = reconstruction(llm, saes, medians, contexts)
+        means = {name: score.pop("mean") for name, score in scores.items()}
+        for name, score in ce_recovered(llm, saes, medians, means, ce_contexts).items():
+            scores[name] |= score
+        return scores
+
+    sample = activations.first_tokens(contexts, ce_tokens)
+    scores = ours(contexts, sample)
+    for score in scores.values():
+        score["ce_tokens"] = sum(map(len, sample))
+    if saelens_tokens:
+        longest = max(map(len, contexts))
+        same = activations.first_tokens([c for c in contexts if len(c) == longest], saelens_tokens)
+        same = same[: max(8, len(same) // 8 * 8)]
+        again, tokens = ours(same, same), sum(map(len, same))
+        for name, sae in tqdm(saes.items(), desc="SAELens' evals", unit=" layers"):
+            scores[name]["same_text"] = {key: again[name][key] for key in SCORES} | {"tokens": tokens}
+            scores[name]["saelens"] = saelens_evals(llm, sae, name, same)
+    return scores
 
 
 @torch.no_grad()
@@ -52,7 +152,7 @@ def reconstruction(
     Besides the metrics: `variance`, the mean of |x - mean|^2 of text at that layer, raw scale, which
     is the yardstick of `fvu_text`; and `mean`, the mean vector [D], for ablation.
     """
-    metrics = {name: SAEAlignment() for name in saes}
+    metrics = {name: TokenStats() for name in saes}
     for ids, mask, _ in tqdm(
         list(activations.batches(contexts, batch_tokens)), desc="Reconstruction", unit=" batches"
     ):
@@ -66,13 +166,14 @@ def reconstruction(
             metrics[name].update(x, saes[name].decode(latents), latents, row, [0], keep)
     scores = {}
     for name, metric in metrics.items():
-        sums = metric.compute()
-        score = {key: float(value[0]) for key, value in alignment(sums).items() if key != "fvu_text"}
+        stats = metric.compute()
+        found = reconstruction_metrics(stats)
+        score = {key: float(value[0]) for key, value in found.items() if key != "fvu_text"}
         scores[name] = {
             "explained_variance": 1 - score["fvu"],
             "dead": 1 - score.pop("alive"),
             **score,
-            "mean": (sums.total.sum(0) / score["tokens"]).float(),
+            "mean": (stats.total.sum(0) / score["tokens"]).float(),
         }
     return scores
 
@@ -87,7 +188,7 @@ def ce_recovered(
     batch_tokens: int = 2048,
 ) -> dict[str, dict[str, float]]:
     """Cross-entropy in nats with the residual stream clean, spliced and ablated, by hook name."""
-    totals = {name: {"ce_clean": 0.0, "ce_spliced": 0.0, "ce_ablated": 0.0} for name in saes}
+    totals = {name: dict.fromkeys(("ce_clean", "ce_spliced", "ce_ablated"), 0.0) for name in saes}
     n_targets = 0
     for ids, mask, _ in tqdm(
         list(activations.batches(contexts, batch_tokens)), desc="Loss recovered", unit=" batches"
@@ -106,15 +207,10 @@ def ce_recovered(
             totals[name]["ce_clean"] += clean
             totals[name]["ce_spliced"] += replaced(lambda x, sae=sae: sae.decode(sae.encode(x)))
             totals[name]["ce_ablated"] += replaced(lambda x, mean=means[name]: mean.expand_as(x))
-    scores = {}
-    for name, total in totals.items():
-        clean, spliced, ablated = (v / n_targets for v in total.values())
-        scores[name] = {
-            "ce_clean": clean,
-            "ce_spliced": spliced,
-            "ce_ablated": ablated,
-            "ce_recovered": (ablated - spliced) / (ablated - clean),
-        }
+    scores = {name: {key: v / n_targets for key, v in total.items()} for name, total in totals.items()}
+    for score in scores.values():
+        clean, spliced, ablated = score.values()
+        score["ce_recovered"] = (ablated - spliced) / (ablated - clean)
     return scores
 
 
@@ -129,15 +225,8 @@ def _cross_entropy(
         hidden = llm.decode(llm.embed(ids))
     target = mask[:, 1:].bool()
     target[:, 0] = False
-    total = 0.0
-    # A slice at a time: logits are S x V floats.
-    for states, wanted in zip(
-        hidden[:, :-1][target].split(512), ids[:, 1:][target].split(512), strict=True
-    ):
-        with activations.autocast(llm):
-            logits = llm.logits(states)
-        total += torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum").item()
-    return total, int(target.sum())
+    losses, _ = llm.token_losses(hidden[:, :-1][target], ids[:, 1:][target])
+    return losses.double().sum().item(), int(target.sum())
 
 
 def saelens_evals(
@@ -164,28 +253,31 @@ def saelens_evals(
     module = next(name for name, found in llm.model.named_modules() if found is layer)
     before = set(layer._forward_hooks)
     model = HookedProxyLM(llm.model, llm.tokenizer, hook_names=[module])
-    n_batches = len(contexts) // batch_size
-    metadata = sae.cfg.metadata
-    ours, metadata.hook_name = metadata.hook_name, module
+    batches = torch.tensor([context.tolist() for context in contexts]).split(batch_size)
+    # What `run_evals` asks of an activation store: the same batches of tokens, from the start.
+    store: Any = SimpleNamespace(context_size=batches[0].shape[1], store_batch_size_prompts=batch_size)
+
+    def reset() -> None:
+        left = iter(batches)
+        store.get_batch_tokens = lambda _size: next(left)
+
+    store.reset_input_dataset = reset
+    reset()
+    config = EvalConfig(
+        batch_size_prompts=batch_size,
+        n_eval_reconstruction_batches=len(contexts) // batch_size,
+        n_eval_sparsity_variance_batches=len(contexts) // batch_size,
+        compute_ce_loss=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+        compute_featurewise_density_statistics=True,
+    )
+    sae.cfg.metadata.hook_name = module
     try:
         with activations.autocast(llm):
-            scores, latents = run_evals(
-                sae,
-                _Store(contexts, batch_size),  # type: ignore[arg-type]
-                model,
-                ActivationScaler(),
-                EvalConfig(
-                    batch_size_prompts=batch_size,
-                    n_eval_reconstruction_batches=n_batches,
-                    n_eval_sparsity_variance_batches=n_batches,
-                    compute_ce_loss=True,
-                    compute_sparsity_metrics=True,
-                    compute_variance_metrics=True,
-                    compute_featurewise_density_statistics=True,
-                ),
-            )
+            scores, latents = run_evals(sae, store, model, ActivationScaler(), config)
     finally:
-        metadata.hook_name = ours
+        sae.cfg.metadata.hook_name = hook_name
         for key in set(layer._forward_hooks) - before:  # SAELens leaves its hook on the layer
             del layer._forward_hooks[key]
     density = latents["feature_density"]
@@ -197,99 +289,19 @@ def saelens_evals(
     }
 
 
-class _Store:
-    """What `run_evals` asks of an activation store: the same batches of tokens, over and over."""
-
-    def __init__(self, contexts: list[activations.Context], batch_size: int) -> None:
-        self.tokens = torch.tensor([context.tolist() for context in contexts])
-        self.context_size = self.tokens.shape[1]
-        self.store_batch_size_prompts = batch_size
-        self.at = 0
-
-    def get_batch_tokens(self, batch_size: int) -> Tensor:
-        batch = self.tokens[self.at : self.at + batch_size]
-        self.at += batch_size
-        return batch
-
-    def reset_input_dataset(self) -> None:
-        self.at = 0
-
-
-def evaluate(
-    llm: LLM,
-    saes: dict[str, Any],
-    card: dict[str, Any],
-    contexts: list[activations.Context],
-    ce_tokens: int = 8192,
-    saelens_tokens: int = 2048,
-) -> dict[str, dict[str, Any]]:
-    """All scores of a suite, by hook name; `saelens` holds SAELens', `same_text` ours on their text.
-
-    Args:
-        llm: The loaded model.
-        saes: SAEs by hook name.
-        card: The suite's card, for the median norms.
-        contexts: Held-out contexts.
-        ce_tokens: Tokens for our loss recovered: two forwards a layer.
-        saelens_tokens: Tokens for SAELens' evals: four forwards a layer, with all logits; 0 leaves
-            them out.
-    """
-    medians = {name: card["layers"][name]["median_norm"] for name in saes}
-    scores = reconstruction(llm, saes, medians, contexts)
-    means = {name: score.pop("mean") for name, score in scores.items()}
-    sample = activations.first_tokens(contexts, ce_tokens)
-    for name, score in ce_recovered(llm, saes, medians, means, sample).items():
-        scores[name] |= {**score, "ce_tokens": sum(map(len, sample))}
-    if saelens_tokens:
-        longest = max(map(len, contexts))
-        same = activations.first_tokens([c for c in contexts if len(c) == longest], saelens_tokens)
-        same = same[: max(8, len(same) // 8 * 8)]
-        again = reconstruction(llm, saes, medians, same)
-        recovered = ce_recovered(llm, saes, medians, {name: again[name]["mean"] for name in saes}, same)
-        for name, sae in tqdm(saes.items(), desc="SAELens' evals", unit=" layers"):
-            keys = ("explained_variance", "l0", "dead")
-            scores[name]["same_text"] = {
-                **{key: again[name][key] for key in keys},
-                "ce_recovered": recovered[name]["ce_recovered"],
-                "tokens": sum(map(len, same)),
-            }
-            scores[name]["saelens"] = saelens_evals(llm, sae, name, same)
-    return scores
-
-
 def table(scores: dict[str, dict[str, Any]]) -> str:
     """Markdown table, a row a layer; in brackets ours on SAELens' contexts, then SAELens'."""
-    keys = ("explained_variance", "l0", "ce_recovered", "dead")
-    lines = ["| layer | " + " | ".join(keys) + " |", "|---" * 5 + "|"]
+    lines = ["| layer | " + " | ".join(SCORES) + " |", "|---" * 5 + "|"]
     for name, score in scores.items():
-        cells = []
-        for key in keys:
-            digits = 1 if key == "l0" else 3
-            cell = f"{score[key]:.{digits}f}"
-            if "saelens" in score:
-                cell += f" ({score['same_text'][key]:.{digits}f}, {score['saelens'][key]:.{digits}f})"
-            cells.append(cell)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        cells = [name]
+        for key in SCORES:
+            kinds = [score, *(score[kind] for kind in ("same_text", "saelens") if kind in score)]
+            own, *others = [f"{of[key]:.{1 if key == 'l0' else 3}f}" for of in kinds]
+            cells.append(f"{own} ({', '.join(others)})" if others else own)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def rounded(scores: dict[str, Any]) -> dict[str, Any]:
+def _rounded(scores: dict[str, Any]) -> dict[str, Any]:
     """Numbers to 5 significant digits, for the card."""
-    return {
-        key: rounded(value)
-        if isinstance(value, dict)
-        else float(f"{value:.5g}")
-        if isinstance(value, float) and math.isfinite(value)
-        else value
-        for key, value in scores.items()
-    }
-
-
-def write_scores(folder: Path, scores: dict[str, dict[str, Any]], text: dict[str, gate.TextStats]) -> None:
-    """Puts the scores of each layer, and what the text gate is to find again, into the suite's card."""
-    path = folder / CARD
-    card = json.loads(path.read_text())
-    for name, score in scores.items():
-        card["layers"][name]["scores"] = rounded(score)
-        card["layers"][name]["gate"] = rounded(asdict(text[name]))
-    path.write_text(json.dumps(card, indent=1) + "\n")
+    return json.loads(json.dumps(scores), parse_float=lambda number: float(f"{float(number):.5g}"))

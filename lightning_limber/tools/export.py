@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 from lightning_limber import __version__
 from lightning_limber.api import Trained
-from lightning_limber.models.adapter_weights import EXPORTED
-from lightning_limber.probe.findings import Row
-from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint
+from lightning_limber.probe.metrics import DEFAULT_METRICS, Panel, resolve_metrics
+from lightning_limber.probe.tables import Row
+from lightning_limber.utils.checkpoints import EXPORTED, newest_checkpoint, read_checkpoint
 from lightning_limber.utils.hub import source
 
 # The rest of the config is about one machine: devices, loggers, files.
@@ -67,14 +67,18 @@ def _draw(checkpoint: dict[str, Any], trained: Trained, path: Path) -> bool:
     history = _history(checkpoint, "SAEProbe")
     if not history:
         return False
-    from lightning_limber.callbacks.figures import probe_figure
+    from lightning_limber.probe.figures import probe_figure
 
+    # A checkpoint of before panels were stored has the metrics that ship.
+    stored = checkpoint["callbacks"]["SAEProbe"].get("panels")
+    panels = [Panel(**panel) for panel in stored or []]
+    panels = panels or [panel for metric in resolve_metrics(DEFAULT_METRICS) for panel in metric.panels]
     rows = {epoch: [Row(*row) for row in rows] for epoch, rows in history.items()}
     fresh = checkpoint["hyper_parameters"]["adapter_weights"] is None
     control = "untrained adapter" if fresh else "adapter at the start"
     title = f"SAE probe of held-out images, epoch {max(rows)}"
     published = trained.config.get("probe", {}).get("published_curves", False)
-    probe_figure(rows, max(rows), title, control, published).savefig(path, dpi=80)
+    probe_figure(rows, max(rows), panels, title, control, published).savefig(path, dpi=80)
     return True
 
 

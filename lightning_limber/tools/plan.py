@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.llm import LLM
@@ -21,8 +21,7 @@ RESERVE = 0.1
 """Share of a GPU's memory left to the CUDA context, workspaces, fragmentation and the probe's batches."""
 
 
-@dataclass(frozen=True)
-class GPU:
+class GPU(NamedTuple):
     """Dense peaks (no sparsity) of NVIDIA's data sheets."""
 
     bf16_flops: float
@@ -46,14 +45,13 @@ GPUS = {
 # -- SAEs and the probe -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SAESize:
-    """Of one layer's SAE."""
+class SAESize(NamedTuple):
+    """One layer's SAE."""
 
     next_layer: int
-    """The first layer of the LLM after the place that it reads."""
+    """The first layer of the LLM after the hook that it reads."""
     d_sae: int | None
-    """None where neither a file nor a name tells."""
+    """Number of latents; None where neither a file nor a name tells."""
 
 
 def sae_sizes(release: str, sae_id: str, layers: list[int] | None, llm: LLM) -> list[SAESize]:
@@ -63,7 +61,7 @@ def sae_sizes(release: str, sae_id: str, layers: list[int] | None, llm: LLM) -> 
         release: See `find_saes`.
         sae_id: See `find_saes`.
         layers: See `find_saes`.
-        llm: The one they read, on fake tensors.
+        llm: The LLM that they read, without weights.
 
     Raises:
         FileNotFoundError: see `find_saes`.
@@ -75,18 +73,18 @@ def sae_sizes(release: str, sae_id: str, layers: list[int] | None, llm: LLM) -> 
     for name in ids:
         match = pattern.fullmatch(name)
         assert match is not None
-        d_in, place = llm.hidden_size, f"{release} {name}"
-        d_sae = width_in_name(place, d_in)
+        layer, d_in, hook = int(match[1]), llm.hidden_size, f"{release} {name}"
+        d_sae = width_in_name(hook, d_in)
         if folder:
             config = json.loads((folder / name / "cfg.json").read_text(encoding="utf-8"))
-            d_in, place, d_sae = config["d_in"], config["metadata"]["hook_name"], config["d_sae"]
-        if d_in != llm.hidden_size or int(match[1]) >= len(llm.layers):
+            d_in, hook, d_sae = config["d_in"], config["metadata"]["hook_name"], config["d_sae"]
+        if d_in != llm.hidden_size or layer >= len(llm.layers):
             raise ValueError(
                 f"SAE {release} {name}, of width {d_in}, does not fit {llm.name}, which has "
                 f"{len(llm.layers)} layers of width {llm.hidden_size}. Choose a release trained on this "
                 "LLM, or switch the probe off with probe.every_n_epochs=0."
             )
-        sizes.append(SAESize(int(match[1]) + ("resid_pre" not in place), d_sae))
+        sizes.append(SAESize(layer + ("resid_pre" not in hook), d_sae))
     return sizes
 
 
@@ -102,80 +100,42 @@ def width_in_name(name: str, d_in: int) -> int | None:
 
 
 def probe_flops(
-    rehearsal: Rehearsal, flops: dict[str, int], saes: list[SAESize], extras: set[str]
+    rehearsal: Rehearsal, flops: dict[str, int], saes: list[SAESize], metrics: set[str]
 ) -> dict[str, float]:
-    """FLOPs of a probe for each image: of all images, and on top of it of the costly ones.
+    """FLOPs of a probe for each image: of all images, and on top of it of those of interventions.
 
-    Follows `Probe._clean_pass` and `Probe._costly_pass`. SAEs of unknown width count as nothing.
+    Follows `Probe._clean_pass` and `Probe._intervention_pass`. SAEs of unknown width count as nothing, and
+    so do metrics of a user's own.
 
     Args:
         rehearsal: The model.
-        flops: Of one image in training, see `Step`.
-        saes: Of the probed layers.
-        extras: Metrics, see `SAEProbe`.
+        flops: FLOPs of one image in training, see `Step`.
+        saes: SAEs of the probed layers.
+        metrics: Names of the metrics, see `ProbeConfig`.
     """
     llm, text = rehearsal.model.llm, rehearsal.text_flops()
     # The first position of a sequence is never counted.
     image = rehearsal.image_tokens - (rehearsal.prefix_tokens == 0)
     captions = rehearsal.captions_per_image * rehearsal.caption_tokens
-    embed = flops["vision forward"] + flops["adapter forward"]
     decode, head = flops["LLM forward"], flops["head"] / 2  # No gradient here.
-    per_token = [4 * llm.hidden_size * (sae.d_sae or 0) for sae in saes]
-    logits = 2 * llm.hidden_size * llm.vocab_size
-    noise = "noise" in extras
-    clean = embed + decode * (1 + noise) + text
-    clean += sum(per_token) * (image * (1 + noise) + 2 * captions)
-    clean += ("lens_hit" in extras) * len(saes) * image * logits
-    costly = 0.0
-    if extras & {"loss_recovered", "cross_layer"}:
-        costly += embed + decode
-    if "loss_recovered" in extras:
+    all_saes = sum(4 * llm.hidden_size * (sae.d_sae or 0) for sae in saes)  # One token through all of them.
+    noise = "noise" in metrics
+    clean = flops["vision forward"] + flops["adapter forward"] + decode * (1 + noise) + text
+    clean += all_saes * (image * (1 + noise) + 2 * captions)
+    clean += ("lens_hit" in metrics) * len(saes) * image * 2 * llm.hidden_size * llm.vocab_size
+    intervened = 0.0
+    if metrics & {"loss_recovered", "cross_layer"}:
+        # The encoder's features are kept from the first pass.
+        intervened += flops["adapter forward"] + decode
+    if "loss_recovered" in metrics:
         onward = sum(decode * (1 - sae.next_layer / len(llm.layers)) + head for sae in saes)
-        costly += head + 2 * onward
-        costly += sum(per_token) * rehearsal.image_tokens
-    if "cross_layer" in extras:
-        costly += len(saes) * sum(per_token) * image
-    return {"every image": clean, "costly images": costly}
+        intervened += head + 2 * onward + all_saes * rehearsal.image_tokens
+    if "cross_layer" in metrics:
+        intervened += len(saes) * all_saes * image
+    return {"every image": clean, "images of interventions": intervened}
 
 
 # -- the plan ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fleet:
-    """What a run costs on some number of GPUs of a kind."""
-
-    gpu: str
-    count: int
-    memory: dict[str, float]
-    """Bytes on each GPU, by part."""
-    images_per_second: float
-    hours: float | None
-    """Training alone; None where neither steps nor images are known."""
-    probe_minutes: float | None
-    """One probe; None without one."""
-
-    @property
-    def fits(self) -> bool:
-        return sum(self.memory.values()) <= (1 - RESERVE) * GPUS[self.gpu].memory_bytes
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that `plan` says."""
-
-    title: list[str]
-    parameters: dict[str, int]
-    saes: list[SAESize]
-    flops: dict[str, int]
-    """Of one image in training."""
-    probe: dict[str, float]
-    """Of one image in a probe; empty without one."""
-    fleets: list[Fleet]
-    images: int | None
-    """Of the whole run."""
-    checkpoint_bytes: int
-    utilisation: float
 
 
 def make_plan(
@@ -187,12 +147,14 @@ def make_plan(
     counts: list[int],
     utilisation: float,
     caption_tokens: int | None,
-) -> Plan:
-    """Plans a run.
+) -> str:
+    """Plans a run and returns a table, one column for each number of GPUs of a kind.
+
+    M, G, T are powers of 1000. Hours are of training alone.
 
     Args:
         model: Not loaded.
-        data: The `CaptionData`; nothing of it is read but its settings.
+        data: The `CaptionData`; only its settings are read.
         probe: The `SAEProbe`.
         trainer: Settings of the Trainer.
         gpus: Names in `GPUS`.
@@ -202,11 +164,10 @@ def make_plan(
 
     Raises:
         FileNotFoundError: see `Rehearsal`.
-        ValueError: a setting that cannot be.
+        ValueError: a setting is not allowed.
     """
     names = {name.lower(): name for name in GPUS}
-    unknown = [gpu for gpu in gpus if gpu.lower() not in names]
-    if unknown:
+    if unknown := [gpu for gpu in gpus if gpu.lower() not in names]:
         raise ValueError(f"--gpu {' '.join(unknown)}: known are {', '.join(GPUS)}.")
     if not 0 < utilisation <= 1:
         raise ValueError(f"--utilisation {utilisation}: it is a share of the GPU's peak, in (0, 1].")
@@ -216,74 +177,88 @@ def make_plan(
         raise ValueError(
             f"--caption_tokens {caption_tokens}: allowed are 1 to model.max_caption_tokens={longest}."
         )
-    odd = [str(count) for count in counts if count < 1 or data.batch_size % count]
+    odd = [count for count in counts if count < 1 or data.batch_size % count]
+    odd_text = ", ".join(map(str, odd))
     if len(odd) == len(counts):
-        raise ValueError(f"--gpus {' '.join(odd)}: data.batch_size={data.batch_size} must divide by it.")
-    counts = [count for count in counts if str(count) not in odd]
+        raise ValueError(f"--gpus {odd_text}: data.batch_size={data.batch_size} must divide by it.")
     rehearsal = Rehearsal(model, trainer.precision, caption_tokens, data.captions_per_image)
     one = rehearsal.step(1)
-    steps = {count: rehearsal.step(data.batch_size // count) for count in counts}
+    steps = {count: rehearsal.step(data.batch_size // count) for count in counts if count not in odd}
     saes: list[SAESize] = []
     of_probe: dict[str, float] = {}
     if probe.every_n_epochs:
-        saes = sae_sizes(probe.sae_release, probe.sae_id, probe.layers, model.llm)
-        of_probe = probe_flops(rehearsal, one.flops, saes, set(probe.config.extras))
+        config = probe.config
+        saes = sae_sizes(config.sae_release, config.sae_id, config.layers, model.llm)
+        metrics = {metric.name for metric in config.make_metrics()}
+        of_probe = probe_flops(rehearsal, one.flops, saes, metrics)
+
+    fleets = [(names[gpu.lower()], count) for gpu in gpus for count in steps]
+    memory = [_memory(rehearsal, steps[count], count, saes, probe) for _, count in fleets]
+    whole = [sum(parts.values()) for parts in memory]
+    capacity = [GPUS[gpu].memory_bytes for gpu, _ in fleets]
+    peak = "fp32_flops" if rehearsal.dtype is None else "bf16_flops"
+    speeds = [getattr(GPUS[gpu], peak) * utilisation * count for gpu, count in fleets]  # FLOP/s
+    of_image = sum(one.flops.values())
     images = trainer.max_steps * data.batch_size * trainer.accumulate_grad_batches
-    fleets = []
-    for gpu in (names[gpu.lower()] for gpu in gpus):
-        for count in counts:
-            peak = GPUS[gpu].fp32_flops if rehearsal.dtype is None else GPUS[gpu].bf16_flops
-            speed = peak * utilisation * count
-            rate = speed / sum(one.flops.values())
-            memory = _memory(rehearsal, steps[count], count, saes, probe)
-            whole_probe = 0.0
-            if of_probe:
-                whole_probe = probe.num_images * of_probe["every image"]
-                whole_probe += probe.costly_images * of_probe["costly images"]
-            fleets.append(
-                Fleet(
-                    gpu,
-                    count,
-                    memory,
-                    rate,
-                    images / rate / 3600 if images > 0 else None,
-                    whole_probe / speed / 60 if of_probe else None,
-                )
-            )
-    hparams, adapter = model.hparams, type(model.adapter).__name__
-    prompt = rehearsal.prefix_tokens + rehearsal.text_tokens - caption_tokens
-    title = [
-        f"{hparams['vision']['name']} -> {adapter} -> {hparams['llm']}",
+    # Nothing else says how long a run is.
+    hours = [images * of_image / speed / 3600 if images > 0 else None for speed in speeds]
+    parameters, captions = rehearsal.parameters, rehearsal.captions_per_image
+    prompt = rehearsal.prefix_tokens + rehearsal.text_tokens - captions * caption_tokens
+    times = f"{captions} x " if captions > 1 else ""
+    lines = [
+        f"{model.hparams['vision']['name']} -> {type(model.adapter).__name__} -> {model.hparams['llm']}",
         f"{trainer.precision}, attention: {model.llm.model.config._attn_implementation}",
-        f"a sequence: {rehearsal.image_tokens} image + {caption_tokens} caption (--caption_tokens) + "
-        f"{prompt} prompt tokens; {rehearsal.captions_per_image} to an image",
+        f"a sequence: {rehearsal.image_tokens} image + {times}{caption_tokens} caption "
+        f"(--caption_tokens) + {prompt} prompt tokens",
     ]
     if odd:
-        title.append(f"not on {', '.join(odd)} GPUs: data.batch_size={data.batch_size} must divide by it")
-    return Plan(
-        title,
-        rehearsal.parameters,
-        saes,
-        one.flops,
-        of_probe,
-        fleets,
-        images if images > 0 else None,
-        rehearsal.checkpoint_bytes(),
-        utilisation,
-    )
+        lines.append(f"not on {odd_text} GPUs: data.batch_size={data.batch_size} must divide by it")
+    lines += ["", "parameters"]
+    lines.append(_row("vision encoder, frozen", [_number(parameters["vision"])]))
+    lines.append(_row("LLM, frozen", [_number(parameters["llm"])]))
+    lines.append(_row("adapter, trainable", [_number(parameters["adapter"])]))
+    if saes:
+        widths = Counter(sae.d_sae for sae in saes)
+        cell = ", ".join(f"{n} x {d or 'unknown'} latents" for d, n in widths.items())
+        lines.append(_row("SAEs, frozen", [cell]))
+    lines += ["", "FLOPs per image"]
+    lines += [_row(name, [_number(count)]) for name, count in one.flops.items()]
+    lines.append(_row("training, all of it", [_number(of_image)]))
+    lines += [_row(f"probe, {name}", [_number(count)]) for name, count in of_probe.items()]
+    lines += ["", _row("memory per GPU", [f"{count} x {gpu}" for gpu, count in fleets])]
+    lines += [_row(part, [_bytes(parts[part]) for parts in memory]) for part in memory[0]]
+    lines.append(_row("all of it", map(_bytes, whole)))
+    lines.append(_row("of", map(_bytes, capacity)))
+    fits = [used <= (1 - RESERVE) * there for used, there in zip(whole, capacity, strict=True)]
+    lines.append(_row(f"with {RESERVE:.0%} to spare", ["fits" if it else "does not fit" for it in fits]))
+    lines += ["", f"time at {utilisation:.0%} of the peak"]
+    lines.append(_row("images/s", [f"{speed / of_image:,.0f}" for speed in speeds]))
+    name = f"training, {_number(images)} images" if images > 0 else "training"
+    lines.append(_row(name, ["unknown" if time is None else f"{time:.3g} h" for time in hours]))
+    if of_probe:
+        total = probe.num_images * of_probe["every image"]
+        total += probe.intervention_images * of_probe["images of interventions"]
+        lines.append(_row("one probe", [f"{total / speed / 60:.3g} min" for speed in speeds]))
+    lines += ["", _row("checkpoint", [_bytes(rehearsal.checkpoint_bytes())])]
+    if any(sae.d_sae is None for sae in saes):
+        lines.append("SAEs of unknown width are in no sum: neither a file nor their names tell it.")
+    return "\n".join(lines)
 
 
 def _memory(
     rehearsal: Rehearsal, step: Step, count: int, saes: list[SAESize], probe: Any
 ) -> dict[str, float]:
     """Bytes on each of `count` GPUs. Trained weights are float32: so are gradients and moments."""
-    weights = rehearsal.weight_bytes()
-    llm, adapter = float(weights["llm"]), tensor_bytes(list(rehearsal.model.adapter.parameters()))
-    if count > 1 and rehearsal.model.hparams.get("shard_llm"):
+    weights, model = rehearsal.weight_bytes(), rehearsal.model
+    llm, d_in = float(weights["llm"]), model.llm.hidden_size
+    adapter = tensor_bytes(list(model.adapter.parameters()))
+    if count > 1 and model.hparams.get("shard_llm"):
         # A share of the decoder layers, and two of them whole: the one at work and the one fetched.
-        layers = tensor_bytes(list(rehearsal.model.llm.layers.parameters()))
-        llm += layers / count - layers + 2 * layers / len(rehearsal.model.llm.layers)
-    d_in = rehearsal.model.llm.hidden_size
+        layers = tensor_bytes(list(model.llm.layers.parameters()))
+        llm += layers / count - layers + 2 * layers / len(model.llm.layers)
+    # What the probe keeps of every image, group and layer: see `ImageStats`.
+    groups = 3 + ("noise" in probe.config.metrics)
+    sums = probe.num_images * groups * sum(8 * d_in + 2 * (sae.d_sae or 0) for sae in saes)
     return {
         "vision encoder": weights["vision"],
         "LLM": llm,
@@ -293,63 +268,13 @@ def _memory(
         "activations kept": step.kept_bytes,
         "head, logits": step.head_bytes,
         "temporaries": step.peak_bytes - step.kept_bytes - step.head_bytes,
-        "SAEs": sum(4 * sae_parameters(sae, d_in) for sae in saes),
-        "probe's sums": _sum_bytes(saes, d_in, probe) / count,
+        # Two matrices and two biases each.
+        "SAEs": sum(4 * (2 * d_in * d + d_in + d) for sae in saes if (d := sae.d_sae)),
+        "probe's sums": sums / count,
     }
 
 
-def sae_parameters(sae: SAESize, d_in: int) -> int:
-    """Two matrices and two biases."""
-    return 2 * d_in * sae.d_sae + d_in + sae.d_sae if sae.d_sae else 0
-
-
-def _sum_bytes(saes: list[SAESize], d_in: int, probe: Any) -> int:
-    """What the probe keeps of every image, group and layer: see metrics.py."""
-    groups = 3 + ("noise" in probe.config.extras)
-    return probe.num_images * groups * sum(8 * d_in + 2 * (sae.d_sae or 0) for sae in saes)
-
-
-def table(plan: Plan) -> str:
-    """The plan, to be read. M, G, T are powers of 1000."""
-    parameters = {
-        ("vision encoder", "frozen"): plan.parameters["vision"],
-        ("LLM", "frozen"): plan.parameters["llm"],
-        ("adapter", "trainable"): plan.parameters["adapter"],
-    }
-    lines = [*plan.title, "", "parameters"]
-    lines += [_row(f"{part}, {how}", [_number(count)]) for (part, how), count in parameters.items()]
-    if plan.saes:
-        widths = Counter(sae.d_sae for sae in plan.saes)
-        lines.append(
-            _row("SAEs, frozen", [", ".join(f"{n} x {d or 'unknown'} latents" for d, n in widths.items())])
-        )
-    lines += ["", "FLOPs per image"]
-    lines += [_row(name, [_number(count)]) for name, count in plan.flops.items()]
-    lines.append(_row("training, all of it", [_number(sum(plan.flops.values()))]))
-    lines += [_row(f"probe, {name}", [_number(count)]) for name, count in plan.probe.items()]
-    fleets = plan.fleets
-    lines += ["", _row("memory per GPU", [f"{fleet.count} x {fleet.gpu}" for fleet in fleets])]
-    for part in fleets[0].memory:
-        lines.append(_row(part, [_bytes_of(fleet.memory[part]) for fleet in fleets]))
-    lines.append(_row("all of it", [_bytes_of(sum(fleet.memory.values())) for fleet in fleets]))
-    lines.append(_row("of", [_bytes_of(GPUS[fleet.gpu].memory_bytes) for fleet in fleets]))
-    lines.append(
-        _row(f"with {RESERVE:.0%} to spare", ["fits" if f.fits else "does not fit" for f in fleets])
-    )
-    images = "" if plan.images is None else f", {_number(plan.images)} images"
-    lines += ["", f"time at {plan.utilisation:.0%} of the peak"]
-    lines.append(_row("images/s", [f"{fleet.images_per_second:,.0f}" for fleet in fleets]))
-    hours = ["unknown" if fleet.hours is None else f"{fleet.hours:.3g} h" for fleet in fleets]
-    lines.append(_row(f"training{images}", hours))
-    if plan.probe:
-        lines.append(_row("one probe", [f"{fleet.probe_minutes:.3g} min" for fleet in fleets]))
-    lines += ["", _row("checkpoint", [_bytes_of(plan.checkpoint_bytes)])]
-    if any(sae.d_sae is None for sae in plan.saes):
-        lines.append("SAEs of unknown width are in no sum: neither a file nor their names tell it.")
-    return "\n".join(lines)
-
-
-def _row(name: str, cells: list[str]) -> str:
+def _row(name: str, cells: Iterable[str]) -> str:
     return f"  {name:32}" + "".join(f"{cell:>16}" for cell in cells)
 
 
@@ -360,5 +285,5 @@ def _number(value: float) -> str:
     return f"{value:.0f}"
 
 
-def _bytes_of(value: float) -> str:
+def _bytes(value: float) -> str:
     return f"{_number(value)}B" if value >= 1e3 else f"{value:.0f} B"

@@ -27,13 +27,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
-from lightning_limber.callbacks import SAEProbe
 from lightning_limber.data import CaptionData
 from lightning_limber.data.collate import Batch
 from lightning_limber.data.image_folder import SUFFIXES, open_image
 from lightning_limber.data.records import Record
 from lightning_limber.models.limber import Limber
-from lightning_limber.probe import concepts
+from lightning_limber.probe.config import ProbeConfig
+from lightning_limber.probe.load import build_probe
+from lightning_limber.probe.metrics.match import top_latents
 from lightning_limber.probe.passes import Probe
 from lightning_limber.probe.saes import hook_layer
 
@@ -99,20 +100,21 @@ class CaptionWriter(pl.Callback):
 
     Args:
         output: The file.
-        probe: Its SAEs say which latents are strong; None leaves latents out.
+        probe: Settings of the probe, whose SAEs say which latents are strong; None leaves latents out.
     """
 
-    def __init__(self, output: str, probe: SAEProbe | None = None) -> None:
+    def __init__(self, output: str, probe: ProbeConfig | None = None) -> None:
         self.output = Path(output)
-        self.sae_probe = probe
+        self.probe_config = probe
         self.written: int = 0
         self.errors: list[str] = []
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Limber)
         self._probe = None
-        if self.sae_probe is not None:
-            self._probe = self.sae_probe.load(pl_module, trainer.precision_plugin.predict_step_context)
+        if self.probe_config is not None:
+            context = trainer.precision_plugin.predict_step_context
+            self._probe = build_probe(pl_module, self.probe_config, context)
         if trainer.is_global_zero:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self.output.write_text("")
@@ -166,11 +168,11 @@ def image_latents(probe: Probe, batch: Batch) -> list[dict[str, Any]]:
 
 def _strongest(probe: Probe, name: str, found: Tensor) -> list[dict[str, Any]]:
     """The strongest latents of one image, [P, K] activations of one layer, as plain values."""
-    config, known = probe.config, probe.findings.descriptions.get(name)
+    config, known = probe.config, probe.descriptions.get(name)
     strength = found.nansum(0).cpu()  # [K]
     density = torch.zeros_like(strength) if known is None else known.density
     # One image says nothing about which latents are common among images.
-    top = concepts.top_latents(
+    top = top_latents(
         strength[None],
         density,
         config.top_latents,

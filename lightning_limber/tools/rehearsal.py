@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -28,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_limber.data.collate import Batch
-from lightning_limber.data.records import Record
+from lightning_limber.data.layout import Parts, lay_out
+from lightning_limber.data.prompt import Prompt, Text
 from lightning_limber.models.limber import Limber, _blank_image
 from lightning_limber.utils.flops import FlopCounter
 
@@ -91,12 +91,11 @@ class GPUAutocast(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass
-class Step:
+class Step(NamedTuple):
     """One training step of one process."""
 
     flops: dict[str, int]
-    """By part and direction."""
+    """FLOPs by part and direction."""
     kept_bytes: int
     """What adapter and LLM keep for the backward, and the step's inputs."""
     head_bytes: int
@@ -109,10 +108,10 @@ class Rehearsal:
     """A `Limber` on fake tensors, with its own forward.
 
     Args:
-        model: Its parts not loaded; they are given shapes here, and never values.
-        precision: Of the Trainer.
+        model: A model that is not loaded; its parts are given shapes here, and never values.
+        precision: The Trainer's.
         caption_tokens: Tokens of each caption, beside those that the prompt adds.
-        captions_per_image: Sequences for each image.
+        captions_per_image: Captions of each image; they share a sequence.
 
     Raises:
         FileNotFoundError: the small files of a model are not to be had.
@@ -124,25 +123,30 @@ class Rehearsal:
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"trainer.precision={precision!r}: `plan` knows {', '.join(PRECISIONS)}.")
-        self.model, self.dtype = model, PRECISIONS[precision]
-        self.caption_tokens = caption_tokens
+        self.model, self.dtype, self.caption_tokens = model, PRECISIONS[precision], caption_tokens
         model.vision.load(weights=False)
         model.vision.drop_unused_layers()
         model.llm.load(weights=False)
-        collate = model.collator()
+        prompt = Prompt(model.hparams["prompt"], model.llm.tokenizer, model.hparams["max_caption_tokens"])
         # Of a conversation one turn, with a question of one word.
-        talks = collate.prompt.is_conversation
-        captions = [[("picture", "picture")]] if talks else ["picture"] * captions_per_image
-        captions_per_image = len(captions)
-        self._one = collate([Record("", _blank_image(), [])], [captions])
-        self.captions_per_image = captions_per_image
-        self._more_tokens = captions_per_image * caption_tokens - int(self._one.is_caption.sum())
+        text = prompt.text([("picture", "picture")] if prompt.is_conversation else "picture")
+        self.captions_per_image = 1 if prompt.is_conversation else captions_per_image
+        self._texts = [_stretched(text, caption_tokens)] * self.captions_per_image
+        self._prefix_ids = prompt.prefix_ids
+        self._pixels = model.vision.transform(_blank_image())  # [3, H, W]
         with torch.device("meta"):
-            features = model.vision(self._one.pixel_values.to("meta"))
+            features = model.vision(self._pixels[None].to("meta"))
             model.adapter = model.make_adapter(features.shape[-1], model.llm.hidden_size)
             self.image_tokens = model.adapter.count_tokens(features)
         model._check_length(self.image_tokens)
-        self.parameters = {name: _count(part) for name, part in self.parts.items()}
+        self.prefix_tokens = len(self._prefix_ids)
+        self.text_tokens = sum(len(text.ids) for text in self._texts)
+        """Tokens behind the image."""
+        self.parts = {"vision": model.vision, "llm": model.llm, "adapter": model.adapter}
+        self.parameters = {
+            name: sum(parameter.numel() for parameter in part.parameters())
+            for name, part in self.parts.items()
+        }
         self.fake = FakeTensorMode()
         with self.fake:
             for part in self.parts.values():
@@ -153,29 +157,12 @@ class Rehearsal:
                 model.llm.prepare_autocast(self.dtype)
                 model.llm.model.set_attn_implementation(attention)  # Not as on a CPU.
 
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        return {"vision": self.model.vision, "llm": self.model.llm, "adapter": self.model.adapter}
-
-    @property
-    def prefix_tokens(self) -> int:
-        return len(self._one.prefix_ids)
-
-    @property
-    def text_tokens(self) -> int:
-        """Tokens behind the image."""
-        return self._one.text_ids.shape[1] + self._more_tokens
-
-    @property
-    def target_tokens(self) -> int:
-        """Tokens of a sequence that the loss is taken on."""
-        return len(self._one.target_index) + self._more_tokens
+    def _weights(self, part: nn.Module) -> list[Tensor]:
+        return [*part.parameters(), *part.buffers()]
 
     def weight_bytes(self) -> dict[str, int]:
-        """Of each part, buffers with it, as the precision stores them."""
-        return {
-            name: tensor_bytes([*part.parameters(), *part.buffers()]) for name, part in self.parts.items()
-        }
+        """Bytes of each part, with its buffers, as the precision stores them."""
+        return {name: tensor_bytes(self._weights(part)) for name, part in self.parts.items()}
 
     def checkpoint_bytes(self) -> int:
         """Tensors of a checkpoint: the adapter, AdamW's two moments and step counts."""
@@ -186,7 +173,7 @@ class Rehearsal:
     def step(self, images: int) -> Step:
         """Runs forward and backward of a batch."""
         model, flops = self.model, {}
-        known = [t for part in self.parts.values() for t in (*part.parameters(), *part.buffers())]
+        known = [tensor for part in self.parts.values() for tensor in self._weights(part)]
         with self.fake, FlopCounter() as counter, Meter(known) as meter:
             done = 0
 
@@ -216,42 +203,49 @@ class Rehearsal:
             mark("adapter backward")
             for handle in handles:
                 handle.remove()
-        for parameter in model.adapter.parameters():
-            parameter.grad = None
+        model.adapter.zero_grad()
         return Step(flops, kept["body"], kept["head"], meter.peak)
 
     def text_flops(self) -> int:
-        """Forward of the LLM over one image's sequences without the image."""
+        """Forward of the LLM over one image's captions without the image."""
+        laid = lay_out([Parts(-1, self._texts)], self._prefix_ids, 0)
         with self.fake, torch.no_grad(), self._autocast():
-            sequences = self.model.sequences(self._batch(1), None)
+            embeds = self.model.embed_sequences(_made_fake(laid), None)
             with FlopCounter() as counter:
-                self.model.llm.decode(sequences.embeds)
+                self.model.llm.decode(embeds)
         return counter.total
 
     def _batch(self, images: int) -> Batch:
-        one, texts = self._one, (images, self.text_tokens)
-        shared = one.caption_number is not None
-        return replace(
-            one,
-            ids=one.ids * images,
-            pixel_values=torch.empty(images, *one.pixel_values.shape[1:]),
-            image_index=torch.empty(images, dtype=torch.long),
-            prefix_ids=torch.empty(self.prefix_tokens, dtype=torch.long),
-            text_ids=torch.empty(texts, dtype=torch.long),
-            is_caption=np.zeros(texts, dtype=bool),
-            target_index=torch.empty(images * self.target_tokens, 2, dtype=torch.long),
-            lengths=[self.prefix_tokens + self.text_tokens] * images,  # None is shorter: none shares a row.
-            image_of=list(range(images)),
-            caption_number=torch.empty(texts, dtype=torch.long) if shared else None,
+        parts = [Parts(i, self._texts) for i in range(images)]
+        keys = ("ids", "image_ids", "index", "captions", "scenes", "truncated")
+        lists: dict[str, Any] = dict.fromkeys(keys, [""] * images)
+        batch = Batch(
+            **vars(lay_out(parts, self._prefix_ids, self.image_tokens)),
+            pixel_values=torch.empty(images, *self._pixels.shape),
+            **lists,
+            own_labels=0,
         )
+        return _made_fake(batch)
 
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        if self.dtype is None:
-            yield
-        else:
-            with torch.autocast("cpu", dtype=self.dtype), GPUAutocast():
-                yield
+    def _autocast(self) -> AbstractContextManager:
+        context = ExitStack()
+        if self.dtype is not None:
+            context.enter_context(torch.autocast("cpu", dtype=self.dtype))
+            context.enter_context(GPUAutocast())
+        return context
+
+
+def _stretched(text: Text, caption_tokens: int) -> Text:
+    """The text with a caption of so many tokens."""
+    first = text.is_caption.index(True)
+    last = first + sum(text.is_caption)
+    places = [*range(first), *[first] * caption_tokens, *range(last, len(text.ids))]
+    return Text(*([values[place] for place in places] for values in text[:3]))  # type: ignore[arg-type]
+
+
+def _made_fake(sequences: Any) -> Any:
+    """The same with new tensors; called where new tensors are fake."""
+    return apply_to_collection(sequences, Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype))
 
 
 def _make_fake(module: nn.Module) -> None:
@@ -263,10 +257,6 @@ def _make_fake(module: nn.Module) -> None:
             if isinstance(tensor, nn.Parameter):
                 fake = nn.Parameter(fake, tensor.requires_grad)
             setattr(owner, name, fakes.setdefault(tensor, fake))
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def tensor_bytes(tensors: Sequence[Tensor]) -> int:

@@ -3,9 +3,9 @@
 Several runs are also compared as text, on the standard output.
 
 The file holds its data and its script and asks nothing of the network. It is made from what a run leaves in
-its folder: ``probe.csv``, ``captions.csv``, ``captions_baselines.json``, ``captions_epoch_*.jsonl``,
-``detectors_epoch_*.csv``, ``patches_epoch_*.jpg``, ``config.yaml``, ``run.json`` and the event files of
-TensorBoard; no torch is loaded.
+its folder: ``probe.csv``, ``probe_panels.json``, ``captions.csv``, ``captions_baselines.json``,
+``captions_epoch_*.jsonl``, ``detectors_epoch_*.csv``, ``patches_epoch_*.jpg``, ``config.yaml``,
+``run.json`` and the event files of TensorBoard; no torch is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import yaml
 
 from lightning_limber.assets import ASSETS
 from lightning_limber.probe import palette
-from lightning_limber.probe.convergence import published_curves
 from lightning_limber.utils.adapter_config import upgrade_adapter
 
 SCALARS = ("train/", "val/", "captions/", "captions_chance/", "probe_seconds/", "memory/", "flops/")
@@ -59,15 +58,15 @@ def render(runs: list[dict[str, Any]]) -> str:
     for i, run in enumerate(runs):
         if names.count(run["name"]) > 1:
             run["name"] += f" ({i + 1})"
+    paper = palette.published_curves()
+    groups = palette.ordered_groups(group for run in runs for group in run["groups"])
     data = {
         "palette": {
-            "colours": palette.COLOURS,
-            "groups": palette.GROUPS,
-            "panels": palette.PANELS,
-            "log": sorted(palette.LOG_SCALE),
+            "colours": palette.COLOURS | groups,
+            "panels": {panel["metric"]: panel for run in reversed(runs) for panel in run["panels"]},
             "paper": palette.PAPER_NAME,
         },
-        "paper": {key: published_curves()[key] for key in ("layers", "curves", "convergence_layer")},
+        "paper": {key: paper[key] for key in ("layers", "curves", "convergence_layer")},
         "runs": runs,
         "differences": [differences(run, runs[0]) for run in runs[1:]],
     }
@@ -117,6 +116,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "starts": json.loads(record.read_text(encoding="utf-8")) if record.is_file() else [],
         "scalars": scalars,
         "seconds": seconds,
+        "panels": palette.read_panels(folder),
         **read_probe(folder / "probe.csv"),
         **read_scores(folder),
         "gallery": {
@@ -168,7 +168,11 @@ def read_probe(path: Path) -> dict[str, Any]:
         elif row["metric"].startswith("convergence_layer/"):
             convergence[row["metric"].partition("/")[2]][epoch] = interval(row)
     epochs = sorted({int(row["epoch"]) for row in rows})
-    return {"layers": layers, "epochs": epochs, "curves": curves, "convergence": convergence}
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    return {
+        **{"layers": layers, "epochs": epochs, "groups": groups},
+        **{"curves": curves, "convergence": convergence},
+    }
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
@@ -246,7 +250,7 @@ def summary(config: dict[str, Any]) -> dict[str, str]:
         "optimiser": options("model.optimizer", "lr min_lr_ratio warmup_steps weight_decay"),
         "steps": options("trainer", "max_steps accumulate_grad_batches gradient_clip_val precision"),
         "SAEs": options("probe", "sae_release sae_id"),
-        "probed images": options("probe", "num_images costly_images"),
+        "probed images": options("probe", "num_images intervention_images costly_images"),
         "seed": str(get("seed_everything")) if config else "",
     }
     return {name: line for name, line in lines.items() if line}

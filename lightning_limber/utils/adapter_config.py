@@ -1,4 +1,4 @@
-"""The adapter in configs and flags: a class path with settings, and what older versions wrote instead."""
+"""The adapter in configs and flags of older versions: a ``kind`` where today a class path stands."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import yaml
 
 ADAPTERS = "lightning_limber.models.adapters"
 KINDS = {"linear": "Linear", "mlp": "MLP", "pixel_shuffle": "PixelShuffle"}
-"""The shipped adapters by the names that they had before class paths."""
+SHARED = ("input_norm", "dropout")
+"""Settings that every kind had and used."""
 FLAG, CONFIG = "--model.adapter", ("--config", "-c")
 
 
 def upgrade_adapter(settings: dict[str, Any]) -> dict[str, Any]:
-    """Turns ``{kind, input_norm, dropout, shuffle}`` into ``{class_path, init_args}``; that stays as it is.
+    """Turns ``{kind, input_norm, dropout, shuffle}`` into ``{class_path, init_args}``; others stay.
 
     Raises:
         ValueError: the kind is unknown.
@@ -27,80 +28,84 @@ def upgrade_adapter(settings: dict[str, Any]) -> dict[str, Any]:
     if kind not in KINDS:
         raise ValueError(f"model.adapter.kind={kind!r}: known are {', '.join(KINDS)}.")
     if kind != "pixel_shuffle":
-        init_args.pop("shuffle", None)  # Every kind had this setting, and one used it.
+        init_args.pop("shuffle", None)
     return {"class_path": f"{ADAPTERS}.{KINDS[kind]}", "init_args": init_args}
 
 
-def upgrade_config(text: str) -> str:
-    """Upgrades the adapter in a config in YAML; one of today comes back unchanged."""
-    adapter = adapter_in(text)
-    if not isinstance(adapter, dict) or "kind" not in adapter:
-        return text
-    config = yaml.safe_load(text)
-    config["model"]["adapter"] = upgrade_adapter(adapter)
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+def upgrade_config(config: dict[str, Any], below: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Upgrades the adapter in a config.
+
+    Args:
+        config: The whole config; without a ``kind`` it comes back as it is.
+        below: Settings of the layers below it, which a kind takes over.
+    """
+    model = config.get("model") if isinstance(config, dict) else None
+    adapter = model.get("adapter") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(adapter, dict) or "kind" not in adapter:
+        return config
+    return {**config, "model": {**model, "adapter": upgrade_adapter({**(below or {}), **adapter})}}
 
 
-def adapter_in(text: str) -> Any:
-    """What a config in YAML says of the adapter, None where it says nothing."""
-    value = yaml.safe_load(text)
-    for name in ("model", "adapter"):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
+def upgrade_args(args: list[str]) -> list[str]:
+    """Upgrades the adapter in a command's flags and config files, whose order is that of the layers.
 
-
-def adapter_args(args: list[str]) -> list[str]:
-    """Rewrites the arguments of a command that choose an adapter.
-
-    In flags and config files, ``kind`` becomes the class that it stood for. A class that replaces another
-    starts from its own defaults, not from the settings that both happen to have.
+    A kind keeps the shared settings of the layers below it, as it always did; a class drops them.
 
     Raises:
         ValueError: a kind, or a name without a dot, is unknown.
     """
-    current, made = f"{ADAPTERS}.Linear", []
+    path, made = f"{ADAPTERS}.Linear", []
+    settings: dict[str, Any] = {}
     for option, value in _options(args):
-        adapter, upgraded = None, False
+        below = {name: settings[name] for name in SHARED if name in settings}
+        adapter: Any = None
         if option in CONFIG:
-            text = Path(value).read_text(encoding="utf-8") if _is_file(value) else value
-            today = upgrade_config(text)
-            adapter, upgraded = adapter_in(today), today != text
-            value = today if upgraded else value
-        elif option == f"{FLAG}.kind" and current.startswith(ADAPTERS):
-            adapter, upgraded = upgrade_adapter({"kind": value}), True
+            config = yaml.safe_load(Path(value).read_text(encoding="utf-8") if _is_file(value) else value)
+            today = upgrade_config(config, below)
+            if today is not config:
+                value = yaml.safe_dump(today, sort_keys=False, allow_unicode=True)
+            adapter = _get(_get(today, "model"), "adapter")
+        elif option == f"{FLAG}.kind" and path.startswith(ADAPTERS):
+            adapter = upgrade_adapter({**below, "kind": value})
             option, value = FLAG, json.dumps(adapter)
         elif option == FLAG:
             adapter = yaml.safe_load(value)
-        named = _class_path(adapter)
-        # What replaced a kind kept the settings that it shares.
-        if named not in (None, current) and not upgraded:
-            made.append(f"{FLAG}={ADAPTERS}.base._Unset")
-        current = named or current
+        elif value:
+            adapter = {option.removeprefix(f"{FLAG}."): value}
+        if isinstance(adapter, str):
+            adapter = {"class_path": adapter}
+        if isinstance(adapter, dict):
+            replaced = _full_path(adapter.get("class_path", path))
+            settings = {**(settings if replaced == path else {}), **adapter.get("init_args", adapter)}
+            path = replaced
         made.append(f"{option}={value}" if value else option)
     return made
 
 
 def _options(args: list[str]) -> Iterator[tuple[str, str]]:
-    """The options that may choose an adapter, each with its value; other arguments as they are."""
+    """Config files and the adapter's options with their values; other arguments as they are."""
     rest = iter(args)
     for arg in rest:
         option, equals, value = arg.partition("=")
-        if option not in (*CONFIG, FLAG, f"{FLAG}.kind"):
-            yield arg, ""
-        else:
+        if option in CONFIG or option == FLAG or option.startswith(f"{FLAG}."):
             yield option, value if equals else next(rest, "")
+        else:
+            yield arg, ""
 
 
-def _class_path(adapter: Any) -> str | None:
-    named = adapter.get("class_path") if isinstance(adapter, dict) else adapter
-    if not isinstance(named, str) or "." in named:
-        return named if isinstance(named, str) else None
-    if named not in KINDS.values():
+def _full_path(name: str) -> str:
+    if "." in name:
+        return name
+    if name not in KINDS.values():
         raise ValueError(
-            f"model.adapter is {named}: it must be {', '.join(KINDS.values())} or the import path of a "
+            f"model.adapter is {name}: it must be {', '.join(KINDS.values())} or the import path of a "
             "subclass of Adapter, such as my_adapters.Resampler."
         )
-    return f"{ADAPTERS}.{named}"
+    return f"{ADAPTERS}.{name}"
+
+
+def _get(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None
 
 
 def _is_file(name: str) -> bool:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+EXPORTED = "adapter.safetensors"
+"""Weights in a folder that ``export`` wrote."""
 # Settings that change speed or logging, never a number of the run.
 FREE = {
     *("num_workers", "val_batch_size", "_instantiator", "_class_path"),

@@ -14,7 +14,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_limber.callbacks import RunRecord
-from lightning_limber.probe import palette
 from lightning_limber.tools.report import main as report
 from lightning_limber.tools.report import read_run
 from lightning_limber.utils.flops import CPU_ATTENTION
@@ -89,9 +88,10 @@ def test_charts_hold_a_metrics_layers_and_a_layers_groups(log):
     blind = {f"captions{kind}/all" for kind in ("", "_chance", "_most_frequent", "_no_image")}
     assert charts["training", "captions: right slots, and without looking"] == blind
     assert charts["training", "loss"] == {"train/loss", "val/loss", "val/loss_shuffled"}
-    fvu = palette.PANELS["fvu"]
+    fvu = "fvu: unexplained variance"
     assert charts["image tokens, all layers", fvu] == {"fvu/image/layer_00", "fvu/image/layer_02"}
-    assert charts["layer 02, all groups", fvu] == {f"fvu/{group}/layer_02" for group in palette.GROUPS}
+    groups = ("image", "caption", "text", "noise")
+    assert charts["layer 02, all groups", fvu] == {f"fvu/{group}/layer_02" for group in groups}
     assert {category.title for category in layout.category} >= {
         "layer 00, all groups",
         "layer 02, all groups",
@@ -152,6 +152,7 @@ def test_flops_are_those_of_the_first_batch_and_the_first_probe(log, cli):
 
     product._get_raw = sampled._get_raw = True
     sparse = {torch.ops.aten.mm: product, torch.ops.aten.sparse_sampled_addmm: sampled}
+    cli.model.setup("fit")  # Forgets the features that it keeps, as at the start of a run.
     with FlopCounterMode(display=False, custom_mapping={**CPU_ATTENTION, **sparse}) as counter:
         probe.run(data.probe_dataloader(60), data.probe_dataloader(6), data.attributes)
     assert found["flops/probe"] == pytest.approx(counter.get_total_flops(), rel=0.01)
@@ -229,32 +230,33 @@ def test_detectors_come_with_descriptions(folder):
 def test_patch_maps_against_a_second_computation(cli):
     """One image at a time, by hooks set by hand; latents that match its words, strongest first."""
     from lightning_limber.data.scenes import SceneSet
+    from lightning_limber.probe.patches import matching_latents
 
     model, probe = cli.model, cli.trainer.callbacks[0]._probe
     [loader] = [cli.datamodule.probe_dataloader(4)]
     batch = next(iter(loader))
     hook = "blocks.2.hook_resid_post"
     found_at = {}
-    probe.latents(batch.pixel_values, found_at.__setitem__, [hook])
+    probe.latents(model.image_tokens(batch), found_at.__setitem__, [hook])
     latents = found_at[hook].nan_to_num()  # [B, P, K]
-    maps = probe.findings.matching(hook, latents, batch.captions)
+    maps = matching_latents(probe.descriptions[hook], latents, batch.captions, 0.1)
     model.eval()
     for i in range(4):
         record, kept = SceneSet("val", 60, 112, 0)[i], []
         assert record.captions == batch.captions[i]
         with torch.no_grad(), model.llm.residual_hooks({hook: kept.append}):
-            image = model.image_tokens(model.vision.transform(record.image)[None])[0]
-            prefix = model.llm.embed(batch.prefix_ids)
+            image = model.adapter(model.vision(model.vision.transform(record.image)[None]))[0]
+            prefix = model.llm.embed(torch.tensor(model.collator().prompt.prefix_ids))
             model.llm.decode(torch.cat([prefix, image])[None])
             expected = probe.saes[hook].encode(kept[0][0, len(prefix) :])
         torch.testing.assert_close(latents[i], expected, rtol=1e-4, atol=1e-4)
         said = record.captions[0].replace(".", "").split()
-        strength = {
+        activation_sum = {
             k: float(expected[:, k].sum())
             for k in range(10, 64)
             if WORDS[k % 10] in said and expected[:, k].sum() > 0
         }
-        best = sorted(strength, key=lambda k: -strength[k])[:3]
+        best = sorted(activation_sum, key=lambda k: -activation_sum[k])[:3]
         assert [found.latent for found in maps[i]] == best
         for found in maps[i]:
             assert found.description == f"references to {WORDS[found.latent % 10]} things"

@@ -127,7 +127,7 @@ def flags(recipe: str, folder: Path) -> list[str]:
         "data.val_batch_size": 4,
         "data.num_workers": 0,
         "probe.num_images": 4,
-        "probe.costly_images": 2,
+        "probe.intervention_images": 2,
         "probe.bootstrap_samples": 20,
         "captions.num_images": 2,
         "captions.max_new_tokens": 4,
@@ -137,7 +137,7 @@ def flags(recipe: str, folder: Path) -> list[str]:
         small["trainer.accumulate_grad_batches"] = 2
     if recipe in LAYERS:
         # These SAEs were never trained: the gate measures, complains and lets them pass.
-        small["probe.text_gate"] = "warn"
+        small["probe.sanity_check"] = "warn"
     return [
         f"--config={CONFIGS}/{recipe}.yaml",
         *(f"--{name}={value}" for name, value in small.items()),
@@ -179,7 +179,7 @@ def probed(recipe: str, run: Path, printed: str) -> None:
         return
     import pandas as pd
 
-    assert "The text gate: these SAEs do not do" in printed
+    assert "The sanity check: these SAEs do not behave" in printed
     table = pd.read_csv(run / "probe.csv")
     layers = probe.get("layers", list(range(LAYERS[recipe])))
     for _, rows in table[(table.metric == "fvu") & (table.group == "image")].groupby("epoch"):

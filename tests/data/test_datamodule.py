@@ -6,8 +6,8 @@ import json
 import random
 import struct
 import types
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -44,22 +44,27 @@ class Numbers:
         return Record(index, None, [f"{index}{letter}" for letter in "abc"])
 
 
-class Drawn(NamedTuple):
+@dataclass
+class Drawn:
     ids: list[int]
     captions: list[list[str]]
+    other_captions: list[list[str]]
     skipped: tuple = ()
+    held_out: bool = False
+
+
+def draw(records, captions, index, skipped, *, other_captions, **_) -> Drawn:
+    return Drawn([record.id for record in records], captions, other_captions)
 
 
 def loader(count: int = 22, rank: int = 0, world_size: int = 1, **kwargs) -> BatchLoader:
-    source = BatchSource(
-        Numbers(count), lambda records, captions, *_: Drawn([r.id for r in records], captions), 1, 0
-    )
+    source = BatchSource(Numbers(count), draw, 1, 0, kwargs.pop("purpose", "training"))
     kwargs = {"shuffle": True, "num_workers": 0, **kwargs}
     return BatchLoader(source, 4, rank=rank, world_size=world_size, **kwargs)
 
 
 def ids(batches) -> list[list[int]]:
-    return [batch[0] for batch in batches]
+    return [batch.ids for batch in batches]
 
 
 def test_training_order_changes_with_the_epoch_only():
@@ -97,7 +102,7 @@ def test_state_is_the_position(num_workers):
     a.set_epoch(3)
     expected = ids(a)
     iterator = iter(a)
-    seen = [next(iterator)[0] for _ in range(2)]
+    seen = [next(iterator).ids for _ in range(2)]
     b = loader(num_workers=num_workers)
     b.load_state_dict(a.state_dict())
     iterator = iter(b)  # Lightning makes the iterator before it names the epoch.
@@ -113,7 +118,7 @@ def test_captions_are_drawn_anew_each_epoch():
     chosen = []
     for epoch in range(4):
         a.set_epoch(epoch)
-        chosen.append({i: tuple(c) for ids_, captions, _ in a for i, c in zip(ids_, captions, strict=True)})
+        chosen.append({i: tuple(c) for batch in a for i, c in zip(batch.ids, batch.captions, strict=True)})
     assert all(len(set(captions)) == 2 for epoch in chosen for captions in epoch.values())
     assert len({epoch[i] for i in chosen[0] for epoch in chosen if i in epoch}) > 1
 
@@ -121,14 +126,15 @@ def test_captions_are_drawn_anew_each_epoch():
 def test_shuffled_captions_are_the_next_images_in_any_batch():
     expected = [f"{(i + 1) % 22}" for i in range(22)]
     for size in (4, 7):
-        a = loader(shuffle=False)
-        a.source.shuffled, a.batch_size = True, size
-        drawn = [
-            (i, caption[0][:-1])
-            for ids_, captions, _ in a
-            for i, caption in zip(ids_, captions, strict=True)
-        ]
-        assert drawn == list(enumerate(expected))
+        a = loader(shuffle=False, purpose="validation")
+        a.batch_size = size
+        for name, whose in (("captions", range(22)), ("other_captions", map(int, expected))):
+            drawn = [
+                (i, int(caption[0][:-1]))
+                for batch in a
+                for i, caption in zip(batch.ids, getattr(batch, name), strict=True)
+            ]
+            assert drawn == list(enumerate(whose))
 
 
 # -- scenes -----------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).parents[2]
-HELPERS = {"PYTHONPATH": str(Path(__file__).parent)}
-"""Environment in which a run finds `crash.CrashAt`."""
+HELPERS = {"PYTHONPATH": f"{REPO}{os.pathsep}{Path(__file__).parent}"}
+"""Environment in which a run finds `crash.CrashAt` and this package."""
 
 
 def run_cli(*args: str, **kwargs) -> subprocess.CompletedProcess:

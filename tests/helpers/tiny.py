@@ -171,9 +171,9 @@ def arguments(root: Path, probe: bool = True) -> list[str]:
         "probe.sae_id": "layer_{layer}",
         "probe.num_images": 10,
         "probe.every_n_epochs": int(probe),
-        # Random SAEs: the gate could not but stop.
-        "probe.text_gate": "off",
-        "probe.costly_images": 6,
+        # Random SAEs: the check could not but stop.
+        "probe.sanity_check": "off",
+        "probe.intervention_images": 6,
         "probe.bootstrap_samples": 50,
         "captions.num_images": 4,
         "captions.max_new_tokens": 8,

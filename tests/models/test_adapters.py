@@ -17,7 +17,7 @@ from lightning_limber import load
 from lightning_limber.models.adapters import MLP, Adapter, Linear, PixelShuffle
 from lightning_limber.models.adapters.spec import adapter_from_spec, adapter_spec
 from lightning_limber.tools.report import summary
-from lightning_limber.utils.adapter_config import adapter_args, upgrade_adapter, upgrade_config
+from lightning_limber.utils.adapter_config import upgrade_adapter, upgrade_args, upgrade_config
 from lightning_limber.utils.checkpoints import read_checkpoint
 
 OLD = Path(__file__).parent / "run_of_b3a4401"
@@ -113,9 +113,9 @@ def test_an_adapter_as_plain_values():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("os.path.Own", "name it in this command: --model.adapter os.path.Own"),
+        ("nowhere.Own", "give the flag --model.adapter nowhere.Own. In Python, import it first"),
         ("lightning_limber.models.adapters.Own", "does not exist"),
-        ("lightning_limber.models.adapters.base.linear", "is no class"),
+        ("lightning_limber.models.adapters.base.linear", "A file may not choose"),
     ],
 )
 def test_stored_classes_of_others_are_not_imported(path, message):
@@ -150,6 +150,8 @@ ADAPTERS = "lightning_limber.models.adapters"
         (["--config=old.yaml"], "PixelShuffle", {"shuffle": 4, "input_norm": "layer"}),
         (["--config=part.yaml"], "Linear", {"input_norm": "layer"}),
         (["--config=old.yaml", "--config=new.yaml"], "PixelShuffle", {"shuffle": 4, "input_norm": "layer"}),
+        (["--config=same.yaml"], "Linear", {"input_norm": "channel", "dropout": 0.2}),
+        (["--config=switch.yaml"], "MLP", {"input_norm": "channel"}),
         (["--config=old.yaml", "--model.adapter=MLP"], "MLP", {}),
     ],
 )
@@ -158,6 +160,8 @@ def test_flags_and_configs(flags, name, settings, fit, capsys):
         "new": {"class_path": "PixelShuffle", "init_args": {"shuffle": 4}},
         "old": {"kind": "pixel_shuffle", "shuffle": 4, "input_norm": "layer"},
         "part": {"input_norm": "layer"},
+        "same": {"class_path": "Linear", "init_args": {"dropout": 0.2}},
+        "switch": {"kind": "mlp"},
     }
     for file, adapter in configs.items():
         Path(f"{file}.yaml").write_text(yaml.safe_dump({"model": {"adapter": adapter}}))
@@ -195,7 +199,7 @@ def test_wrong_adapters_are_named(flag, message, fit, capsys):
 def test_a_setting_that_is_called_kind():
     """Of a class of one's own it is no kind of ours."""
     flags = ["--model.adapter=my.Own", "--model.adapter.kind=mlp"]
-    assert adapter_args(flags)[-2:] == flags
+    assert upgrade_args(flags) == flags
 
 
 # -- what older versions wrote ----------------------------------------------------------------------
@@ -211,15 +215,10 @@ def test_kinds_become_classes(kind, name):
     )
     today = {"class_path": f"{ADAPTERS}.{name}", "init_args": settings}
     assert upgrade_adapter(old) == today == upgrade_adapter(today)
-    assert yaml.safe_load(upgrade_config(yaml.safe_dump({"model": {"adapter": old}, "seed": 1}))) == {
-        "model": {"adapter": today},
-        "seed": 1,
-    }
-    text = "model: {adapter: MLP} # as it stands\n"
-    assert upgrade_config(text) is text
-    assert (
-        summary({"model": {"adapter": old}})["adapter"] == summary({"model": {"adapter": today}})["adapter"]
-    )
+    config = {"model": {"adapter": old, "llm": "x"}, "seed_everything": 1}
+    assert upgrade_config(config) == {"model": {"adapter": today, "llm": "x"}, "seed_everything": 1}
+    for unchanged in ({"model": {"adapter": today}}, {"model": {"adapter": "MLP"}}, {"data": {}}):
+        assert upgrade_config(unchanged) is unchanged
     assert summary({"model": {"adapter": old}})["adapter"].startswith(f"{name}, input_norm channel")
 
 

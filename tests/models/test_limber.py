@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.adapters.spec import adapter_spec
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber, OptimizerConfig, lr_factor
-from lightning_limber.models.vision import VisionConfig
+from lightning_limber.models.vision import VisionConfig, VisionEncoder
 
 
 @pytest.fixture
@@ -379,3 +380,24 @@ def test_bf16_autocast_runs_the_same_experiment(fit, tmp_path, encoder):
     assert cli.model.llm.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+# -- features of held-out images --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("budget", "times"), [(1.0, {1}), (0.0, {7, 10})])
+def test_a_held_out_image_is_encoded_once_in_a_run(fit, monkeypatch, budget, times):
+    """Two validations with their control, three probes of two passes and the captions share it."""
+    seen: Counter[bytes] = Counter()
+    encode = VisionEncoder.forward
+
+    def counted(self, pixels):
+        seen.update(image.numpy().tobytes() for image in pixels)
+        return encode(self, pixels)
+
+    monkeypatch.setattr(VisionEncoder, "forward", counted)
+    flags = ["--trainer.max_steps=8", f"--model.held_out_features_gb={budget}", "--captions.num_images=10"]
+    cli = fit(*flags, probe=True)
+    held_out = cli.datamodule.val_set
+    pixels = [cli.model.vision.transform(held_out[i].image) for i in range(len(held_out))]
+    assert {seen[image.numpy().tobytes()] for image in pixels} == times

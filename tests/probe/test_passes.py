@@ -16,7 +16,8 @@ from process import run_cli
 
 from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.limber import Limber
-from lightning_limber.probe.findings import ProbeConfig
+from lightning_limber.probe.config import ProbeConfig
+from lightning_limber.probe.metrics import ProbeMetric
 from lightning_limber.probe.passes import Probe
 from lightning_limber.probe.saes import chunks_on_device, load_saes
 
@@ -46,7 +47,7 @@ def probed(models, tmp_path_factory):
     from lightning_limber.cli import main
 
     flags = [*tiny.arguments(models), "--trainer.max_steps=4", "--probe.outlier_factor=1e9"]
-    flags += ["--probe.costly_images=10", "--probe.lens_top_k=2", "--probe.bootstrap_samples=200"]
+    flags += ["--probe.intervention_images=10", "--probe.lens_top_k=2", "--probe.bootstrap_samples=200"]
     flags += ["--data.val_size=60"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("probed"))
@@ -136,7 +137,7 @@ def test_against_a_second_computation(fit, models):
         for i in range(10):
             record = SceneSet("val", 10, 112, 0)[i]
             with torch.no_grad():
-                image = model.image_tokens(model.vision.transform(record.image)[None])[0]
+                image = model.adapter(model.vision(model.vision.transform(record.image)[None]))[0]
             ids, is_caption, *_ = prompt.text(record.captions[0])
             prefix, text = (model.llm.embed(torch.tensor(x)) for x in (prompt.prefix_ids, ids))
             rows = residuals(torch.cat([prefix, image, text]), hook_name)
@@ -294,35 +295,34 @@ def test_tokens_far_from_text_are_left_out_as_outliers(fit):
     assert all(math.isnan(value) for value in values(cli, 0, "image", "fvu"))  # Not a number made up.
 
 
-@pytest.mark.parametrize(("extras", "strengths"), [("noise", 0), ("noise,detectors", 2)])
-def test_memory_by_image(fit, extras, strengths):
+@pytest.mark.parametrize(("metrics", "activation_sums"), [("noise", 0), ("noise,detectors", 2)])
+def test_memory_by_image(fit, metrics, activation_sums):
     """No activation outlives its batch: what is kept of an image are its sums, layer by layer, and what its
     latents do where a metric asks for it.
     """
     import gc
 
-    cli = fit("--trainer.max_steps=1", f"--probe.extras=[{extras}]", probe=True)
+    cli = fit("--trainer.max_steps=1", f"--probe.metrics=[{metrics}]", probe=True)
     callback, trainer = cli.trainer.callbacks[0], cli.trainer
     probe = callback._probe
 
+    class AtTheEndOfThePasses(ProbeMetric):
+        def compute(self, data, found):
+            gc.collect()
+            self.bytes = sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor)
+            return ()
+
+    first = AtTheEndOfThePasses()
+    probe.metrics.insert(0, first)
+
     def live_bytes(images: int) -> int:
         trainer.datamodule.val_set = SceneSet("val", images, 112, 0)
-        peak = 0
-        geometry = probe.findings._geometry
-
-        def at_the_end_of_the_passes(*args):
-            nonlocal peak
-            gc.collect()
-            peak = sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor)
-
-        probe.findings._geometry = at_the_end_of_the_passes
         probe.run(callback._batches(trainer, images, ""))
-        probe.findings._geometry = geometry
-        return peak
+        return first.bytes
 
     by_image = (live_bytes(64) - live_bytes(8)) / 56
-    # D = 32, K = 64, 2 layers: sums of 8, total (float64) and place in 4 groups; strength in bfloat16.
-    kept = ((8 * 8 + 32 * 8 + 8) * 4 + 64 * 2 * strengths) * 2
+    # D = 32, K = 64, 2 layers: sums of 8, total (float64) and index in 4 groups; bfloat16 by latent.
+    kept = ((8 * 8 + 32 * 8 + 8) * 4 + 64 * 2 * activation_sums) * 2
     assert by_image == pytest.approx(kept, rel=0.05)
 
 
@@ -330,14 +330,14 @@ def test_text_alone_is_measured_once_where_the_captions_stay(probed, monkeypatch
     """What is known from the first probe is what measuring anew finds, to the bit."""
     callback, model = probed.trainer.callbacks[0], type(probed.model)
     probe, batches = callback._probe, callback._batches(probed.trainer, 6, "")
-    monkeypatch.setattr(probe, "_text_sums", {})
-    sequences, alone = model.sequences, []
+    monkeypatch.setattr(probe, "_known_text", ({}, {}))
+    embed, alone = model.embed_sequences, []
 
-    def counted(self, batch, image_tokens):
+    def counted(self, sequences, image_tokens):
         alone.append(image_tokens is None)
-        return sequences(self, batch, image_tokens)
+        return embed(self, sequences, image_tokens)
 
-    monkeypatch.setattr(model, "sequences", counted)
+    monkeypatch.setattr(model, "embed_sequences", counted)
     found, forwards = [], []
     for same_captions in (False, True, True):
         alone.clear()
@@ -382,18 +382,18 @@ def test_loss_recovered_is_one_for_a_perfect_sae_and_zero_for_the_mean(probed, m
     index = None
     with torch.no_grad():
         for batch in cli.trainer.callbacks[0]._batches(cli.trainer, 10, ""):
-            sequences = cli.model.sequences(batch, cli.model.image_tokens(batch.pixel_values))
-            index = sequences.groups["image"]
-            hooks = {name: lambda x, n=name, i=index: kept[n].append(x[i]) for name in real}
+            embeds = cli.model.embed_sequences(batch, cli.model.image_tokens(batch))
+            index, _ = batch.groups["image"]
+            hooks = {name: lambda x, n=name, i=index: kept[n].append(x.flatten(0, 1)[i]) for name in real}
             with cli.model.llm.residual_hooks(hooks):
-                cli.model.llm.decode(sequences.embeds)
+                cli.model.llm.decode(embeds)
     means = {name: torch.cat(parts).double().mean(0).float() for name, parts in kept.items()}
     blind = report(cli, {name: Identity(sae, means[name]) for name, sae in real.items()}, monkeypatch)
     recovered = [row.value for row in blind.rows if row.metric == "loss_recovered"]
     assert recovered == pytest.approx([0, math.nan], abs=1e-3, nan_ok=True)
 
 
-def test_loss_recovered_against_a_second_computation(probed):
+def test_loss_recovered_against_a_second_computation(probed, monkeypatch):
     """Residual stream replaced by a hook in a whole forward, one image at a time."""
     cli = probed
     callback, model = cli.trainer.callbacks[0], cli.model
@@ -401,13 +401,16 @@ def test_loss_recovered_against_a_second_computation(probed):
     found = [row.value for row in callback.history[1] if row.metric == "loss_recovered"]
     tokens = {name: [] for name in probe.saes}
     batches = [b for b in callback._batches(cli.trainer, 10, "")]
-    single = [model.trainer.datamodule._loader(model.trainer.datamodule.val_set, 1, False, limit=10)]
+    data = model.trainer.datamodule
+    monkeypatch.setattr(data, "val_batch_size", 1)
+    single = list(data.probe_dataloader(10))
+    assert len(single) == 10
 
     def loss(batch, hooks) -> float:
-        sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
+        embeds = model.embed_sequences(batch, model.image_tokens(batch))
         with model.llm.residual_hooks(hooks):
-            hidden = model.llm.decode(sequences.embeds)
-        return float(model.token_losses(batch, sequences, hidden)[0].double().sum())
+            hidden = model.llm.decode(embeds)
+        return float(model.target_losses(batch, hidden)[0].double().sum())
 
     with torch.no_grad():
         for batch in batches:
@@ -425,7 +428,7 @@ def test_loss_recovered_against_a_second_computation(probed):
                 return hook
 
             clean = spliced = ablated = 0.0
-            for batch in single[0]:
+            for batch in single:
                 clean += loss(batch, {})
                 spliced += loss(batch, {name: replace(lambda x, s=sae: s.decode(s.encode(x)))})
                 ablated += loss(batch, {name: replace(lambda x, m=mean: m.expand_as(x))})
@@ -440,7 +443,7 @@ def test_the_diagonal_of_the_cross_layer_matrix_is_the_probe(probed, monkeypatch
     found = report(probed, probed.trainer.callbacks[0]._probe.saes, monkeypatch)
     for metric in ("fvu", "l0"):
         own = [row.value for row in found.rows if (row.group, row.metric) == ("image", metric)]
-        table = found.cross_layer[metric]
+        table = found.matrices["cross_layer"][metric]
         assert [table[i][i] for i in range(2)] == pytest.approx(own, rel=1e-5)
         assert table[0][1] != pytest.approx(table[0][0], rel=1e-3)
 
@@ -449,14 +452,20 @@ def test_planted_caption_embeddings_look_like_text(probed, monkeypatch):
     """Image tokens that ARE the caption's first embeddings give the `text` curve, within the interval."""
     cli = probed
     model, callback = cli.model, cli.trainer.callbacks[0]
-    ids = []
-    monkeypatch.setattr(model, "image_tokens", lambda pixels: model.llm.embed(ids.pop(0)[:, :4]))
+    first = len(model.collator().prompt.prefix_ids)
+
+    def opening(sequences) -> torch.Tensor:
+        return sequences.input_ids[:, first : first + 4]
+
+    monkeypatch.setattr(model, "image_tokens", lambda batch: model.llm.embed(opening(batch.without_image)))
 
     def batches():
         for batch in callback._batches(cli.trainer, 60, ""):
-            ids.append(batch.text_ids)
             # The text group: the same four tokens.
-            batch.is_caption[:, 4:] = False
+            alone = batch.without_image
+            positions, rows = alone.groups["caption"]
+            kept = alone.position_ids.flatten()[positions] < first + 4
+            alone.groups["caption"] = positions[kept], rows[kept]
             yield batch
 
     rows = callback._probe.run(batches()).rows
@@ -476,8 +485,8 @@ def test_planted_noise_gives_the_noise_curve(probed, monkeypatch):
     own = model.image_tokens
     generator = torch.Generator().manual_seed(1)
 
-    def noise(pixels):
-        tokens = own(pixels)
+    def noise(batch):
+        tokens = own(batch)
         random = torch.randn(tokens.shape, generator=generator)
         return random * (tokens.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True))
 
@@ -504,10 +513,10 @@ def test_lens_hit_against_a_second_computation(probed):
     with torch.no_grad():
         for batch in callback._batches(cli.trainer, 10, ""):
             kept = {}
-            sequences = model.sequences(batch, model.image_tokens(batch.pixel_values))
+            embeds = model.embed_sequences(batch, model.image_tokens(batch))
             hooks = {f"blocks.{i}.hook_resid_post": partial(kept.__setitem__, i) for i in hits}
             with model.llm.residual_hooks(hooks):
-                model.llm.decode(sequences.embeds)
+                model.llm.decode(embeds)
             for layer, found in hits.items():
                 logits = model.llm.model.lm_head(base.norm(kept[layer][:, 1:5]))
                 top = logits.topk(2, dim=-1).indices.flatten(1)
@@ -534,19 +543,19 @@ def test_tidy_table(run):
     assert ((fvu.low <= fvu.value) & (fvu.value <= fvu.high)).all()
 
 
-def test_extras_can_be_left_out(fit):
-    cli = fit("--trainer.max_steps=1", "--probe.extras=[knn]", probe=True)
+def test_metrics_can_be_left_out(fit):
+    cli = fit("--trainer.max_steps=1", "--probe.metrics=[knn]", probe=True)
     found = {(row.group, row.metric) for row in cli.trainer.callbacks[0].history[0]}
     assert ("image", "knn") in found
     assert not {group for group, _ in found} & {"noise"}
     assert not {metric for _, metric in found} & {"loss_recovered", "lens_hit", "detectors", "match"}
-    with pytest.raises(ValueError, match=r"probe.extras: \['kn'\] are not among"):
-        fit("--probe.extras=[kn]", probe=True)
+    with pytest.raises(ValueError, match=r"probe.metrics: 'kn' is none of geometry, .*knn"):
+        fit("--probe.metrics=[kn]", probe=True)
 
 
 def test_detectors_of_scenes(models, fit):
     """Attributes of the truth; a random tiny LLM has text latents for words, and the table says which."""
-    flags = ["--trainer.max_steps=1", "--data.val_size=60", "--probe.extras=[detectors]"]
+    flags = ["--trainer.max_steps=1", "--data.val_size=60", "--probe.metrics=[detectors]"]
     cli = fit(*flags, "--probe.num_images=60", "--captions.num_images=0", probe=True)
     for group in ("image", "text"):
         assert all(0 <= value <= 1 for value in values(cli, 0, group, "detectors"))
@@ -567,10 +576,10 @@ def test_validate_probes_a_published_projector(fit, tmp_path):
     torch.save({"model.mm_projector.weight": weight, "model.mm_projector.bias": bias}, path)
     flags = [f"--model.adapter_weights={path}", "--model.adapter.input_norm=none"]
     cli = fit(*flags, "--probe.published_curves=true", command="validate", probe=True, figures=True)
-    pixels = next(iter(cli.datamodule.probe_dataloader(2))).pixel_values
+    batch = next(iter(cli.datamodule.probe_dataloader(2)))
     with torch.no_grad():
-        expected = cli.model.vision(pixels) @ weight.T + bias
-        torch.testing.assert_close(cli.model.image_tokens(pixels), expected)
+        expected = cli.model.vision(batch.pixel_values) @ weight.T + bias
+        torch.testing.assert_close(cli.model.image_tokens(batch), expected)
     log = events(cli.trainer.log_dir)
     assert log.Scalars("fvu/image/layer_02")
     assert "probe/by_layer" in log.Tags()["images"]
@@ -589,17 +598,17 @@ def test_a_memory_budget_changes_no_number(fit, tmp_path):
     layer = sum(tensor.nbytes for tensor in probe.saes["blocks.0.hook_resid_post"].parameters()) / 1e9
 
     def found(budget: float | None):
-        probe.sae_memory_gb = budget
+        probe.config.sae_memory_gb = budget
         parts = (callback._batches(cli.trainer, count, "") for count in (10, 6))
         report = probe.run(*parts, data.attributes)
-        return str((report.rows, report.cross_layer, report.detectors))  # As text: NaN is NaN.
+        return str((report.rows, report.matrices, report.tables))  # As text: NaN is NaN.
 
     resident = found(None)
     assert "loss_recovered" in resident
     assert "'fvu': [[" in resident
     for layers in (1, 2, 3):
         assert found(layers * layer) == resident
-    # And a whole run with it, text gate included.
+    # And a whole run with it, sanity check included.
     again = fit(*flags, f"--probe.sae_memory_gb={2 * layer}", probe=True).trainer.callbacks[0]
     assert str(again.history) == str(callback.history)
     assert again._probe.text == probe.text
@@ -643,7 +652,7 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_args, **_kwargs: nullcontext())
     from lightning.fabric.utilities import move_data_to_device
 
-    from lightning_limber.probe.alignment import SAEAlignment
+    from lightning_limber.probe.token_stats import TokenStats
 
     callback, cli = probed.trainer.callbacks[0], probed
     batch = next(iter(callback._batches(cli.trainer, 4, "")))
@@ -654,19 +663,27 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
     saes = {name: sae.to("meta") for name, sae in saes.items()}
     probe = Probe(there, saes, callback._probe.text, ProbeConfig())
     moved = move_data_to_device(batch, torch.device("meta"))
+    moved.held_out = False  # Features are copied to the host once a run, when they are first kept.
     assert moved.pixel_values.is_meta
     names, groups = list(saes), ("image", "caption", "text", "noise")
-    sums = {}
+    stats = {}
     for name in names:  # As pass 1 leaves them: on the host.
-        metric = SAEAlignment()
-        metric.update(torch.randn(4, 32), torch.randn(4, 32), torch.rand(4, 64), torch.arange(4), range(4))
-        sums["image", name] = metric.compute()
-    metrics = {(group, name): SAEAlignment().to("meta") for group in groups for name in names}
-    lens, losses, cross = {name: [] for name in names}, defaultdict(list), defaultdict(list)
+        of_image = TokenStats()
+        x, reconstruction, latents = (torch.rand(4, width) for width in (32, 32, 64))
+        of_image.update(x, reconstruction, latents, torch.arange(4), range(4))
+        stats["image", name] = of_image.compute()
+    sums = {(group, name): TokenStats().to("meta") for group in groups for name in names}
+    kept = defaultdict(list)
     with torch.no_grad():
-        probe._clean_pass(moved, names, metrics, lens)
-        probe._costly_pass(moved, names, sums, losses, cross)
-    assert all(metric.strength[0].shape == (4, 64) for metric in metrics.values())
-    assert {len(parts) for parts in lens.values()} == {1}
-    assert [len(parts) for parts in losses.values()] == [1 + 2 * len(names)]
-    assert [part.shape for parts in cross.values() for part in parts] == [(2, 2, 3)]
+        probe._clean_pass(moved, sums, kept)
+        probe._intervention_pass(moved, names, stats, kept)
+    assert all(of_group.activation_sum[0].shape == (4, 64) for of_group in sums.values())
+    shapes = {}
+    for (number, group, name), [(index, item)] in kept.items():
+        assert index == batch.index
+        shapes[probe.metrics[number].name, group, name] = tuple(item.shape)
+    assert shapes == {
+        **{("lens_hit", "image", name): (16, 5) for name in names},  # 4 tokens of each image.
+        **{("loss_recovered", "", name): (4, 3) for name in names},
+        **{("cross_layer", "", name): (2, 3) for name in names},
+    }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_limber.probe.alignment import active_latents
 from lightning_limber.probe.screened_encoder import ScreenedEncoder, make_encoder
+from lightning_limber.probe.token_stats import active_latents
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""The text gate: passes where nothing is wrong, and says what is where something is."""
+"""The sanity check: passes where nothing is wrong, and says what is where something is."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_the_run_stops_before_it_trains(fit, suite, tmp_path):
     card = json.loads((suite / "card.json").read_text())
     card["layers"]["blocks.2.hook_resid_post"]["gate"]["l0"] *= 2
     (suite / "card.json").write_text(json.dumps(card))
-    flags = [f"--probe.sae_release={suite}", "--probe.text_gate=stop"]
+    flags = [f"--probe.sae_release={suite}", "--probe.sanity_check=stop"]
     with pytest.raises(ValueError, match=r"blocks\.2\.hook_resid_post: l0 on plain text") as error:
         fit(*flags, probe=True)
     assert "blocks.0" not in str(error.value)

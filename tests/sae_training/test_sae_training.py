@@ -12,7 +12,7 @@ import torch
 from scipy import sparse
 
 from dev.shipped_saes.captions import caption
-from dev.shipped_saes.corpus import SOURCES
+from dev.shipped_saes.corpus import SOURCES, Document
 from lightning_limber.models import activations
 from lightning_limber.models.llm import LLM
 from lightning_limber.probe.explanations import (
@@ -23,7 +23,7 @@ from lightning_limber.probe.explanations import (
     write_explanations,
 )
 from lightning_limber.sae_training import describe, evaluate
-from lightning_limber.sae_training.corpus import Document, read_texts
+from lightning_limber.sae_training.corpus import read_texts
 from lightning_limber.sae_training.train import TrainConfig, train
 
 WORDS = [

@@ -38,12 +38,12 @@ def write_llm(folder: Path, architecture: str, **sizes) -> str:
     return str(folder)
 
 
-def batch_of(model: Limber, images: int = IMAGES):
+def batch_of(model: Limber, images: int = IMAGES, **kwargs):
     from PIL import Image
 
     caption = " ".join(tiny.WORDS[:CAPTION_TOKENS])
     records = [Record(str(i), Image.new("RGB", (48, 48)), [caption]) for i in range(images)]
-    return model.collator()(records, [[caption]] * images, list(range(images)))
+    return model.collator()(records, [[caption]] * images, list(range(images)), **kwargs)
 
 
 def real_and_planned(
@@ -94,7 +94,8 @@ def test_flops_and_parameters_are_those_of_the_real_step(tmp_path, llm, vision, 
         assert step.flops["vision forward"] == counted(lambda: real.vision(pixels))
         features = real.vision(pixels)
         assert step.flops["adapter forward"] == counted(lambda: real.adapter(features))
-        text = counted(lambda: real.llm.decode(real.sequences(batch, None).embeds))
+        alone = batch_of(real, for_probe=True).without_image
+        text = counted(lambda: real.llm.decode(real.embed_sequences(alone, None)))
     assert planned.text_flops() * IMAGES == text
     assert not [p for part in (real.vision, real.llm) for p in part.parameters() if p.grad is not None]
     assert planned.parameters == {
@@ -191,10 +192,9 @@ def test_autocast_is_that_of_a_gpu(tmp_path):
 
 def test_probe_flops_are_those_of_a_real_probe(models, fit, monkeypatch):
     """The passes of a probe, counted while they run."""
-    from lightning_limber.probe.findings import Findings
-    from lightning_limber.probe.passes import Probe
+    from lightning_limber.probe.passes import Probe, Report
 
-    spent: dict[str, list[int]] = {"_clean_pass": [], "_costly_pass": []}
+    spent: dict[str, list[int]] = {"_clean_pass": [], "_intervention_pass": []}
     for name, found in spent.items():
         original = getattr(Probe, name)
 
@@ -202,7 +202,7 @@ def test_probe_flops_are_those_of_a_real_probe(models, fit, monkeypatch):
             found.append(counted(lambda: original(self, batch, *args)) // len(batch.ids))
 
         monkeypatch.setattr(Probe, name, count)
-    monkeypatch.setattr(Findings, "_meaning", lambda *args: None)
+    monkeypatch.setattr(Probe, "_report", lambda *args: Report([], {}, {}, {}))
     # Captions are cut to one length, which it would refuse.
     monkeypatch.setattr(Limber, "_calibrate", lambda self: None)
     flags = ["--model.max_caption_tokens=8", "--trainer.max_steps=1"]  # Every scene's caption is longer.
@@ -212,10 +212,10 @@ def test_probe_flops_are_those_of_a_real_probe(models, fit, monkeypatch):
     model = Limber(VisionConfig(**settings.vision.as_dict()), settings.llm, max_caption_tokens=8)
     planned = Rehearsal(model, "32-true", 8)
     saes = sae_sizes(str(models / "saes"), "layer_{layer}", None, model.llm)
-    extras = {"noise", "match", "lens_hit", "knn", "detectors", "loss_recovered", "cross_layer"}
-    of_image = probe_flops(planned, planned.step(1).flops, saes, extras)
+    metrics = {"noise", "match", "lens_hit", "knn", "detectors", "loss_recovered", "cross_layer"}
+    of_image = probe_flops(planned, planned.step(1).flops, saes, metrics)
     assert of_image["every image"] == pytest.approx(spent["_clean_pass"][0], rel=0.02)
-    assert of_image["costly images"] == pytest.approx(spent["_costly_pass"][0], rel=0.02)
+    assert of_image["images of interventions"] == pytest.approx(spent["_intervention_pass"][0], rel=0.02)
     parameters = sum(
         p.numel() for sae in cli.trainer.callbacks[0]._probe.saes.values() for p in sae.parameters()
     )
@@ -330,7 +330,7 @@ def test_unsharded_and_sharded_llm(models):
 
     model = Limber(VisionConfig(str(models / "vision")), str(models / "llm"))
     planned = Rehearsal(model, "32-true", 8)
-    step, probe = planned.step(1), SimpleNamespace(config=SimpleNamespace(extras=()), num_images=0)
+    step, probe = planned.step(1), SimpleNamespace(config=SimpleNamespace(metrics=[]), num_images=0)
     whole = _memory(planned, step, 2, [], probe)["LLM"]
     model.hparams["shard_llm"] = True
     layers = sum(p.nbytes for p in model.llm.layers.parameters())

@@ -19,7 +19,7 @@ from lightning_limber import load
 from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.adapter_weights import read_projector
 from lightning_limber.models.adapters import MLP, Linear, PixelShuffle
-from lightning_limber.models.generation import Decoding, generate
+from lightning_limber.models.generation import Caption, Decoding
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.vision import VisionConfig
 from lightning_limber.probe.explanations import Explanation, write_explanations
@@ -46,13 +46,23 @@ def pixels(model: Limber, count: int = 3) -> torch.Tensor:
 
 
 @torch.no_grad()
+def image_tokens(model: Limber, pixels: torch.Tensor) -> torch.Tensor:
+    return model.adapter(model.vision(pixels))
+
+
+def generate(model: Limber, pixels: torch.Tensor | None, decoding: Decoding) -> list[Caption]:
+    tokens = None if pixels is None else image_tokens(model, pixels)
+    return model.generate(tokens, decoding, log_probabilities=True)
+
+
+@torch.no_grad()
 def own_log_probabilities(model: Limber, image: torch.Tensor, ids: list[int]) -> torch.Tensor:
     """[n, V] of each of n tokens after [prefix | image | prompt text], by the LLM's own forward."""
     prompt, llm = model.collator().prompt, model.llm
     embed = lambda ids: llm.embed(torch.tensor(ids, dtype=torch.long))  # noqa: E731
     parts = [
         embed(prompt.prefix_ids),
-        model.image_tokens(image[None])[0],
+        image_tokens(model, image[None])[0],
         embed([*prompt.generation_ids, *ids]),
     ]
     logits = llm.model(inputs_embeds=torch.cat(parts)[None]).logits[0, -len(ids) - 1 : -1]
@@ -145,7 +155,7 @@ def test_without_an_image_the_llm_goes_on_from_the_prompt(models, written, promp
     ).sequences[0, ids.shape[1] :]  # fmt: skip
     assert written[0][0].tolist() == expected.tolist()
     assert caption.tokens == len(expected)
-    assert caption.text == model.generate(None, 8)[0]
+    assert caption.text == model.generate(None, Decoding(8))[0].text
 
 
 def test_beams_find_the_likeliest_of_all_captions(models):
@@ -158,7 +168,7 @@ def test_beams_find_the_likeliest_of_all_captions(models):
     prompt = model.collator().prompt
     with torch.no_grad():
         start = torch.cat(
-            [model.llm.embed(torch.tensor(prompt.prefix_ids)), model.image_tokens(image)[0]]
+            [model.llm.embed(torch.tensor(prompt.prefix_ids)), image_tokens(model, image)[0]]
         ).expand(len(pairs), -1, -1)
         embeds = torch.cat([start, model.llm.embed(torch.tensor(pairs))], dim=1)
         logits = model.llm.model(inputs_embeds=embeds).logits[:, -3:-1].log_softmax(-1)
@@ -314,7 +324,7 @@ def activations(model, image, layer: int) -> torch.Tensor:
 
     limber = model.model
     sae = SAE.load_from_disk(f"{model.config['probe']['sae_release']}/layer_{layer}", device="cpu")
-    tokens = limber.image_tokens(limber.vision.transform(image)[None])
+    tokens = image_tokens(limber, limber.vision.transform(image)[None])
     prefix = limber.llm.embed(torch.tensor([limber.collator().prompt.prefix_ids]))
     kept = []
     hook = limber.llm.model.model.layers[layer].register_forward_hook(
@@ -475,7 +485,7 @@ def test_grid_of_image_tokens(models, vision, adapter, grid, before):
     model = Limber(config, str(models / "llm"), adapter)
     model.configure_model()
     assert model.token_grid == grid
-    assert model.image_tokens(pixels(model, 1)).shape[1] == before + grid[0] * grid[1]
+    assert image_tokens(model, pixels(model, 1)).shape[1] == before + grid[0] * grid[1]
 
 
 def test_the_precision_is_the_runs(run, fit, tmp_path):

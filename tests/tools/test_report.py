@@ -16,13 +16,17 @@ import pytest
 from process import run_cli
 
 from lightning_limber.probe import palette
+from lightning_limber.probe.metrics import DEFAULT_METRICS, resolve_metrics
 from lightning_limber.tools.report import difference, main, read_run, thin
 
-METRICS = [*palette.PANELS, "rel_error", "norm_ratio", "sparsity", "alive", "outliers", "variance"]
+PANELS = [panel for metric in resolve_metrics(DEFAULT_METRICS) for panel in metric.panels]
+GROUPS = ("image", "caption", "text", "noise")
+METRICS = [panel.metric for panel in PANELS]
+METRICS += "rel_error norm_ratio sparsity alive outliers variance".split()
 
 
 def write_run(
-    folder: Path, layers: int = 3, epochs: int = 2, groups: tuple[str, ...] = palette.GROUPS, seed: int = 0
+    folder: Path, layers: int = 3, epochs: int = 2, groups: tuple[str, ...] = GROUPS, seed: int = 0
 ) -> Path:
     """A folder as a run leaves it, with smooth curves of random numbers."""
     from torch.utils.tensorboard import SummaryWriter
@@ -262,7 +266,7 @@ def chromium() -> str | None:
 @pytest.mark.skipif(chromium() is None, reason="no Chromium")
 def test_a_browser_draws_a_large_run(tmp_path):
     """26 layers x 20 epochs x 6 groups: every part is drawn, no error is met."""
-    groups = (*palette.GROUPS, "padding", "prefix")
+    groups = (*GROUPS, "padding", "prefix")
     main([str(write_run(tmp_path / "a", 26, 20, groups)), "-o", "out.html"])
     page = tmp_path / "out.html"
     page.write_text(

@@ -142,10 +142,3 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     nn.init.normal_(layer.weight, std=inputs**-0.5)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-class _Unset(Adapter):
-    """An adapter without settings: the class named after it inherits none, see `adapter_args`."""
-
-    def __init__(self, vision_size: int, llm_size: int) -> None:
-        super().__init__(vision_size, llm_size)

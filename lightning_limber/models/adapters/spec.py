@@ -41,11 +41,13 @@ def adapter_spec(adapter: Callable[..., Adapter]) -> dict[str, Any]:
 
 
 def adapter_from_spec(spec: dict[str, Any]) -> Callable[[int, int], Adapter]:
-    """The inverse of `adapter_spec`, for classes of this package: others are not imported.
+    """The inverse of `adapter_spec`; classes of other packages must have been imported.
 
     Raises:
-        ValueError: it is a class of another package, see `trusted_class`.
+        ValueError: it is a class of another package that was not, see `trusted_class`.
     """
     spec = upgrade_adapter(spec)
-    found = trusted_class(spec["class_path"], "stored hyper-parameters", "model.adapter")
+    path = spec["class_path"]
+    imported = [path] if path.rpartition(".")[0] in sys.modules else []
+    found = trusted_class(path, "this adapter", "model.adapter", imported)
     return partial(found, **spec.get("init_args", {}))

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from lightning_limber.probe.convergence import TOLERANCES, convergence_layer, published_curves
+from lightning_limber.probe.metrics.convergence import TOLERANCES, convergence_layer
+from lightning_limber.probe.palette import published_curves
 
 
 @pytest.mark.parametrize("metric", ["mse", "l0", "match"])

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_limber.probe.alignment import UNIONS, ImageSums, SAEAlignment, alignment, jaccard
-from lightning_limber.probe.statistics import interval, resamples
+from lightning_limber.probe.metrics.geometry import reconstruction_metrics
+from lightning_limber.probe.metrics.shared import jaccard
+from lightning_limber.probe.statistics import bootstrap_weights, interval
+from lightning_limber.probe.token_stats import ImageStats, TokenStats
 
 D, K, TEXT_VARIANCE = 6, 10, 2.5
 LENGTHS = (9, 4, 0, 12, 7)
@@ -37,22 +39,22 @@ def make(lengths=LENGTHS, mean: float = 0.0, outliers: bool = False, seed: int =
     return images
 
 
-def add(metric: SAEAlignment, images: list[Image], places: list[int]) -> None:
+def add(metric: TokenStats, images: list[Image], places: list[int]) -> None:
     """One call with these images, their tokens in order."""
     row = torch.arange(len(places)).repeat_interleave(torch.tensor([len(images[i][0]) for i in places]))
     x, y, z, keep = (torch.cat(parts) for parts in zip(*(images[i] for i in places), strict=True))
     metric.update(x, y, z, row, places, keep)
 
 
-def sums_of(images: list[Image], calls: list[list[int]] | None = None) -> ImageSums:
-    metric = SAEAlignment()
+def sums_of(images: list[Image], calls: list[list[int]] | None = None) -> ImageStats:
+    metric = TokenStats()
     for places in calls or [list(range(len(images)))]:
         add(metric, images, places)
     return metric.compute()
 
 
 def measure(images: list[Image], calls: list[list[int]] | None = None) -> dict[str, float]:
-    values = alignment(sums_of(images, calls), text_variance=TEXT_VARIANCE)
+    values = reconstruction_metrics(sums_of(images, calls), text_variance=TEXT_VARIANCE)
     return {name: float(value) for name, value in values.items()}
 
 
@@ -111,9 +113,9 @@ def test_fvu_text_is_fvu_where_text_has_the_groups_own_variance():
     images = make()
     x = np.concatenate([image[0] for image in images])
     variance = ((x - x.mean(0)) ** 2).sum(1).mean()
-    values = alignment(sums_of(images), text_variance=variance)
+    values = reconstruction_metrics(sums_of(images), text_variance=variance)
     torch.testing.assert_close(values["fvu_text"], values["fvu"], rtol=1e-12, atol=0)
-    assert torch.isnan(alignment(sums_of(images))["fvu_text"]).all()
+    assert torch.isnan(reconstruction_metrics(sums_of(images))["fvu_text"]).all()
 
 
 def test_jaccard():
@@ -128,8 +130,8 @@ def test_what_is_kept_of_an_image():
     sums = sums_of(images)
     for i, (x, _, z, keep) in enumerate(images):
         torch.testing.assert_close(sums.means[i], x[keep].mean(0), rtol=1e-12, atol=0, equal_nan=True)
-        torch.testing.assert_close(sums.strength[i].double(), z[keep].sum(0), rtol=2**-8, atol=0)
-        assert torch.equal(sums.strength[i] > 0, (z[keep] > 0).any(0))
+        torch.testing.assert_close(sums.activation_sum[i].double(), z[keep].sum(0), rtol=2**-8, atol=0)
+        assert torch.equal(sums.activation_sum[i] > 0, (z[keep] > 0).any(0))
 
 
 # -- streaming ------------------------------------------------------------------------------------
@@ -141,7 +143,7 @@ def test_what_is_kept_of_an_image():
 def test_batches_and_their_order_change_no_bit(calls):
     images = make(outliers=True)
     whole, parts = sums_of(images), sums_of(images, calls)
-    assert parts.image.tolist() == [0, 1, 2, 3, 4]
+    assert parts.index.tolist() == [0, 1, 2, 3, 4]
     for name, value in vars(whole).items():
         assert torch.equal(getattr(parts, name), value), name
     assert measure(images, calls) == measure(images)
@@ -152,16 +154,18 @@ def test_tokens_of_a_call_in_any_order():
     x, y, z, keep = (torch.cat(parts) for parts in zip(*images, strict=True))
     row = torch.arange(5).repeat_interleave(torch.tensor(LENGTHS))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    metric = SAEAlignment()
+    metric = TokenStats()
     metric.update(x[order], y[order], z[order], row[order], torch.arange(5), keep[order])
-    values = {name: float(v) for name, v in alignment(metric.compute(), None, TEXT_VARIANCE).items()}
+    values = {
+        name: float(v) for name, v in reconstruction_metrics(metric.compute(), None, TEXT_VARIANCE).items()
+    }
     assert values == pytest.approx(measure(images), rel=1e-12)
 
 
 def test_computing_between_calls_changes_nothing():
-    images, metric = make(), SAEAlignment()
+    images, metric = make(), TokenStats()
     add(metric, images, [0, 1])
-    assert len(metric.compute().image) == 2
+    assert len(metric.compute().index) == 2
     add(metric, images, [2, 3, 4])
     assert torch.equal(metric.compute().sums, sums_of(images).sums)
 
@@ -208,14 +212,14 @@ def test_a_group_without_variance_has_no_fvu():
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         x = 10 * torch.randn(1, 64, generator=generator).expand(3, 64)
-        metric = SAEAlignment()
+        metric = TokenStats()
         metric.update(x, x + 0.1, torch.ones(3, K), torch.zeros(3, dtype=torch.long), [0])
-        assert torch.isnan(alignment(metric.compute())["fvu"])
+        assert torch.isnan(reconstruction_metrics(metric.compute())["fvu"])
 
 
 def _process(rank: int, path: str, out: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    images, metric = make(outliers=True), SAEAlignment()
+    images, metric = make(outliers=True), TokenStats()
     for places in ([[0, 2], [4]], [[3, 1]])[rank]:
         add(metric, images, places)
     torch.save(vars(metric.compute()), f"{out}.{rank}")
@@ -225,7 +229,7 @@ def _process(rank: int, path: str, out: str) -> None:
 def test_two_processes_are_one(tmp_path):
     """Three images here, two there, in another number of calls: bit-equal on both."""
     # As with spawn both are fresh processes, but torch, which is what takes the time, is imported once.
-    torch.multiprocessing.set_forkserver_preload(["lightning_limber.probe.alignment"])
+    torch.multiprocessing.set_forkserver_preload(["lightning_limber.probe.token_stats"])
     args = str(tmp_path / "rendezvous"), str(tmp_path / "out")
     torch.multiprocessing.start_processes(_process, args, nprocs=2, start_method="forkserver")
     whole = vars(sums_of(make(outliers=True)))
@@ -238,41 +242,21 @@ def test_two_processes_are_one(tmp_path):
 # -- bootstrap ------------------------------------------------------------------------------------
 
 
-def test_resamples():
-    """Multinomial counts, the sample itself first, a function of the seed."""
-    weights = resamples(50, 4000, seed=1)
-    assert weights.shape == (4001, 50)
-    assert torch.equal(weights[0], torch.ones(50).double())
-    assert (weights.sum(-1) == 50).all()
-    assert torch.equal(weights, resamples(50, 4000, seed=1))
-    assert not torch.equal(weights, resamples(50, 4000, seed=2))
-    # A binomial(50, 1/50) has mean 1 and variance .98; 4000 of them stray by .016 and .03 or so.
-    torch.testing.assert_close(weights[1:].mean(0), torch.ones(50).double(), rtol=0, atol=0.08)
-    torch.testing.assert_close(weights[1:].var(0), torch.full((50,), 0.98).double(), rtol=0, atol=0.15)
-
-
 def test_bootstrap_is_that_of_repeated_images():
     """Row by row the metrics of a data set with each image as often as it was drawn."""
     images = make((9, 4, 0, 12, 7, 3, 8, 5), outliers=True)
-    weights = resamples(8, 200, seed=0)
-    values = alignment(sums_of(images), weights, TEXT_VARIANCE)
+    weights = bootstrap_weights(8, 200, seed=0)
+    values = reconstruction_metrics(sums_of(images), weights, TEXT_VARIANCE)
     assert set(values) == set(METRICS)
     repeated = [
         reference([image for image, times in zip(images, row, strict=True) for _ in range(int(times))])
         for row in weights.tolist()
     ]
-    for name in set(METRICS) - set(UNIONS):
+    for name in set(METRICS) - {"alive"}:
         expected = np.array([sample[name] for sample in repeated])
         np.testing.assert_allclose(values[name].numpy(), expected, rtol=1e-9, err_msg=name)
         ends = np.percentile(expected[1:], [2.5, 97.5])
         assert interval(values[name]) == pytest.approx((reference(images)[name], *ends), rel=1e-9), name
-
-
-def test_interval():
-    values = torch.cat([torch.tensor([7.0]), torch.arange(41.0)])
-    assert interval(values) == (7, 1, 39)
-    # A sample without a value, as fvu of images without tokens, is left out.
-    assert interval(torch.cat([values, torch.tensor([torch.nan])])) == (7, 1, 39)
 
 
 def test_interval_covers_the_truth():
@@ -288,9 +272,11 @@ def test_interval_covers_the_truth():
     for world in range(worlds):
         scale = np.repeat(generator.uniform(1, 3, images), length)
         error = torch.tensor(scale * generator.choice([0.9, 1.1], images * length))[:, None]
-        metric = SAEAlignment()
+        metric = TokenStats()
         metric.update(torch.ones_like(error), 1 + error, error, row, range(images))
-        _, low, high = interval(alignment(metric.compute(), resamples(images, 400, world))["mse"])
+        _, low, high = interval(
+            reconstruction_metrics(metric.compute(), bootstrap_weights(images, 400, world))["mse"]
+        )
         # E[u^2] of u uniform on 1..3 is 13/3, and E of .9^2 and 1.1^2 is 1.01.
         covered += low <= 13 / 3 * 1.01 <= high
     assert 0.92 <= covered / worlds <= 0.97

@@ -1,25 +1,25 @@
-"""The pictures that TensorBoard shows."""
+"""Figures of the probe's numbers."""
 
 from __future__ import annotations
 
 import math
-import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
-from lightning_limber.probe.convergence import published_curves
-from lightning_limber.probe.findings import PatchMap, Row
-from lightning_limber.probe.palette import COLOURS, GROUPS, LOG_SCALE, PANELS, PAPER_NAME
+from lightning_limber.probe.palette import COLOURS, PAPER_NAME, Panel, ordered_groups, published_curves
+from lightning_limber.probe.patches import PatchMap
+from lightning_limber.probe.tables import History, Row
+from lightning_limber.utils.figures import new_figure, wrap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-History = dict[int, list[Row]]
-"""Rows of each probed epoch."""
 Curve = tuple[list[int], list[float], list[float], list[float]]
 """Layers, values, lower and upper ends of their intervals."""
+COLUMNS = 4
 
 
 def curve(rows: list[Row], group: str, metric: str) -> Curve | None:
@@ -35,43 +35,61 @@ def curve(rows: list[Row], group: str, metric: str) -> Curve | None:
     )
 
 
-def probe_figure(history: History, epoch: int, title: str, control: str, published: bool = False) -> Figure:
+def probe_figure(
+    history: History,
+    epoch: int,
+    panels: Sequence[Panel],
+    title: str,
+    control: str,
+    published: bool = False,
+) -> Figure:
     """Every metric by layer: groups and controls with their 95 % intervals, and chance levels.
 
     Args:
         history: Rows of all probed epochs.
         epoch: The one to draw.
-        title: Of the figure.
-        control: What the adapter of epoch 0 is called, which is drawn beside later epochs.
+        panels: How the metrics are drawn, in order; those without a row are left out.
+        title: Title of the figure.
+        control: Name of the adapter of epoch 0, which is drawn beside later epochs.
         published: Also draw the curves of Venhoff et al., by relative depth.
     """
     now, start = history[epoch], history.get(0) if epoch else None
-    figure = _figure(16, 11)
-    figure.subplots_adjust(left=0.035, right=0.99, top=0.93, bottom=0.115, hspace=0.36, wspace=0.17)
-    for axis, (metric, label) in zip(figure.subplots(3, 4).flat, PANELS.items(), strict=True):
-        for group in GROUPS:
-            _draw(axis, curve(now, group, metric), COLOURS[group], group)
+    groups = ordered_groups(row.group for row in now)
+    by_layer = {row.metric for row in now if row.layer is not None}
+    panels = [panel for panel in panels if panel.metric in by_layer]
+    columns = min(COLUMNS, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    height = 0.77 + 1.265 + 2.99 * rows  # Inches of title, legend and panels.
+    figure = new_figure(4 * columns, height)
+    figure.subplots_adjust(
+        *(0.14 / columns, 1.265 / height, 1 - 0.04 / columns, 1 - 0.77 / height), hspace=0.36, wspace=0.17
+    )
+    axes = np.atleast_1d(figure.subplots(rows, columns)).flat
+    for axis, panel in zip(axes, panels, strict=False):
+        for group, colour in groups.items():
+            _draw(axis, curve(now, group, panel.metric), colour, group)
         if start is not None:
-            _draw(axis, curve(start, "image", metric), COLOURS["control"], f"image, {control}", "--")
-        chance = curve(now, "image", f"{metric}_chance")
+            _draw(axis, curve(start, "image", panel.metric), COLOURS["control"], f"image, {control}", "--")
+        chance = curve(now, "image", f"{panel.metric}_chance")
         _draw(axis, chance, COLOURS["image"], "image, chance (other images' captions)", ":")
-        if metric == "detectors":
-            same = curve(now, "image", "detectors_same")
-            _draw(axis, same, "black", "image, by the latents that detect the word in text", "-.")
+        if panel.also:
+            _draw(axis, curve(now, "image", panel.also[0]), "black", panel.also[1], "-.")
         if published:
-            _draw_published(axis, metric, [row.layer for row in now if row.layer is not None])
-        if metric in LOG_SCALE and any(line.get_ydata().max() > 0 for line in axis.lines):
+            _draw_published(axis, panel.metric, [row.layer for row in now if row.layer is not None])
+        if panel.log and any(line.get_ydata().max() > 0 for line in axis.lines):
             _log_scale(axis)
-        if metric == "loss_recovered":
-            axis.set_ylim(-0.5, 1.1)  # Where ablation does little harm, the quotient runs away.
-        axis.set_title(label, fontsize=11)
+        if panel.limits:
+            axis.set_ylim(*panel.limits)
+        axis.set_title(panel.label, fontsize=11)
         axis.set_xlabel("layer of the LLM (residual stream behind it)")
         axis.grid(alpha=0.25)
     labels: dict[str, Any] = {}
-    for axis in figure.axes:
+    for axis in list(figure.axes):
+        if not axis.lines:
+            axis.remove()
         handles, names = axis.get_legend_handles_labels()
         labels = {**dict(zip(names, handles, strict=True)), **labels}
-    figure.legend(labels.values(), labels, loc="lower center", ncols=4, frameon=False)
+    figure.legend(labels.values(), labels, loc="lower center", ncols=columns, frameon=False)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
@@ -102,46 +120,57 @@ def _draw_published(axis: Any, metric: str, layers: list[int]) -> None:
         axis.plot(depth, values, ":", color=COLOURS[group], lw=1, alpha=0.9, label=f"{group}, {PAPER_NAME}")
 
 
-def heatmap_figure(history: History, title: str) -> Figure:
-    """Image tokens, layer by epoch, for the metrics that show alignment at a glance."""
-    epochs = sorted(history)
-    metrics = [
-        m for m in ("fvu", "cosine", "shared", "loss_recovered") if curve(history[epochs[0]], "image", m)
+def heatmap_figure(history: History, panels: Sequence[Panel], title: str) -> Figure | None:
+    """Image tokens, layer by epoch, for the panels that ask for it; None without any.
+
+    A metric is drawn over the epochs that have it.
+    """
+    found = [
+        (
+            panel,
+            {
+                epoch: of
+                for epoch in sorted(history)
+                if (of := curve(history[epoch], "image", panel.metric))
+            },
+        )
+        for panel in panels
+        if panel.by_epoch
     ]
-    figure = _figure(4 * len(metrics), 4.2)
+    found = [(panel, curves) for panel, curves in found if curves]
+    if not found:
+        return None
+    figure = new_figure(4 * len(found), 4.2)
     figure.subplots_adjust(left=0.05, right=0.99, top=0.83, bottom=0.13, wspace=0.25)
-    axes = np.atleast_1d(figure.subplots(1, len(metrics)))
-    for axis, metric in zip(axes, metrics, strict=True):
-        curves = [cast(Curve, curve(history[epoch], "image", metric)) for epoch in epochs]
-        # Where ablation does little harm, loss_recovered runs away.
-        limits = (0.0, 1.0) if metric == "loss_recovered" else (None, None)
+    axes = np.atleast_1d(figure.subplots(1, len(found)))
+    for axis, (panel, curves) in zip(axes, found, strict=True):
+        low, high = panel.limits or (None, None)
+        layers = next(iter(curves.values()))[0]
         image = axis.imshow(
-            np.array([of[1] for of in curves]).T,
+            np.array([values for _, values, _, _ in curves.values()]).T,
             aspect="auto",
             origin="lower",
             cmap="viridis",
-            vmin=limits[0],
-            vmax=limits[1],
+            vmin=low,
+            vmax=high,
         )
-        axis.set_xticks(range(len(epochs)), [str(epoch) for epoch in epochs])
-        axis.set_yticks(range(len(curves[0][0])), [str(layer) for layer in curves[0][0]])
+        axis.set_xticks(range(len(curves)), [str(epoch) for epoch in curves])
+        axis.set_yticks(range(len(layers)), [str(layer) for layer in layers])
         axis.set_xlabel("epoch (0: before training)")
         axis.set_ylabel("layer of the LLM")
-        axis.set_title(PANELS[metric], fontsize=11)
+        axis.set_title(panel.label, fontsize=11)
         figure.colorbar(image, ax=axis)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
-def cross_layer_figure(layers: list[int], tables: dict[str, list[list[float]]], title: str) -> Figure:
-    """Image tokens of each layer (rows) through the SAE of each layer (columns).
-
-    Where in the LLM's depth does an image token look most like text? The darkest cell of its row.
-    """
-    figure = _figure(14, 6.2)
+def matrix_figure(layers: list[int], tables: dict[str, list[list[float]]], title: str) -> Figure:
+    """Image tokens of each layer (rows) through the SAE of each layer (columns), a table a panel."""
+    figure = new_figure(7 * len(tables), 6.2)
     figure.subplots_adjust(left=0.05, right=0.99, top=0.87, bottom=0.09, wspace=0.12)
     names = [str(layer) for layer in layers]
-    for axis, (metric, values) in zip(figure.subplots(1, 2), tables.items(), strict=True):
+    axes = np.atleast_1d(figure.subplots(1, len(tables)))
+    for axis, (metric, values) in zip(axes, tables.items(), strict=True):
         table = np.array(values)
         image = axis.imshow(
             np.log10(np.maximum(table, 1e-3)), cmap="viridis", origin="lower", aspect="auto"
@@ -152,17 +181,17 @@ def cross_layer_figure(layers: list[int], tables: dict[str, list[list[float]]], 
             axis.text(
                 j, i, f"{value:.2g}", ha="center", va="center", fontsize=7, color="w" if dark else "k"
             )
-        best = table.argmin(1) if metric == "fvu" else None
-        for i, j in enumerate(best if best is not None else []):
-            axis.add_patch(_box(j, i))
+        label = metric
+        if metric == "fvu":
+            label = "fvu (box: the SAE that explains most)"
+            for i, j in enumerate(table.argmin(1)):
+                axis.add_patch(_box(j, i))
         axis.set_xticks(range(len(names)), names)
         axis.set_yticks(range(len(names)), names)
         axis.set_xlabel("layer of the SAE")
         axis.set_ylabel("layer of the image tokens")
-        axis.set_title(
-            f"{metric} (box: the SAE that explains most)" if metric == "fvu" else metric, fontsize=11
-        )
-    figure.suptitle(f"Image tokens through the SAEs of other layers. {title}", x=0.01, ha="left")
+        axis.set_title(label, fontsize=11)
+    figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
@@ -172,22 +201,6 @@ def _box(column: int, row: int) -> Any:
     return Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#D55E00", lw=2)
 
 
-def caption_figure(images: list[torch.Tensor], references: list[str], written: list[str]) -> Figure:
-    """Pictures [3, H, W] in 0..1, as the encoder sees them, with both captions."""
-    columns = 4
-    rows = -(-len(images) // columns)
-    figure = _figure(15, 4.2 * rows)
-    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.45 / (4.2 * rows), bottom=0.01, hspace=0.2)
-    for axis, image, reference, caption in zip(
-        np.atleast_1d(figure.subplots(rows, columns)).flat, images, references, written, strict=False
-    ):
-        axis.imshow(image.permute(1, 2, 0).numpy())
-        axis.set_title(f"true: {_wrap(reference)}\nmodel: {_wrap(caption)}", fontsize=8.5, loc="left")
-    for axis in figure.axes:
-        axis.axis("off")
-    return figure
-
-
 def patch_figure(
     images: list[torch.Tensor], captions: list[str], maps: list[list[PatchMap]], layer: int
 ) -> Figure:
@@ -195,12 +208,12 @@ def patch_figure(
 
     Args:
         images: [3, H, W] in 0..1, as the encoder sees them.
-        captions: One of each.
-        maps: From `Findings.matching`, over a square grid of patches.
-        layer: Of the LLM.
+        captions: One caption of each image.
+        maps: From `matching_latents`, over a square grid of patches.
+        layer: Layer of the LLM.
     """
     columns = 1 + max(1, *(len(found) for found in maps))
-    figure = _figure(3.4 * columns, 3.5 * len(images) + 0.4)
+    figure = new_figure(3.4 * columns, 3.5 * len(images) + 0.4)
     figure.subplots_adjust(
         left=0.01, right=0.99, top=1 - 1.1 / (3.5 * len(images)), bottom=0.01, hspace=0.3
     )
@@ -210,7 +223,7 @@ def patch_figure(
             axis.axis("off")
         pixels = image.permute(1, 2, 0).numpy()
         row[0].imshow(pixels)
-        row[0].set_title(_wrap(caption, 44), fontsize=8.5, loc="left")
+        row[0].set_title(wrap(caption, 44), fontsize=8.5, loc="left")
         if not found:
             row[1].text(0, 0.5, "No latent that fires\nmatches the caption.", fontsize=9)
         for axis, patches in zip(row[1:], found, strict=False):
@@ -222,25 +235,7 @@ def patch_figure(
                 grid, cmap="viridis", alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5), vmin=0
             )
             title = f"latent {patches.latent} (up to {grid.max():.2g}): {patches.description}"
-            axis.set_title(_wrap(title, 44), fontsize=8.5, loc="left")
+            axis.set_title(wrap(title, 44), fontsize=8.5, loc="left")
     title = f"Patches that fire latents whose descriptions match the caption, layer {layer}"
     figure.suptitle(title, x=0.01, ha="left")
     return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # Not at start-up: --help does not draw.
-
-    # Margins are given, not solved for: constrained layout took a second a figure.
-    return Figure(figsize=(width, height))
-
-
-def _wrap(text: str, width: int = 52) -> str:
-    return "\n".join(textwrap.wrap(text, width)[:4])
-
-
-def log_figure(trainer: Any, tag: str, figure: Figure) -> None:
-    """Hands the figure to every logger that takes figures (TensorBoard does)."""
-    for logger in trainer.loggers:
-        if hasattr(logger.experiment, "add_figure"):
-            logger.experiment.add_figure(tag, figure, global_step=trainer.global_step)

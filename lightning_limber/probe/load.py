@@ -1,0 +1,59 @@
+"""From a config to a probe that is ready to run: SAEs, sanity check on plain text, descriptions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_limber.models.limber import Limber
+from lightning_limber.probe import sanity_check
+from lightning_limber.probe.config import ProbeConfig
+from lightning_limber.probe.explanations import Descriptions
+from lightning_limber.probe.passes import Probe
+from lightning_limber.probe.saes import chunks_on_device, load_saes, suite_folder
+
+
+def build_probe(
+    model: Limber,
+    config: ProbeConfig,
+    context: Callable[[], AbstractContextManager] = nullcontext,
+    gather: Callable[[list], list] = lambda items: items,
+) -> Probe:
+    """Loads the SAEs, checks them on plain text, and reads the descriptions of their latents.
+
+    Args:
+        model: On its device, with its LLM loaded.
+        config: Settings.
+        context: See `Probe`.
+        gather: See `Probe`.
+
+    Raises:
+        FileNotFoundError: see `load_saes`.
+        ValueError: see `load_saes`, `sanity_check.check` and `Probe`.
+    """
+    folder = suite_folder(config.sae_release)
+    saes = load_saes(config.sae_release, config.sae_id, config.layers, model.llm)
+    if config.sae_memory_gb is None:
+        for sae in saes.values():
+            sae.to(model.device)
+    prefix = model.collator().prompt.prefix_ids
+    bos = model.llm.tokenizer.bos_token_id
+    opening = [bos] if prefix[:1] == [bos] else []
+    text: dict[str, sanity_check.TextStats] = {}
+    for chunk in chunks_on_device(saes, model.device, config.sae_memory_gb):
+        text |= sanity_check.measure_once(model.llm, chunk, opening, config.outlier_factor, context)
+    ids = {name: sae.cfg.metadata.sae_id for name, sae in saes.items()}
+    sanity_check.check(text, sanity_check.expected(config.sae_release, folder, ids), config.sanity_check)
+    numbers = [f"{name.split('.')[1]}: {stats.fvu:.2f}, {stats.l0:.0f}" for name, stats in text.items()]
+    rank_zero_info(f"[sanity check] fvu and l0 of plain text by layer: {'; '.join(numbers)}")
+    descriptions = {}
+    pattern = config.descriptions or (f"{folder}/descriptions/{{hook}}" if folder else None)
+    if pattern is not None and (config.descriptions or Path(pattern).parent.is_dir()):
+        descriptions = {
+            name: Descriptions.read(pattern.format(hook=name, layer=name.split(".")[1]), sae.cfg.d_sae)
+            for name, sae in saes.items()
+        }
+    return Probe(model, saes, text, config, descriptions, context, gather)

@@ -1,0 +1,92 @@
+"""Reconstruction and sparsity of a group's tokens by the SAE of each layer.
+
+For residual-stream vectors x [n, D] and their reconstructions x' by the SAE of that layer (on the raw
+scale), with latents [n, K]:
+
+    fvu         sum |x - x'|^2 / sum |x - mean|^2, the mean over all tokens of the group
+    fvu_text    sum |x - x'|^2 / (tokens * variance of plain text at that layer): one yardstick for
+                all groups and data sets (sanity_check.py measures it)
+    mse         mean over tokens and dimensions of (x - x')^2 (Venhoff et al., arXiv 2506.11976)
+    rel_error   sum |x - x'|^2 / sum |x|^2
+    cosine      mean of cos(x, x')
+    norm_ratio  mean of |x'| / |x|
+    norm        mean of |x|
+    variance    mean of |x - mean|^2
+    l0          mean number of active latents per token; sparsity is l0 / K
+    alive       share of latents that fire on at least one token of the group
+    outliers    share of tokens left out because their norm is an outlier's (attention sinks)
+    tokens      number of tokens counted
+
+`alive` has no interval: it counts latents that fire at least once, and a bootstrap sample, which holds two
+thirds of the images, has fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lightning_limber.probe.metrics.base import Estimate, Found, Measurement, ProbeMetric
+from lightning_limber.probe.palette import Panel
+from lightning_limber.probe.token_stats import ImageStats
+
+
+def reconstruction_metrics(
+    stats: ImageStats, weights: Tensor | None = None, text_variance: float = float("nan")
+) -> dict[str, Tensor]:
+    """The metrics above for each row of weights over images, [R] each.
+
+    Args:
+        stats: The group's sums by image.
+        weights: [R, I], from `bootstrap_weights`; None is one row of ones.
+        text_variance: Mean of |x - mean|^2 of plain text at that layer, for `fvu_text`.
+
+    Returns:
+        Metrics by name. NaN where the group has no token (or no variance, for `fvu`).
+    """
+    if weights is None:
+        weights = stats.sums.new_ones(1, len(stats.sums))
+    sums = stats.weighted(weights)
+    tokens, total = sums["tokens"], weights @ stats.total  # [R], [R, D]
+    variance = sums["squares"] - torch.linalg.vecdot(total, total) / tokens
+    # A group that does not vary has no FVU; what is left there is rounding.
+    variance = torch.where(variance > 1e-12 * sums["squares"], variance, torch.nan)
+    l0 = sums["actives"] / tokens
+    return {
+        "fvu": sums["errors"] / variance,
+        "fvu_text": sums["errors"] / (tokens * text_variance),
+        "mse": sums["errors"] / (tokens * total.shape[-1]),
+        "rel_error": sums["errors"] / sums["squares"],
+        "cosine": sums["cosines"] / tokens,
+        "norm_ratio": sums["norm_ratios"] / tokens,
+        "norm": sums["norms"] / tokens,
+        "variance": variance / tokens,
+        "l0": l0,
+        "sparsity": l0 / stats.fires.numel(),
+        "alive": stats.fires.double().mean().expand_as(l0),
+        "outliers": sums["outliers"] / (tokens + sums["outliers"]),
+        "tokens": tokens,
+    }
+
+
+class Geometry(ProbeMetric):
+    """Reconstruction and sparsity; see this file's head."""
+
+    name = "geometry"
+    panels = (
+        Panel("fvu", "fvu: unexplained variance", by_epoch=True),
+        Panel("fvu_text", "fvu_text: error / variance of plain text", log=True),
+        Panel("mse", "mse", log=True),
+        Panel("cosine", "cosine(x, x')", by_epoch=True),
+        Panel("norm", "norm |x|", log=True),
+        Panel("l0", "l0: active latents per token", log=True),
+    )
+
+    def compute(self, data: Measurement, found: Found) -> Iterable[Estimate]:
+        for (group, hook), stats in data.stats.items():
+            metrics = reconstruction_metrics(stats, data.weights, data.probe.text[hook].variance)
+            for metric, samples in metrics.items():
+                value = float(samples[0]) if metric == "alive" else samples
+                yield Estimate(data.layers[hook], group, metric, value)

@@ -1,0 +1,69 @@
+"""`lens_hit`: share of images with a content word of their captions among the logit lens' top tokens.
+
+The top tokens at any image position count (the baseline of the field). Chance: other images' captions.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_limber.probe import words
+from lightning_limber.probe.metrics.base import Estimate, Found, Items, Measurement, ProbeMetric, Tokens
+from lightning_limber.probe.palette import Panel
+from lightning_limber.probe.statistics import compare_hits
+
+if TYPE_CHECKING:
+    from lightning_limber.probe.passes import Probe
+
+
+class LensHit(ProbeMetric):
+    """Logit lens at image positions: the final norm and the output embeddings on the residual stream."""
+
+    name = "lens_hit"
+    panels = (Panel("lens_hit", "lens_hit: caption word in logit lens"),)
+
+    def setup(self, probe: Probe) -> None:
+        self.llm, self.top_k = probe.model.llm, probe.config.lens_top_k
+        pieces = range(min(self.llm.vocab_size, len(self.llm.tokenizer)))
+        texts = (
+            self.llm.tokenizer.convert_tokens_to_string([piece]).strip().lower()
+            for piece in self.llm.tokenizer.convert_ids_to_tokens(pieces)
+        )
+        # Whole words only: a token that opens many words says none of them.
+        self.stem_of_token = {
+            i: words.stem(text) for i, text in enumerate(texts) if text.isalpha() and len(text) > 2
+        }
+
+    def update(self, tokens: Tokens) -> Tensor | None:
+        """[n, k] row of the image * V + token id; -1 at outliers."""
+        if tokens.group != "image":
+            return None
+        hidden = self.llm.decode(tokens.residual[None], first_layer=len(self.llm.layers))[0]
+        top = self.llm.logits(hidden).topk(self.top_k, dim=-1).indices
+        code = tokens.image_rows[:, None] * self.llm.vocab_size + top
+        return code.masked_fill(~tokens.keep[:, None], -1)
+
+    def compute(self, data: Measurement, found: Found) -> Iterable[Estimate]:
+        vocabulary, captions = data.caption_words
+        row_of = {image.index: row for row, image in enumerate(data.images)}
+        for (group, hook), items in found.updates.items():
+            hits = words.word_hits(self._words(items, row_of, vocabulary), captions)
+            comparison = compare_hits(hits, data.weights, data.permutations())
+            yield Estimate(data.layers[hook], group, "lens_hit", comparison)
+
+    def _words(self, items: Items, row_of: dict[int, int], vocabulary: list[str]) -> Tensor:
+        """Bool [I, W]: words among the top tokens at some position of each image."""
+        columns: dict[str, list[int]] = defaultdict(list)
+        for i, word in enumerate(vocabulary):
+            columns[words.stem(word)].append(i)
+        table = torch.zeros(len(row_of), len(vocabulary), dtype=torch.bool)
+        for index, codes in items:
+            for row, token in (divmod(code, self.llm.vocab_size) for code in codes.unique().tolist()):
+                if row >= 0:
+                    table[row_of[index[row]], columns.get(self.stem_of_token.get(token, ""), [])] = True
+        return table

@@ -1,0 +1,68 @@
+"""The tidy table of a probe's numbers, as rows, as TensorBoard's tags and as files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Row(NamedTuple):
+    """One number of the tidy table. `layer` is None for numbers about all layers."""
+
+    layer: int | None
+    group: str
+    metric: str
+    value: float
+    low: float
+    high: float
+
+
+History = dict[int, list[Row]]
+"""Rows of each probed epoch."""
+
+
+def frame(rows: list[Row]) -> pd.DataFrame:
+    """Rows as a table: layer, group, metric, value, low, high."""
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=Row._fields).astype({"layer": "Int64"})
+
+
+def scalars(rows: list[Row]) -> dict[str, float]:
+    """Values by the tag under which loggers have them, ``{metric}/{group}/layer_{l}``."""
+    return {
+        f"{row.metric}/{row.group}" + ("" if row.layer is None else f"/layer_{row.layer:02d}"): row.value
+        for row in rows
+        if not row.metric.endswith("_p") and not math.isinf(row.value)
+    }
+
+
+def write_tables(
+    folder: Path, history: History, epoch: int, tables: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Writes all epochs so far as ``probe.csv`` and ``probe.parquet``, and this epoch's other tables.
+
+    Args:
+        folder: The run's folder; its name and its parent's are the column ``run``.
+        history: Rows of each probed epoch.
+        epoch: The one that was just probed.
+        tables: Written as ``{name}_epoch_{n}.csv``.
+    """
+    import pandas as pd
+
+    folder.mkdir(parents=True, exist_ok=True)
+    run = f"{folder.parent.name}/{folder.name}"
+    table = pd.DataFrame(
+        [(run, at, *row) for at, rows in sorted(history.items()) for row in rows],
+        columns=["run", "epoch", *Row._fields],
+    ).astype({"layer": "Int64"})
+    table.to_csv(folder / "probe.csv", index=False)
+    table.to_parquet(folder / "probe.parquet", index=False)
+    for name, rows in tables.items():
+        found = pd.DataFrame(rows)
+        found.insert(0, "epoch", epoch)
+        found.to_csv(folder / f"{name}_epoch_{epoch}.csv", index=False)
