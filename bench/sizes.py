@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +18,7 @@ from lightning_limber.data.collate import Batch, Collator
 from lightning_limber.data.loader import RecordSet
 from lightning_limber.data.records import Record
 from lightning_limber.data.scenes import SceneSet
-from lightning_limber.models.adapters import AdapterConfig
+from lightning_limber.models.adapters import Linear
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.vision import VisionConfig
 from tests.helpers import tiny
@@ -181,7 +182,7 @@ def limber(size: Size, folder: Path, **kwargs: Any) -> Limber:
     return Limber(
         replace(size.features, name=str(folder / "vision")),
         str(folder / "llm"),
-        AdapterConfig(kind="linear", input_norm="channel"),
+        partial(Linear, input_norm="channel"),
         **kwargs,
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -26,6 +26,7 @@ from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import in_present_form
 from lightning_limber.tools.predict import CaptionWriter, Images
+from lightning_limber.utils.adapter_config import upgrade_config
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
 from lightning_limber.utils.config_files import config_dir, default_experiment, find_configs, split_exports
 from lightning_limber.utils.parser import Parser, classes_first
@@ -103,6 +104,9 @@ class LimberCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # As a namespace: a default that is a class does not go together with a default config.
+        default = Namespace(class_path="lightning_limber.models.adapters.Linear")
+        parser.set_defaults({"model.adapter": default})
         parser.add_lightning_class_args(SAEProbe, "probe")
         parser.add_lightning_class_args(CaptionSamples, "captions")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
@@ -135,12 +139,12 @@ class LimberCLI(LightningCLI):
             if saved is not None and not requeued:  # A requeued job's command line is the whole one.
                 stored.append((path, saved))
         options = self._parser(self.config.subcommand)
-        named = class_paths(in_present_form(self._settings.as_dict()))
+        named = class_paths(_upgrade(self._settings.as_dict()))
         layers = []
         for file, text in stored:
             layers += [
                 "--config",
-                read_config(text, options, file, named, *self._log_folder(path), in_present_form),
+                read_config(text, options, file, named, *self._log_folder(path), _upgrade),
             ]
         self.config = parser.parse_args([*command, *(layers or default_experiment(own)), *own])
         if path is None:
@@ -259,6 +263,11 @@ class LimberCLI(LightningCLI):
         self.model.run_config = self._parser(self.subcommand).dump(
             settings, skip_unset=False, skip_validation=True
         )
+
+
+def _upgrade(config: dict[str, Any]) -> dict[str, Any]:
+    """What older versions wrote, as this one does."""
+    return upgrade_config(in_present_form(config))
 
 
 def main(args: list[str] | None = None) -> LimberCLI:

@@ -112,7 +112,7 @@ def test_options_are_frozen(parse):
         "model.adapter",
         "model.optimizer",
         *(f"model.vision.{name}" for name in "name image_size pad_to_square layer keep_cls pool".split()),
-        *(f"model.adapter.{name}" for name in "kind input_norm dropout shuffle".split()),
+        "model.adapter.help",
         *(f"model.optimizer.{name}" for name in "lr min_lr_ratio warmup_steps total_steps".split()),
         *(f"model.optimizer.{name}" for name in "weight_decay betas".split()),
         *(f"model.{name}" for name in "llm prompt max_caption_tokens adapter_weights".split()),
@@ -201,7 +201,6 @@ def test_a_class_takes_no_settings_of_the_one_it_replaces(
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--model.adapter.kind=conv", "conv"),
         ("--model.lr=1", "model.lr"),
         ("--data=Scene", "Scene"),
     ],

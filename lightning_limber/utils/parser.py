@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import _typehints
 from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_limber.utils.adapter_config import upgrade_args
 
 
 def _drop_settings_of_another_class(parser: Any, previous: Any, value: Any) -> None:
@@ -50,6 +55,15 @@ NOT_ACCEPTED = re.compile(
 
 class Parser(LightningArgumentParser):
     """Names the nearest option where one is misspelt, on the command line or in a YAML file."""
+
+    def parse_args(self, args: Sequence[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        args = list(sys.argv[1:] if args is None else args)
+        if self._subcommands_action:  # Not again for what a subcommand or a class gets.
+            try:
+                args = classes_first(upgrade_args(args))
+            except (ValueError, yaml.YAMLError) as error:
+                self.error(str(error))
+        return super().parse_args(args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         match = NOT_ACCEPTED.search(message)

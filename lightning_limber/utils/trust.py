@@ -68,7 +68,7 @@ def trusted_class(class_path: str, source: str | Path, key: str, named: Collecti
     raise ValueError(
         f"{source}: its config names '{class_path}' for {key}. A file may not choose a class outside "
         "lightning_limber by itself. If you trust it, name it in this command, as the run did: repeat "
-        f"the run's --config FILE, or give the flag --{key}."
+        f"the run's --config FILE, or give the flag --{key} {class_path}. In Python, import it first."
     )
 
 
