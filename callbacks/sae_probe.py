@@ -24,7 +24,7 @@ from lightning_limber.models.limber import Limber
 from lightning_limber.probe import sanity_check as gate
 from lightning_limber.probe.findings import EXTRAS, Descriptions, PatchMap, ProbeConfig, Row
 from lightning_limber.probe.passes import Probe
-from lightning_limber.probe.saes import chunks_on_device, load_saes, suite_folder
+from lightning_limber.probe.saes import chunks_on_device, load_saes, release_folder
 from lightning_limber.utils.flops import FlopCounter
 
 from .figures import (
@@ -66,7 +66,7 @@ class SAEProbe(pl.Callback):
     the layer where `match` is highest.
 
     Args:
-        sae_release: A SAELens release, a folder of SAELens folders, or ``suite:NAME``.
+        sae_release: A SAELens release, a folder of SAELens folders, or ``shipped:NAME``.
         sae_id: Id of each layer's SAE, with ``{layer}``.
         layers: Which layers; null takes every layer that has an SAE.
         num_images: Held-out images (the first ones, always the same).
@@ -83,7 +83,7 @@ class SAEProbe(pl.Callback):
             (attention sinks); their share is logged as ``outliers``.
         bootstrap_samples: Samples over images that the intervals rest on.
         descriptions: Folder or URL of each SAE's explanations in Neuronpedia's export format, with
-            ``{layer}`` or ``{hook}`` in it; null takes those that ship with a suite.
+            ``{layer}`` or ``{hook}`` in it; null takes those that ship with a release.
         top_latents: Latents of an image whose descriptions `match` looks at.
         max_image_share: `match` leaves out latents that fire on a larger share of the images.
         max_text_density: `match` leaves out latents that fire on a larger share of text tokens.
@@ -220,7 +220,7 @@ class SAEProbe(pl.Callback):
             FileNotFoundError: see `load_saes`.
             ValueError: see `load_saes` and `gate.check`.
         """
-        folder = suite_folder(self.sae_release)
+        folder = release_folder(self.sae_release)
         saes = load_saes(self.sae_release, self.sae_id, self.layers, model.llm)
         if self.sae_memory_gb is None:
             for sae in saes.values():

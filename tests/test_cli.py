@@ -151,7 +151,7 @@ def test_no_step_count(fit):
 
 
 def test_runs_from_a_wheel_in_any_folder(models, tmp_path):
-    """What is installed is complete: code, callbacks, configs, SAE suite."""
+    """What is installed is complete: code, callbacks, configs, SAEs."""
     target = tmp_path / "site"
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info", "build")
@@ -164,7 +164,7 @@ def test_runs_from_a_wheel_in_any_folder(models, tmp_path):
         "import lightning_limber.callbacks as c, lightning_limber.probe.saes as s\n"
         "import lightning_limber.cli as m\n"
         f"assert c.__file__.startswith({str(target)!r}), c.__file__\n"
-        "assert s.suite_folder('suite:smollm2-135m-instruct').is_dir()\n"
+        "assert s.release_folder('shipped:smollm2-135m-instruct').is_dir()\n"
         f"assert str(m.config_dir()).startswith({str(target)!r})\n"
         "m.main(['fit', '--config', 'configs/stamps.yaml', '--data.root=x', '--print_config'])"
     )

@@ -94,7 +94,7 @@ def describe_release(
     """Describes every latent of a release from held-out text, and prints some with their contexts.
 
     Args:
-        release: Folder of a release, or the name of one that ships (`suite:NAME`).
+        release: Folder of a release, or the name of one that ships (`shipped:NAME`).
         text: The corpus; its held-out documents are used.
         bf16: bf16 matrix products in the LLM.
         context_size: Longest context in tokens.
