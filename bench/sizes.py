@@ -70,16 +70,6 @@ SMOLLM2_135M = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
     "tie_word_embeddings": True,
 }
-GEMMA2_2B = {
-    "vocab_size": 256000,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-}
 DINOV2_S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
 DINOV2_S |= {"image_size": 518, "patch_size": 14}
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
@@ -104,9 +94,9 @@ SIZES = {
         d_sae=16 * 576,
         num_images=32,
     ),
-    # Venhoff et al. (arXiv 2506.11976)
+    # Venhoff et al. (arXiv 2506.11976); transformers' own sizes of Gemma 2 are those of 2B.
     "venhoff": Size(
-        partial(AutoConfig.for_model, "gemma2", **GEMMA2_2B, bos_token_id=1, eos_token_id=2),
+        partial(AutoConfig.for_model, "gemma2", bos_token_id=1, eos_token_id=2),
         partial(AutoConfig.for_model, "clip_vision_model", **CLIP_L),
         VisionConfig(layer=-1),
         batch_size=16,
