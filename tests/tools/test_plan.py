@@ -23,7 +23,6 @@ from lightning_limber.tools.rehearsal import Rehearsal
 from lightning_limber.utils.flops import CPU_ATTENTION
 
 IMAGES, CAPTION_TOKENS = 3, 12
-SUITE = "--probe.sae_release=suite:smollm2-135m-instruct", "--probe.sae_id=blocks.{layer}.hook_resid_post"
 
 
 def write_llm(folder: Path, architecture: str, **sizes) -> str:
