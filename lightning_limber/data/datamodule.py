@@ -171,8 +171,20 @@ class CaptionData(pl.LightningDataModule):
                 continue
 
     def calibration_batch(self, num_images: int = 64) -> Batch:
-        """The first training images, the same in every process: see `Adapter.calibrate`."""
+        """The first training images, the same in every process: see `Adapter.calibrate`.
+
+        Raises:
+            ValueError: there is no image among them, or all captions are cut.
+        """
         count = min(num_images, len(self.train_set))
         source = BatchSource(self.train_set, self.collate, 1, self.seed, "training")
         rows = self.train_set.rows(0) if isinstance(self.train_set, RecordStream) else [None] * count
-        return source[(0, list(enumerate(islice(rows, count))))]
+        batch = source[(0, list(enumerate(islice(rows, count))))]
+        if all(batch.truncated):
+            raise ValueError(
+                f"model.max_caption_tokens={self.collate.prompt.max_caption_tokens} cuts all of the first "
+                f"{len(batch.truncated)} captions: raise it."
+            )
+        if not len(batch.pixel_values):
+            raise ValueError(f"None of the first {len(batch.ids)} training records has an image.")
+        return batch

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_limber.data.loader import RecordStream
 from lightning_limber.utils.cache import cache_dir
+from lightning_limber.utils.checkpoints import FREE
 
 
 class FeatureCache:
@@ -44,6 +46,28 @@ class FeatureCache:
     def write(self, index: list[int], features: Tensor) -> None:
         self.values[index] = features.float().cpu().numpy()
         self.known[index] = 1
+
+
+def open_feature_cache(key: list[Any], shape: tuple[int, ...], trainer: Any) -> FeatureCache:
+    """The cache of a run's training images.
+
+    Args:
+        key: What the features depend on beside the data and the precision.
+        shape: (P, D_v).
+        trainer: Lightning's, with its data module.
+
+    Raises:
+        ValueError: the training set is a stream.
+    """
+    data = trainer.datamodule
+    if isinstance(data.train_set, RecordStream):
+        raise ValueError(
+            "model.cache_features=true: the images of a stream have no index to keep features by. Set it "
+            "to false."
+        )
+    settings = {name: repr(value) for name, value in data.hparams.items() if name not in FREE}
+    key = [*key, type(data).__name__, settings, trainer.precision]
+    return FeatureCache(key, len(data.train_set), shape)
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:

@@ -1,70 +1,43 @@
 """The LightningModule: one forward from pixels to caption loss, and what is logged about it.
 
-Shapes use the legend of backbones.py: B images, N sequences, P image tokens, T0 prefix and T text
+Shapes use the legend of llm.py: B images, N sequences, P image tokens, T0 prefix and T text
 tokens, S = T0 + P + T, D_l the LLM's width, V its vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_limber import __version__
 from lightning_limber.data.collate import Batch, Collator
 from lightning_limber.data.layout import Packing, Sequences
-from lightning_limber.data.loader import RecordStream
 from lightning_limber.data.prompt import Prompt
 from lightning_limber.data.records import Template
-from lightning_limber.models.adapter_weights import load_weights
 from lightning_limber.models.adapters import Adapter, Linear
 from lightning_limber.models.adapters.spec import adapter_from_spec, adapter_spec
-from lightning_limber.models.feature_cache import FeatureCache, KeptFeatures
-from lightning_limber.models.frozen import fingerprint
+from lightning_limber.models.build import build
+from lightning_limber.models.feature_cache import FeatureCache, KeptFeatures, open_feature_cache
 from lightning_limber.models.generation import Caption, Decoding, generate
 from lightning_limber.models.llm import LLM
+from lightning_limber.models.optimizer import OptimizerConfig, clip_gradients, make_optimizer
 from lightning_limber.models.vision import VisionConfig, VisionEncoder
-from lightning_limber.utils.adapter_config import upgrade_adapter
-from lightning_limber.utils.checkpoints import FREE, differences, training_settings
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay; step counts are given, never inferred.
-
-    Attributes:
-        lr: Peak learning rate.
-        min_lr_ratio: Final learning rate as a share of the peak.
-        warmup_steps: Optimiser steps of linear warm-up.
-        total_steps: Optimiser steps until the final learning rate; normally ``${trainer.max_steps}``.
-        weight_decay: On the adapter's matrices; biases and norms are left alone.
-        betas: Of AdamW.
-    """
-
-    lr: float = 2e-3
-    min_lr_ratio: float = 0.0
-    warmup_steps: int = 20
-    total_steps: int = 1000
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
+from lightning_limber.utils.checkpoints import check_same_run, training_settings
 
 
 class Limber(pl.LightningModule):
     """A trained adapter between a frozen vision encoder and a frozen LLM (LiMBeR).
 
-    The two frozen models are kept out of the module tree: they are in no checkpoint, no optimiser and
-    no DDP bucket, and `train()` cannot reach them. `_apply` still moves them with the module.
+    The frozen models are no submodules: no checkpoint, optimiser or DDP bucket holds them, and `train()`
+    cannot reach them. `_apply` still moves them with the module.
 
     Args:
         vision: The encoder and which of its features are used.
@@ -76,16 +49,13 @@ class Limber(pl.LightningModule):
         max_caption_tokens: Longer captions are cut there (the end token stays).
         adapter_weights: Start from the adapter in this file, as a new run: a checkpoint of this project,
             the folder of its runs (``runs/NAME``: the newest), a folder that ``export`` wrote, or a
-            projector of LLaVA or LiMBeR (see projectors.py). To continue a run where it stopped, use
-            ``--ckpt_path`` instead.
+            projector of LLaVA or LiMBeR (adapter_weights.py). To resume a run, use ``--ckpt_path``.
         cache_features: Keep the encoder's features of the training images on disk, for runs of several
             epochs over few images; see feature_cache.py.
         held_out_features_gb: Host memory, in 1e9 bytes, for the encoder's features of held-out images.
             Validation, probes and captions share them; images that do not fit are encoded each time.
-        compile_llm: Compile the LLM's decoder layers for training steps (torch.compile): a minute or more
-            at the start, faster steps after it.
-        shard_llm: Split the LLM's decoder layers over the processes of a DDP run, where it does not fit
-            one device; all else, checkpoints included, stays as it is.
+        compile_llm: Compile the LLM's decoder layers for training steps, a minute or more at the start.
+        shard_llm: Split the LLM's decoder layers over the processes of a DDP run; nothing else changes.
     """
 
     vision: VisionEncoder
@@ -108,24 +78,17 @@ class Limber(pl.LightningModule):
     ) -> None:
         super().__init__()
         # A checkpoint's hyper-parameters come back as dicts.
-        vision = _config(VisionConfig, vision)
+        vision = VisionConfig(**vision) if isinstance(vision, dict) else vision
+        optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         self.make_adapter = adapter_from_spec(adapter) if isinstance(adapter, dict) else adapter
-        self.optimizer_config = _config(OptimizerConfig, optimizer)
-        self.save_hyperparameters(
-            {
-                "vision": asdict(vision),
-                "llm": llm,
-                "adapter": adapter_spec(self.make_adapter),
-                "prompt": prompt,
-                "optimizer": asdict(self.optimizer_config),
-                "max_caption_tokens": max_caption_tokens,
-                "adapter_weights": adapter_weights,
-                "cache_features": cache_features,
-                "held_out_features_gb": held_out_features_gb,
-                "compile_llm": compile_llm,
-                "shard_llm": shard_llm,
-            }
-        )
+        self.optimizer_config = optimizer
+        self.save_hyperparameters({
+            "vision": asdict(vision), "llm": llm, "adapter": adapter_spec(self.make_adapter),
+            "prompt": prompt, "optimizer": asdict(optimizer), "max_caption_tokens": max_caption_tokens,
+            "adapter_weights": adapter_weights, "cache_features": cache_features,
+            "held_out_features_gb": held_out_features_gb, "compile_llm": compile_llm,
+            "shard_llm": shard_llm,
+        })  # fmt: skip
         # Straight into __dict__: a submodule would be saved, optimised, wrapped and set to train.
         self.__dict__["vision"] = VisionEncoder(vision)
         self.__dict__["llm"] = LLM(llm)
@@ -146,8 +109,6 @@ class Limber(pl.LightningModule):
             frozen._apply(fn)
         return super()._apply(fn, recurse)
 
-    # -- building ---------------------------------------------------------------------------------
-
     def collator(self) -> Collator:
         """Makes batches for this model, once it is configured."""
         if self._collator is None:
@@ -158,66 +119,11 @@ class Limber(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Loads the frozen weights and builds the adapter between them."""
-        if self.llm.model is not None:
-            return
-        shard = self.hparams["shard_llm"]
-        if shard:
-            self._check_processes()
-        self.vision.load()
-        # Not on the device (Lightning's default here) when it may not fit there.
-        with torch.device("cpu") if shard else nullcontext():
-            self.llm.load()
-        self.backbones = {"vision": fingerprint(self.vision), "llm": fingerprint(self.llm)}
-        self.vision.drop_unused_layers()
-        blank = self.vision.transform(_blank_image())
-        features = self.vision(blank[None].to(next(self.vision.parameters()).device))
-        # Its own random stream: what loading the weights drew does not change the adapter.
-        self._seed = torch.initial_seed()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed)
-            self.adapter = self.make_adapter(features.shape[-1], self.llm.hidden_size)
-        self._feature_shape = features.shape[1:]  # P, D_v
-        tokens = self.adapter.count_tokens(features.to(next(self.adapter.parameters()).device))
-        self.num_image_tokens = tokens
-        self._check_length(tokens)
-        self.token_norm = float(self.llm.token_norm())
-        if self.hparams["adapter_weights"] is not None:
-            load_weights(self.adapter, self.hparams["adapter_weights"])
-        if self._trainer is not None and self.trainer.precision == "bf16-mixed":
-            self.llm.prepare_autocast(torch.bfloat16, self.trainer.strategy.root_device)
-            self.vision.prepare_autocast(torch.bfloat16)
-        if shard:
-            device = self.trainer.strategy.root_device.type
-            self.llm.shard(init_device_mesh(device, (self.trainer.world_size,)))
-        if self.hparams["compile_llm"]:
-            self.llm.compile_layers()
-        hparams = self.hparams
-        rank_zero_info(f"[frozen]    vision  {_millions(self.vision)}  {hparams['vision']['name']}")
-        rank_zero_info(f"[frozen]    llm     {_millions(self.llm)}  {hparams['llm']}")
-        rank_zero_info(
-            f"[trainable] adapter {_millions(self.adapter)}  {type(self.adapter).__name__}, "
-            f"{features.shape[1]} x {features.shape[2]} -> {tokens} x {self.llm.hidden_size}"
-        )
-
-    def _check_processes(self) -> None:
-        strategy = None if self._trainer is None else self.trainer.strategy
-        if not isinstance(strategy, DDPStrategy) or strategy.world_size == 1:
-            raise ValueError(
-                "model.shard_llm splits the LLM over the processes of a DDP run, but this is "
-                + ("no run" if strategy is None else f"{self.trainer.world_size} process(es)")
-                + f" with {type(strategy).__name__}. Set trainer.strategy to ddp and trainer.devices (or "
-                "trainer.num_nodes) to 2 or more, or model.shard_llm to false."
-            )
-
-    def _check_length(self, image_tokens: int) -> None:
-        config = self.llm.model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
-        if context is not None and image_tokens + self.hparams["max_caption_tokens"] > context:
-            raise ValueError(
-                f"{image_tokens} image tokens and captions of {self.hparams['max_caption_tokens']} do "
-                f"not fit the {context} positions of {self.hparams['llm']}: raise model.vision.pool, "
-                "lower model.vision.image_size or model.max_caption_tokens."
-            )
+        if self.llm.model is None:
+            made = build(self.vision, self.llm, self.make_adapter, self.hparams, self._trainer)
+            self.adapter, self.backbones = made.adapter, made.backbones
+            self.num_image_tokens, self.token_norm = made.num_image_tokens, made.token_norm
+            self._feature_shape, self._seed = made.feature_shape, made.seed
 
     def setup(self, stage: str) -> None:
         # Another run in this process may bring other images of the same names.
@@ -226,34 +132,18 @@ class Limber(pl.LightningModule):
     def on_fit_start(self) -> None:
         self._calibrate()
         if self.hparams["cache_features"]:
-            self._cache = self._open_cache()
-
-    def _open_cache(self) -> FeatureCache:
-        data = cast(Any, self.trainer).datamodule
-        if isinstance(data.train_set, RecordStream):
-            raise ValueError("model.cache_features: a stream has no places to keep features by.")
-        settings = {name: repr(value) for name, value in data.hparams.items() if name not in FREE}
-        key = [self.backbones["vision"], self.hparams["vision"], type(data).__name__, settings]
-        key.append(self.trainer.precision)
-        return FeatureCache(key, len(data.train_set), tuple(self._feature_shape))
+            key = [self.backbones["vision"], self.hparams["vision"]]
+            self._cache = open_feature_cache(key, self._feature_shape, self.trainer)
 
     def on_validation_start(self) -> None:
         self._calibrate()
 
     def _calibrate(self) -> None:
         """Gives a fresh adapter the scale of the LLM's embeddings (once; a checkpoint brings its own)."""
-        if self.adapter.calibrated:
-            return
-        batch = cast(Any, self.trainer).datamodule.calibration_batch()
-        if all(batch.truncated):
-            raise ValueError(
-                f"model.max_caption_tokens={self.hparams['max_caption_tokens']} cuts all of the first "
-                f"{len(batch.truncated)} captions: raise it."
-            )
-        if not len(batch.pixel_values):
-            raise ValueError(f"None of the first {len(batch.ids)} training records has an image.")
-        features = self.vision(batch.pixel_values.to(self.device)).float()
-        self.adapter.calibrate(features, torch.tensor(self.token_norm, device=self.device))
+        if not self.adapter.calibrated:
+            batch = cast(Any, self.trainer).datamodule.calibration_batch()
+            features = self.vision(batch.pixel_values.to(self.device)).float()
+            self.adapter.calibrate(features, torch.tensor(self.token_norm, device=self.device))
 
     # -- forward ----------------------------------------------------------------------------------
 
@@ -265,12 +155,12 @@ class Limber(pl.LightningModule):
         key: Any = batch.index
         if batch.held_out:
             kept, key = self._kept, batch.image_ids
-        features = None if kept is None else kept.read(key)
-        if features is None:
-            features = self.vision(batch.pixel_values)
-            if kept is not None:
-                kept.write(key, features)
-        return features.to(self.device)
+        if kept is not None and (known := kept.read(key)) is not None:
+            return known.to(self.device)
+        features = self.vision(batch.pixel_values)
+        if kept is not None:
+            kept.write(key, features)
+        return features
 
     def image_tokens(self, batch: Batch) -> Tensor:
         """The image tokens [B, P, D_l] of a batch."""
@@ -305,10 +195,7 @@ class Limber(pl.LightningModule):
         return self.adapter.token_grid(self.vision.grid)
 
     def generate(
-        self,
-        image_tokens: Tensor | None,
-        decoding: Decoding | None = None,
-        log_probabilities: bool = False,
+        self, image_tokens: Tensor | None, decoding: Decoding | None = None, log_probabilities: bool = False
     ) -> list[Caption]:
         """Captions of image tokens [B, P, D_l] (None: one caption without an image); see generation.py."""
         if image_tokens is not None and not len(image_tokens):
@@ -330,12 +217,8 @@ class Limber(pl.LightningModule):
         norms = image_tokens.detach().float().norm(dim=-1)  # [B, P]
         counts = [len(losses), norms.numel(), batch.used_positions, batch.input_ids.numel()]
         counts += [sum(batch.truncated), len(batch.truncated)]
-        sums = torch.cat(
-            [
-                torch.stack([losses.detach().sum(), correct.sum().float(), norms.sum()]),
-                torch.tensor(counts, dtype=torch.float32, device=self.device),
-            ]
-        )
+        sums = torch.stack([losses.detach().sum(), correct.sum().float(), norms.sum()])
+        sums = torch.cat([sums, torch.tensor(counts, dtype=torch.float32, device=self.device)])
         world_size = self.trainer.world_size
         if world_size > 1:
             torch.distributed.all_reduce(sums)
@@ -360,19 +243,11 @@ class Limber(pl.LightningModule):
         return loss
 
     def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Lightning's, with one norm for the log and the clipping, and for a fused optimiser too."""
-        parameters = [p for p in self.adapter.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = clip_gradients(self.adapter, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/grad_norm", norm)
-        if gradient_clip_val and gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        elif gradient_clip_val:
-            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         _, losses, correct = self(batch)
@@ -393,10 +268,8 @@ class Limber(pl.LightningModule):
             "accuracy": self.val_accuracy.compute(),
         }
         self.log_dict({f"{split}/{name}": value.float() for name, value in values.items()}, prog_bar=True)
-        rank_zero_info(
-            f"[{split}] step {self.global_step}: "
-            + ", ".join(f"{name} {float(value):.3f}" for name, value in values.items())
-        )
+        text = ", ".join(f"{name} {float(value):.3f}" for name, value in values.items())
+        rank_zero_info(f"[{split}] step {self.global_step}: {text}")
         for metric in (self.val_loss, self.val_loss_shuffled, self.val_accuracy):
             metric.reset()
 
@@ -404,46 +277,13 @@ class Limber(pl.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
     on_test_start = on_validation_start
 
-    def on_predict_start(self) -> None:
-        if not self.adapter.calibrated:
-            raise ValueError(
-                "An untrained adapter has nothing to say: give --ckpt_path (last, or a .ckpt file) or "
-                "--model.adapter_weights."
-            )
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Caption]:
         decoding = replace(self.decoding, seed=self.decoding.seed + batch_idx)
-        captions = self.generate(self.image_tokens(batch), decoding, log_probabilities=True)
-        return [
-            {
-                "image": name,
-                "caption": caption.text,
-                "log_probability": caption.log_probability,
-                "tokens": caption.tokens,
-                **({"references": references} if references else {}),
-            }
-            for name, caption, references in zip(batch.ids, captions, batch.captions, strict=True)
-        ]
+        return self.generate(self.image_tokens(batch), decoding, log_probabilities=True)
 
     def configure_optimizers(self) -> Any:
-        config = self.optimizer_config
-        matrices = [p for p in self.adapter.parameters() if p.ndim > 1]
-        others = [p for p in self.adapter.parameters() if p.ndim <= 1]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            betas=tuple(config.betas),
-            # Not where gradients are scaled (float16): it would take the scale off after the clipping.
-            fused=self._trainer is None or self.trainer.precision != "16-mixed",
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
+        return make_optimizer(self.adapter, self.optimizer_config, fused=not scaled)
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -456,47 +296,5 @@ class Limber(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compares the checkpoint's run with this one; see resume.py.
-
-        Raises:
-            ValueError: the frozen models differ, or (when training goes on) any setting does.
-        """
-        saved = checkpoint["lightning_limber"]
-        lines = differences(saved["backbones"], self.backbones, "weights")
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            model = checkpoint["hyper_parameters"]
-            model = {**model, "adapter": upgrade_adapter(model["adapter"])}
-            lines += differences(model, dict(self.hparams), "model")
-            data = dict(cast(Any, self.trainer).datamodule.hparams)
-            lines += differences(checkpoint.get("datamodule_hyper_parameters", {}), data, "data")
-            lines += differences(saved["trainer"], training_settings(self.trainer), "trainer")
-        if lines:
-            raise ValueError(
-                "This checkpoint belongs to another run:\n  "
-                + "\n  ".join(lines)
-                + "\nUse the checkpoint's settings to continue it, or start a new run from its adapter "
-                "with --model.adapter_weights PATH (and no --ckpt_path)."
-            )
-
-
-def lr_factor(step: int, config: OptimizerConfig) -> float:
-    """Learning rate at `step` as a share of the peak: linear warm-up, then half a cosine."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    decay_steps = max(1, config.total_steps - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / decay_steps)
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _config(kind: type, value: Any) -> Any:
-    return kind(**value) if isinstance(value, dict) else value
-
-
-def _blank_image() -> Any:
-    from PIL import Image
-
-    return Image.new("RGB", (64, 64))
-
-
-def _millions(module: nn.Module) -> str:
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:8.2f} M"
+        """Refuses a checkpoint of another run, see `check_same_run`."""
+        check_same_run(checkpoint, self.backbones, dict(self.hparams), self._trainer)

@@ -31,6 +31,7 @@ from lightning_limber.data import CaptionData
 from lightning_limber.data.collate import Batch
 from lightning_limber.data.image_folder import SUFFIXES, open_image
 from lightning_limber.data.records import Record
+from lightning_limber.models.generation import Caption
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.load import build_probe
@@ -111,6 +112,11 @@ class CaptionWriter(pl.Callback):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Limber)
+        if not pl_module.adapter.calibrated:
+            raise ValueError(
+                "This adapter is not trained: give --ckpt_path (last, or a .ckpt file) or "
+                "--model.adapter_weights."
+            )
         self._probe = None
         if self.probe_config is not None:
             context = trainer.precision_plugin.predict_step_context
@@ -130,7 +136,12 @@ class CaptionWriter(pl.Callback):
     ) -> None:
         records = trainer.datamodule.val_set  # type: ignore[attr-defined]
         extra = [{} for _ in batch.ids] if self._probe is None else image_latents(self._probe, batch)
-        lines = [(place, row | more) for place, row, more in zip(batch.index, outputs, extra, strict=True)]
+        lines = [
+            (index, _line(name, caption, references) | more)
+            for index, name, caption, references, more in zip(
+                batch.index, batch.ids, outputs, batch.captions, extra, strict=True
+            )
+        ]
         for place, reason in batch.skipped:
             name = str(records.paths[place]) if isinstance(records, ImageSet) else f"record {place}"
             lines.append((place, {"image": name, "error": reason}))
@@ -149,6 +160,16 @@ class CaptionWriter(pl.Callback):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         bad = f", {len(self.errors)} could not be read: {', '.join(self.errors)}" if self.errors else ""
         rank_zero_info(f"[predict] {self.written} images to {self.output}{bad}")
+
+
+def _line(name: str, caption: Caption, references: list[str]) -> dict[str, Any]:
+    line = {
+        "image": name,
+        "caption": caption.text,
+        "log_probability": caption.log_probability,
+        "tokens": caption.tokens,
+    }
+    return line | ({"references": references} if references else {})
 
 
 def image_latents(probe: Probe, batch: Batch) -> list[dict[str, Any]]:

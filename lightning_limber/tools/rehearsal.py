@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 from lightning_limber.data.collate import Batch
 from lightning_limber.data.layout import Parts, lay_out
 from lightning_limber.data.prompt import Prompt, Text
-from lightning_limber.models.limber import Limber, _blank_image
+from lightning_limber.models.build import BLANK_IMAGE, check_length
+from lightning_limber.models.limber import Limber
 from lightning_limber.utils.flops import FlopCounter
 
 PRECISIONS: dict[str, torch.dtype | None] = {
@@ -133,12 +134,12 @@ class Rehearsal:
         self.captions_per_image = 1 if prompt.is_conversation else captions_per_image
         self._texts = [_stretched(text, caption_tokens)] * self.captions_per_image
         self._prefix_ids = prompt.prefix_ids
-        self._pixels = model.vision.transform(_blank_image())  # [3, H, W]
+        self._pixels = model.vision.transform(BLANK_IMAGE)  # [3, H, W]
         with torch.device("meta"):
             features = model.vision(self._pixels[None].to("meta"))
             model.adapter = model.make_adapter(features.shape[-1], model.llm.hidden_size)
             self.image_tokens = model.adapter.count_tokens(features)
-        model._check_length(self.image_tokens)
+        check_length(model.llm, self.image_tokens, model.hparams["max_caption_tokens"])
         self.prefix_tokens = len(self._prefix_ids)
         self.text_tokens = sum(len(text.ids) for text in self._texts)
         """Tokens behind the image."""

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from lightning_limber.utils.adapter_config import upgrade_adapter
+
 EXPORTED = "adapter.safetensors"
 """Weights in a folder that ``export`` wrote."""
 # Settings that change speed or logging, never a number of the run.
@@ -44,6 +46,38 @@ def differences(saved: Any, now: Any, name: str) -> list[str]:
     if isinstance(saved, (list, tuple)) and isinstance(now, (list, tuple)):
         saved, now = list(saved), list(now)
     return [] if saved == now else [f"{name}: {saved!r} in the checkpoint, {now!r} now"]
+
+
+def check_same_run(
+    checkpoint: dict[str, Any], backbones: dict[str, str], hparams: dict[str, Any], trainer: Any
+) -> None:
+    """Compares the run that wrote a checkpoint with the one that loads it.
+
+    Args:
+        checkpoint: As it was read.
+        backbones: Fingerprints of this run's frozen models.
+        hparams: Hyper-parameters of this run's model.
+        trainer: Lightning's; None outside a run. Settings are compared only where training goes on.
+
+    Raises:
+        ValueError: the frozen models differ, or (when training goes on) any setting does.
+    """
+    saved = checkpoint["lightning_limber"]
+    lines = differences(saved["backbones"], backbones, "weights")
+    if trainer is not None and trainer.state.fn == "fit":
+        model = checkpoint["hyper_parameters"]
+        model = {**model, "adapter": upgrade_adapter(model["adapter"])}
+        lines += differences(model, hparams, "model")
+        data = dict(trainer.datamodule.hparams)
+        lines += differences(checkpoint.get("datamodule_hyper_parameters", {}), data, "data")
+        lines += differences(saved["trainer"], training_settings(trainer), "trainer")
+    if lines:
+        raise ValueError(
+            "This checkpoint belongs to another run:\n  "
+            + "\n  ".join(lines)
+            + "\nUse the checkpoint's settings to continue it, or start a new run from its adapter "
+            "with --model.adapter_weights PATH (and no --ckpt_path)."
+        )
 
 
 def slurm_job() -> str | None:

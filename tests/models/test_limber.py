@@ -13,7 +13,8 @@ from scenes import mixed_records
 from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.adapters.spec import adapter_spec
 from lightning_limber.models.generation import Decoding
-from lightning_limber.models.limber import Limber, OptimizerConfig, lr_factor
+from lightning_limber.models.limber import Limber
+from lightning_limber.models.optimizer import OptimizerConfig, lr_factor
 from lightning_limber.models.vision import VisionConfig, VisionEncoder
 
 
