@@ -125,19 +125,12 @@ def heatmap_figure(history: History, panels: Sequence[Panel], title: str) -> Fig
 
     A metric is drawn over the epochs that have it.
     """
-    found = [
-        (
-            panel,
-            {
-                epoch: of
-                for epoch in sorted(history)
-                if (of := curve(history[epoch], "image", panel.metric))
-            },
-        )
-        for panel in panels
-        if panel.by_epoch
-    ]
-    found = [(panel, curves) for panel, curves in found if curves]
+    found: list[tuple[Panel, dict[int, Curve]]] = []
+    for panel in panels:
+        by_epoch = {epoch: curve(history[epoch], "image", panel.metric) for epoch in sorted(history)}
+        curves = {epoch: of_epoch for epoch, of_epoch in by_epoch.items() if of_epoch is not None}
+        if panel.by_epoch and curves:
+            found.append((panel, curves))
     if not found:
         return None
     figure = new_figure(4 * len(found), 4.2)

@@ -194,15 +194,16 @@ def complaints(measured: dict[str, TextStats], known: dict[str, dict[str, float]
     """One line for each layer and number that is not as it should be."""
     lines = []
     for name, stats in measured.items():
-        of = known[name]
-        if "fvu" in of:
+        known_here = known[name]
+        if "fvu" in known_here:
+            fvu, l0 = known_here["fvu"], known_here["l0"]
             bounds = [
-                ("fvu", stats.fvu, of["fvu"] / FVU_RATIO_OWN, of["fvu"] * FVU_RATIO_OWN, of["fvu"]),
-                ("l0", stats.l0, of["l0"] / L0_RATIO_OWN, of["l0"] * L0_RATIO_OWN, of["l0"]),
+                ("fvu", stats.fvu, fvu / FVU_RATIO_OWN, fvu * FVU_RATIO_OWN, fvu),
+                ("l0", stats.l0, l0 / L0_RATIO_OWN, l0 * L0_RATIO_OWN, l0),
             ]
         else:
             bounds = [("fvu", stats.fvu, 0.0, FVU_UNKNOWN, 0.0)]
-            if l0 := of.get("published_l0"):
+            if l0 := known_here.get("published_l0"):
                 bounds.append(("l0", stats.l0, l0 / L0_RATIO_PUBLISHED, l0 * L0_RATIO_PUBLISHED, l0))
         for metric, value, low, high, wanted in bounds:
             if not low <= value <= high:

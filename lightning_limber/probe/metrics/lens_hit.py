@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,15 +30,6 @@ class LensHit(ProbeMetric):
 
     def setup(self, probe: Probe) -> None:
         self.llm, self.top_k = probe.model.llm, probe.config.lens_top_k
-        pieces = range(min(self.llm.vocab_size, len(self.llm.tokenizer)))
-        texts = (
-            self.llm.tokenizer.convert_tokens_to_string([piece]).strip().lower()
-            for piece in self.llm.tokenizer.convert_ids_to_tokens(pieces)
-        )
-        # Whole words only: a token that opens many words says none of them.
-        self.stem_of_token = {
-            i: words.stem(text) for i, text in enumerate(texts) if text.isalpha() and len(text) > 2
-        }
 
     def update(self, tokens: Tokens) -> Tensor | None:
         """[n, k] row of the image * V + token id; -1 at outliers."""
@@ -56,6 +48,14 @@ class LensHit(ProbeMetric):
             comparison = compare_hits(hits, data.weights, data.permutations())
             yield Estimate(data.layers[hook], group, "lens_hit", comparison)
 
+    @cached_property
+    def _stem_of_token(self) -> dict[int, str]:
+        """Stems of the vocabulary's whole words; a token that opens many words says none of them."""
+        tokenizer = self.llm.tokenizer
+        pieces = tokenizer.convert_ids_to_tokens(range(min(self.llm.vocab_size, len(tokenizer))))
+        texts = (tokenizer.convert_tokens_to_string([piece]).strip().lower() for piece in pieces)
+        return {i: words.stem(text) for i, text in enumerate(texts) if text.isalpha() and len(text) > 2}
+
     def _words(self, items: Items, row_of: dict[int, int], vocabulary: list[str]) -> Tensor:
         """Bool [I, W]: words among the top tokens at some position of each image."""
         columns: dict[str, list[int]] = defaultdict(list)
@@ -65,5 +65,5 @@ class LensHit(ProbeMetric):
         for index, codes in items:
             for row, token in (divmod(code, self.llm.vocab_size) for code in codes.unique().tolist()):
                 if row >= 0:
-                    table[row_of[index[row]], columns.get(self.stem_of_token.get(token, ""), [])] = True
+                    table[row_of[index[row]], columns.get(self._stem_of_token.get(token, ""), [])] = True
         return table
