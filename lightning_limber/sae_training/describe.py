@@ -281,7 +281,8 @@ def _matrices(seen: list[dict[str, list[str]]]) -> tuple[list[str], dict[str, sp
     table = pd.DataFrame(cells, columns=["kind", "token", "word"])
     table["column"], words = pd.factorize(table["word"])
     of_kind = {}
-    for kind, part in table.groupby("kind"):
+    for kind in KINDS:
+        part = table[table["kind"] == kind]
         values = np.ones(len(part), np.float32)
         cells_of_kind = values, (part["token"], part["column"])
         of_kind[kind] = sparse.csr_matrix(cells_of_kind, shape=(len(seen), len(words)))

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -87,35 +88,30 @@ class TrainConfig:
 
 
 class Blocks:
-    """The training stream: an iterator of `{hook name: tokens [batch_tokens, D]}` in blocks.
+    """The training stream in blocks, each of them a function of the seed and its number alone.
 
     A token that is a sink at one layer is dropped at all of them, so that the layers stay in step;
     there are about two in a thousand.
     """
 
-    def __init__(self, config: TrainConfig, llm: LLM, contexts: list[activations.Context]) -> None:
-        self.config, self.llm, self.contexts = config, llm, contexts
-        self.medians: dict[str, float] = {}
-        self.done = 0
-        self.on_block_end = lambda: None
+    def __init__(
+        self, config: TrainConfig, llm: LLM, contexts: list[activations.Context], medians: dict[str, float]
+    ) -> None:
+        self.config, self.llm, self.contexts, self.medians = config, llm, contexts, medians
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        batch = self.config.batch_tokens
-        while True:
-            tokens = self._read(self.done)
-            n_tokens = len(next(iter(tokens.values())))
-            if n_tokens < batch:
-                raise ValueError(
-                    f"a block of {self.config.block_contexts} contexts has {n_tokens} tokens, fewer "
-                    f"than one training step takes (batch_tokens={batch}); raise block_contexts"
-                )
-            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.done)
-            order = torch.randperm(n_tokens, generator=generator)
-            for chosen in order[: n_tokens // batch * batch].split(batch):
-                self.last = {name: tokens[name][chosen].float() for name in tokens}
-                yield self.last
-            self.done += 1
-            self.on_block_end()
+    def batches(self, block: int) -> Iterator[dict[str, Tensor]]:
+        """A block's batches, `{hook name: tokens [batch_tokens, D]}`."""
+        tokens, batch = self._read(block), self.config.batch_tokens
+        n_tokens = len(next(iter(tokens.values())))
+        if n_tokens < batch:
+            raise ValueError(
+                f"a block of {self.config.block_contexts} contexts has {n_tokens} tokens, fewer "
+                f"than one training step takes (batch_tokens={batch}); raise block_contexts"
+            )
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + block)
+        order = torch.randperm(n_tokens, generator=generator)
+        for chosen in order[: n_tokens // batch * batch].split(batch):
+            yield {name: tokens[name][chosen].float() for name in tokens}
 
     def _read(self, block: int) -> dict[str, Tensor]:
         """One block's counted tokens, bf16 [n, D] a hook."""
@@ -136,8 +132,8 @@ class Blocks:
 
 
 @lru_cache(maxsize=1)
-def _shuffled(count: int, seed: str) -> list[int]:
-    order = list(range(count))
+def _shuffled(size: int, seed: str) -> list[int]:
+    order = list(range(size))
     random.Random(seed).shuffle(order)
     return order
 
@@ -158,14 +154,27 @@ def train(config: TrainConfig) -> Path:
     if config.bf16:
         llm.prepare_autocast(torch.bfloat16)
     contexts, counts = tokenise(config, llm)
-    blocks = Blocks(config, llm, contexts)
     state = _read_state(work, config)
     sample = random.Random(config.seed).sample(contexts, min(300, len(contexts)))
-    blocks.medians, means, norms = activations.median_norms(llm, sample, names, config.llm_batch_tokens)
+    medians, means, norms = activations.median_norms(llm, sample, names, config.llm_batch_tokens)
     root = math.sqrt(llm.hidden_size)  # The norm that SAELens trains at.
     scales = {name: root / norms[name] for name in names}
     torch.manual_seed(config.seed)
     saes = {name: _new_sae(config, llm, name, means[name] * root / norms[name]) for name in names}
+    blocks = Blocks(config, llm, contexts, medians)
+
+    def stream() -> Iterator[dict[str, Tensor]]:
+        for block in count(state["blocks"] if state else 0):
+            for batch in blocks.batches(block):
+                yield batch
+            print(_progress(trainer, batch), flush=True)
+            if (block + 1) % config.checkpoint_blocks == 0:
+                name = f"block_{block + 1}"
+                trainer.save_checkpoint(name)
+                elapsed = time.monotonic() - started
+                made = {"checkpoint": name, "blocks": block + 1, "elapsed_s": elapsed}
+                _write_state(work, config, made)
+
     steps = config.tokens // config.batch_tokens
     trainer = MultiSAETrainer(
         SAETrainerConfig(
@@ -181,26 +190,14 @@ def train(config: TrainConfig) -> Path:
         ),
         saes=saes,
         hook_names={name: name for name in names},
-        data_provider=iter(blocks),
+        data_provider=stream(),
     )
     for name in names:
         trainer.trainers[name].activation_scaler.scaling_factor = scales[name]
     if state is not None:
         trainer.load_checkpoint(work / state["checkpoint"])
-        blocks.done = state["blocks"]
         started -= state["elapsed_s"]
         print(f"going on from {work / state['checkpoint']}, {trainer.n_training_samples:,} tokens done")
-
-    def checkpoint() -> None:
-        print(_progress(trainer, blocks.last), flush=True)
-        if blocks.done % config.checkpoint_blocks:
-            return
-        name = f"block_{blocks.done}"
-        trainer.save_checkpoint(name)
-        elapsed = time.monotonic() - started
-        _write_state(work, config, {"checkpoint": name, "blocks": blocks.done, "elapsed_s": elapsed})
-
-    blocks.on_block_end = checkpoint
     trainer.fit()
     for name in names:
         _save(trainer.saes[name], scales[name], out / name)
@@ -218,7 +215,7 @@ def train(config: TrainConfig) -> Path:
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "version": __version__,
         "layers": {
-            name: {"layer": layer, "median_norm": blocks.medians[name], "mean_norm": norms[name]}
+            name: {"layer": layer, "median_norm": medians[name], "mean_norm": norms[name]}
             for layer, name in zip(config.layers, names, strict=True)
         },
     }
@@ -258,11 +255,10 @@ def tokenise(config: TrainConfig, llm: LLM) -> tuple[list[activations.Context], 
     documents = tqdm(read_documents(config.text), desc="Tokenising", unit=" documents")
     for split, source, text in documents:
         pieces = list(activations.contexts([text], llm.tokenizer, config.context_size))
-        count = counts.setdefault(source, {"train": 0, "heldout": 0})
-        count[split] += sum(map(len, pieces))
+        counts.setdefault(source, {"train": 0, "heldout": 0})[split] += sum(map(len, pieces))
         if split == "train":
             contexts += pieces
-        if sum(count["train"] for count in counts.values()) >= config.corpus_tokens:
+        if sum(of_source["train"] for of_source in counts.values()) >= config.corpus_tokens:
             break
     if not contexts:
         raise ValueError(f"{config.text} has no training text")
