@@ -18,7 +18,9 @@ import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_limber.__main__ import COMMANDS, program
 from lightning_limber.callbacks import CaptionSamples, Checkpoints, RunRecord, SAEProbe
 from lightning_limber.data import CaptionData
 from lightning_limber.models.frozen import cpu_multiplies_bfloat16
@@ -33,6 +35,22 @@ from lightning_limber.utils.parser import Parser, classes_first
 from lightning_limber.utils.trust import class_paths, read_config
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "export")
+LAYERS = """\
+Settings come from configs/base.yaml, the experiment (configs/default.yaml, unless a --config names its
+data), each --config, and flags; what comes later wins."""
+# Of options whose help is Lightning's.
+OPTIONS = {
+    "config": "Lay a YAML file of settings over the others; may be given several times.",
+    "print_config": "Print the whole config that this command makes, and exit.",
+    "seed_everything": "Seed of all random numbers; true draws one.",
+    "ckpt_path": "Start from this checkpoint: a .ckpt file, a run's folder, or 'last' for the newest run. "
+    "`fit` goes on where it stopped. The checkpoint's config takes the place of the experiment's.",
+    "weights_only": "Read tensors and plain values only; null does so for files on this machine.",
+    "data.help": "Show the options of a class of data, such as ImageFolder, and exit.",
+    "data": "Where images and captions come from: Scenes, ImageFolder, CocoCaptions, LLaVAConversations, "
+    "HuggingFaceCaptions, Shards, or a class of your own as my_module.MyData. Give its options as in "
+    "--data.batch_size 8.",
+}
 
 
 def default_precision(accelerator: str) -> str:
@@ -45,7 +63,7 @@ def default_precision(accelerator: str) -> str:
 
 
 class Trainer(pl.Trainer):
-    """Lightning's, and the names of two more subcommands; `LimberCLI` does what they say."""
+    """Options of Lightning's Trainer."""
 
     def plan(self) -> None:
         """Says what a run will cost (FLOPs, memory, hours), without loading a weight."""
@@ -80,12 +98,25 @@ class LimberCLI(LightningCLI):
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.usage = f"{program()} {subcommand} [--config FILE ...] [--OPTION VALUE ...]"
+        parser.description = f"{COMMANDS[subcommand]} {LAYERS}"
+        for action in parser._actions:
+            action.help = OPTIONS.get(action.dest, action.help)
+            action.metavar = {"data": "CLASS", "ckpt_path": "PATH"}.get(action.dest, action.metavar)
+        for group in parser._action_groups:
+            if any(action.dest == "ckpt_path" for action in group._group_actions):
+                group.title = "where to start"
         if subcommand == "predict":
             add = parser.add_argument
             text = "Images and folders to caption; null takes the held-out images of the data."
             add("--images", nargs="+", type=str, default=None, help=text)
-            add("--output", type=str, default="captions.jsonl", help="Written anew: a JSON object a line.")
-            text = "Also write the strongest SAE latents of each image by layer, and where they fire."
+            add(
+                "--output",
+                type=str,
+                default="captions.jsonl",
+                help="File to write, one JSON object a line.",
+            )
+            text = "Write the strongest SAE latents of each image by layer too, and where they fire."
             add("--latents", type=bool, default=False, help=text)
             parser.add_class_arguments(Decoding)
         if subcommand == "plan":
@@ -95,7 +126,7 @@ class LimberCLI(LightningCLI):
                 nargs="+",
                 type=str,
                 default=["H100"],
-                help="Kinds; an unknown one lists those known.",
+                help="Kinds of GPU; an unknown one lists those known.",
             )
             add("--gpus", nargs="+", type=int, default=[1, 8], help="Numbers of GPUs.")
             add("--utilisation", type=float, default=0.4, help="Share of the dense peak FLOP/s.")
@@ -274,7 +305,7 @@ def main(args: list[str] | None = None) -> LimberCLI:
     """The command line. `args` replaces ``sys.argv[1:]``."""
     # Workers of torch's loader and of tokenizers do not mix otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.argv[1:] = find_configs(sys.argv[1:] if args is None else args)
+    sys.argv[1:] = sys.argv[1:] if args is None else args
     # ${trainer.max_steps} means the same in a config file and in the merged config of a subcommand.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     options = {
@@ -282,6 +313,7 @@ def main(args: list[str] | None = None) -> LimberCLI:
         "default_config_files": [str(config_dir() / "base.yaml")],
     }
     try:
+        sys.argv[1:] = find_configs(sys.argv[1:])
         return LimberCLI(
             Limber,
             CaptionData,
@@ -291,13 +323,14 @@ def main(args: list[str] | None = None) -> LimberCLI:
             parser_class=Parser,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
+                "prog": program(),
                 "parser_mode": "omegaconf+",
-                "epilog": "Also: 'report RUN [RUN ...]' makes an HTML file of runs; see 'report --help'.",
                 **{name: dict(options) for name in SUBCOMMANDS},
             },
             auto_configure_optimizers=False,
         )
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError, MisconfigurationException) as error:
         if os.environ.get("LIGHTNING_LIMBER_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -108,9 +108,6 @@ def test_options_are_frozen(parse):
     _, output = parse("fit", "--help")
     found = set(re.findall(r"--((?:model|data|probe|captions|checkpoint)\.[\w.]+)", output))
     assert found == {
-        "model.vision",
-        "model.adapter",
-        "model.optimizer",
         *(f"model.vision.{name}" for name in "name image_size pad_to_square layer keep_cls pool".split()),
         "model.adapter.help",
         *(f"model.optimizer.{name}" for name in "lr min_lr_ratio warmup_steps total_steps".split()),
@@ -119,14 +116,21 @@ def test_options_are_frozen(parse):
         *(f"model.{name}" for name in "cache_features held_out_features_gb compile_llm shard_llm".split()),
         *(f"probe.{name}" for name in "sae_release sae_id layers num_images every_n_epochs".split()),
         *(f"probe.{name}" for name in "sanity_check metrics intervention_images outlier_factor".split()),
-        *(f"probe.{name}" for name in "text_gate extras costly_images seed".split()),  # three old names
+        *(f"probe.{name}" for name in ["seed"]),
         *(f"probe.{name}" for name in "bootstrap_samples descriptions top_latents knn".split()),
         *(f"probe.{name}" for name in "max_image_share max_text_density lens_top_k".split()),
         *(f"probe.{name}" for name in "detector_auroc published_curves sae_memory_gb".split()),
         *(f"captions.{name}" for name in "num_images num_shown max_new_tokens clip".split()),
         *(f"checkpoint.{name}" for name in "every_n_steps keep_epochs".split()),
         "data.help",
+        "data.batch_size",  # Named as an example.
     }
+
+
+def test_old_names_of_options_are_still_taken(parse):
+    old = ["--probe.text_gate=warn", "--probe.costly_images=3", "--probe.extras=[noise]"]
+    code, output = parse("fit", *old, "--print_config")
+    assert code == 0, output
 
 
 MINE = """
@@ -198,43 +202,148 @@ def test_a_class_takes_no_settings_of_the_one_it_replaces(
     assert {name: found["init_args"][name] for name in init_args} == init_args
 
 
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--model.lr=1", "model.lr"),
-        ("--data=Scene", "Scene"),
-    ],
-)
-def test_wrong_options_are_named(flag, message, parse):
-    code, output = parse("fit", flag, "--print_config")
-    assert code != 0
-    assert message in output
+# Each the arguments, the file that they name with what it holds, and the whole error.
+MISTAKES = [
+    (["--model.lr=1"], None, "'model.lr' is not known. Did you mean 'model.optimizer.lr'?"),
+    (["--prob.num_images", "1"], None, "'prob.num_images' is not known. Did you mean 'probe.num_images'?"),
+    (["extra"], None, "unrecognized arguments: extra"),
+    (["--model.vision.layer"], None, "argument --model.vision.layer: expected one argument"),
+    (["--model.vision.layer=eight"], None, "model.vision.layer: 'eight' is given, wanted is int."),
+    (
+        ["--probe.sanity_check=wran"],
+        None,
+        "probe.sanity_check: 'wran' is given, wanted is Literal['stop', 'warn', 'off']. "
+        "Did you mean 'warn'?",
+    ),
+    (
+        ["--trainer.limit_val_batches=x"],
+        None,
+        "trainer.limit_val_batches: 'x' is given, wanted is Union[int, float, null].",
+    ),
+    (["--data=ImageFodler"], None, "data: there is no class 'ImageFodler'. Did you mean 'ImageFolder'?"),
+    (
+        ["--data=lightning_limber.data.ImageFodler"],
+        None,
+        "data: there is no class 'lightning_limber.data.ImageFodler' (module 'lightning_limber.data' has "
+        "no attribute 'ImageFodler'). Did you mean 'ImageFolder'?",
+    ),
+    (
+        ["--data=no.such.Class"],
+        None,
+        "data: there is no class 'no.such.Class' (No module named 'no').",
+    ),
+    (
+        ["--trainer.callbacks=EarlyStoping"],
+        None,
+        "trainer.callbacks: there is no class 'EarlyStoping'. Did you mean 'EarlyStopping'?",
+    ),
+    (["--data=ImageFolder", "--data.rot=3"], None, "data: 'rot' is not known. Did you mean 'root'?"),
+    (
+        ["--config=a.yaml"],
+        "model: {optimiser: {lr: 1.0}}",
+        "a.yaml: 'model.optimiser.lr' is not known. Did you mean 'model.optimizer.lr'?",
+    ),
+    (
+        ["--config=a.yaml"],
+        "trainer: {max_step: 1}",
+        "a.yaml: 'trainer.max_step' is not known. Did you mean 'trainer.max_steps'?",
+    ),
+    (
+        ["--config=a.yaml"],
+        "prob: {num_images: 1}",
+        "a.yaml: 'prob.num_images' is not known. Did you mean 'probe.num_images'?",
+    ),
+    (
+        ["--config=a.yaml"],
+        "data: {class_path: CocoCaptions, init_args: {annotation: x, images: y}}",
+        "a.yaml: data: 'annotation' is not known. Did you mean 'annotations'?",
+    ),
+    (
+        ["--config=a.yaml"],
+        "data: {class_path: ImageFodler, init_args: {root: x}}",
+        "a.yaml: data: there is no class 'ImageFodler'. Did you mean 'ImageFolder'?",
+    ),
+    (
+        ["--config=a.yaml"],
+        "model: {vision: {layer: eight}}",
+        "a.yaml: model.vision.layer: 'eight' is given, wanted is int.",
+    ),
+    (
+        ["--config=a.yaml"],
+        "model: {llm: [\n",
+        "a.yaml, line 2: no valid YAML: expected the node content, but found '<stream end>'. ",
+    ),
+    (["--config=a.yaml"], "", "a.yaml is empty. A config is a mapping, such as"),
+    (["--config=a.yaml"], "- 1", "a.yaml holds a list. A config is a mapping, such as"),
+    (
+        ["--config=configs/stamp.yaml"],
+        None,
+        "--config configs/stamp.yaml: there is no such file. Did you mean 'configs/stamps.yaml'?",
+    ),
+    (["--config", "b.yaml"], "{}", "--config b.yaml: there is no such file. Did you mean 'a.yaml'?"),
+]
 
 
-@pytest.mark.parametrize(
-    ("given", "right"),
-    [
-        ("--model.lr=1", "model.optimizer.lr"),
-        ("--prob.num_images=1", "probe.num_images"),
-        ("model: {optimiser: {lr: 1.0}}", "model.optimizer.lr"),
-        ("trainer: {max_step: 1}", "trainer.max_steps"),
-        ("prob: {num_images: 1}", "probe.num_images"),
-        ("data: {class_path: CocoCaptions, init_args: {annotation: x, images: y}}", "annotations"),
-    ],
-)
-def test_a_misspelt_option_is_answered_with_the_nearest(given, right, parse, tmp_path):
-    (tmp_path / "mine.yaml").write_text(given)
-    code, output = parse("fit", given if given.startswith("--") else "--config=mine.yaml", "--print_config")
-    assert code != 0
-    assert output.count(f"is not known. Did you mean '{right}'?") == 1
+@pytest.mark.parametrize(("args", "content", "message"), MISTAKES)
+def test_a_mistake_is_answered_in_a_line(args, content, message, parse, tmp_path, monkeypatch):
+    """With the file, the nearest name that is right, exit code 2, and no usage."""
+    monkeypatch.delenv("LIGHTNING_LIMBER_TRACEBACK")
+    if content is not None:
+        (tmp_path / "a.yaml").write_text(content)
+    code, output = parse("fit", *args, *(["--print_config"] if len(args) > 1 or "=" in args[0] else []))
+    assert code == 2
+    assert output.startswith(f"error: {message}")
+    assert output.count("\n") == 1
+
+
+def test_what_a_class_must_be_given(parse):
+    code, output = parse("plan", "--data=ImageFolder")
+    assert (code, output) == (2, "error: data: 'root' must be given.\n")
+
+
+def test_a_command_that_is_none(parse):
+    code, output = parse("fti")
+    assert code == 2
+    assert output.startswith("error: there is no command 'fti'. Did you mean 'fit'? Commands are 'fit', ")
 
 
 def test_errors_are_one_line_without_a_traceback(tmp_path):
     env = {"LIGHTNING_LIMBER_TRACEBACK": ""}
     done = run_cli("fit", "--ckpt_path=last", env=env)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "error: --ckpt_path last: no run in 'runs/default' has saved a checkpoint" in done.stdout
     assert "Traceback" not in done.stdout
+
+
+def test_without_a_command_it_says_what_there_is():
+    for args in ([], ["--help"]):
+        done = run_cli(*args)
+        assert done.returncode == 0
+        for command in ("fit", "validate", "test", "predict", "export", "plan", "report"):
+            assert re.search(rf"^  {command} +[A-Z].*\.$", done.stdout, re.M)
+        assert done.stdout.count("\n") < 20
+    script = "import sys; sys.argv[1:] = []\nfrom lightning_limber.__main__ import main\nmain()"
+    script += "\nassert not {'torch', 'lightning', 'yaml'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_help_shows_the_projects_own_options_first(parse):
+    _, output = parse("fit", "--help")
+    before, _, after = output.partition("\ntrainer: ")
+    assert before.count("\n") <= 200
+    groups = re.findall(r"^(\w[\w.]*): ", before, re.M)
+    assert [name for name in groups if "." not in name] == [
+        "usage",
+        "model",
+        "data",
+        "probe",
+        "captions",
+        "checkpoint",
+    ]
+    assert "--trainer." not in before
+    assert not re.findall(r"--(?!trainer)[\w.]+ ", re.sub(r"^      .*", "", after, flags=re.M))
+    assert "--model.vision.layer int = -1\n" in before
+    assert "Old name" not in output
 
 
 def test_no_step_count(fit):

@@ -6,8 +6,11 @@ Layers, later ones win: configs/base.yaml (always), the experiment (configs/defa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,32 +29,87 @@ def _configs(args: list[str]) -> Iterator[tuple[int, int, str]]:
     for i, arg in enumerate(args):
         if arg.startswith("--config="):
             yield i, i, arg.removeprefix("--config=")
-        elif i and args[i - 1] in ("--config", "-c"):
+        elif i and args[i - 1] in ("--config", "-c") and not arg.startswith("--"):
             yield i - 1, i, arg
 
 
+def _read(name: str) -> dict[str, Any]:
+    """The settings of a config file, or of YAML given in its place.
+
+    Raises:
+        ValueError: it is no YAML, or no mapping.
+    """
+    is_file = Path(name).is_file()
+    where = name if is_file else "--config"
+    try:
+        config = yaml.safe_load(Path(name).read_text(encoding="utf-8") if is_file else name)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: no config, but a file that is not text (byte {error.start})."
+        ) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise ValueError(
+            f"{where}{line}: no valid YAML: {problem}. Check brackets and indentation."
+        ) from error
+    if not isinstance(config, dict):
+        found = "is empty" if config is None else f"holds a {type(config).__name__}"
+        raise ValueError(f"{where} {found}. A config is a mapping, such as 'model: {{llm: gpt2}}'.")
+    return config
+
+
 def find_configs(args: list[str]) -> list[str]:
-    """Lets ``--config configs/stamps.yaml`` name a shipped config from any working directory."""
+    """Lets ``--config configs/stamps.yaml`` name a shipped config from any working directory.
+
+    Raises:
+        FileNotFoundError: there is no such config.
+        ValueError: see `_read`.
+    """
     found = list(args)
     for first, last, name in _configs(args):
         shipped = config_dir() / name.removeprefix("configs/")
         if not Path(name).exists() and shipped.is_file():
             found[last] = str(shipped) if first < last else f"--config={shipped}"
+            name = str(shipped)
+        if not Path(name).is_file() and not re.search(r":|\n", name):
+            shipped_names = [
+                f"configs/{path.relative_to(config_dir())}" for path in config_dir().rglob("*.yaml")
+            ]
+            by_name = {Path(path).name: path for path in map(str, Path(name).parent.glob("*.yaml"))}
+            by_name |= {Path(path).name: path for path in shipped_names}
+            near = get_close_matches(Path(name).name, by_name, 1)
+            hint = (
+                f"Did you mean '{by_name[near[0]]}'?"
+                if near
+                else f"Shipped are: {', '.join(shipped_names)}."
+            )
+            raise FileNotFoundError(f"--config {name}: there is no such file. {hint}")
+        _read(name)
     return found
 
 
 def default_experiment(args: list[str]) -> list[str]:
     """The flags of configs/default.yaml; none where a config names its data: an experiment of its own."""
     for _, _, name in _configs(args):
-        try:
-            text = Path(name).read_text(encoding="utf-8") if Path(name).is_file() else name
-            config = yaml.safe_load(text)
-        except (OSError, ValueError, yaml.YAMLError):
-            continue  # The parser says what is wrong with it.
-        data = config.get("data") if isinstance(config, dict) else None
+        data = _read(name).get("data")
         if isinstance(data, str) or (isinstance(data, dict) and "class_path" in data):
             return []
     return ["--config", str(config_dir() / "default.yaml")]
+
+
+def config_with(key: str, args: list[str]) -> str | None:
+    """The last ``--config`` that sets `key` (``model.vision``) or what is in it; None if a flag does."""
+    if any(arg.partition("=")[0].removeprefix("--").startswith(key) for arg in args if arg[:2] == "--"):
+        return None
+    for _, _, name in reversed(list(_configs(args))):
+        found: Any = _read(name)
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if found is not None:
+            return name if Path(name).is_file() else None
+    return None
 
 
 def split_exports(args: list[str]) -> tuple[list[str], list[Path]]:
