@@ -20,8 +20,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_limber.__main__ import COMMANDS, program
 from lightning_limber.callbacks import CaptionSamples, Checkpoints, RunRecord, SAEProbe
+from lightning_limber.commands import COMMANDS, program
 from lightning_limber.data import CaptionData
 from lightning_limber.models.frozen import cpu_multiplies_bfloat16
 from lightning_limber.models.generation import Decoding

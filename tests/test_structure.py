@@ -10,7 +10,7 @@ import pytest
 from process import REPO
 
 FLOORS = [
-    {"assets", "utils"},
+    {"assets", "commands", "utils"},
     {"data"},
     {"models"},
     {"probe"},

@@ -203,8 +203,9 @@ def complaints(measured: dict[str, TextStats], known: dict[str, dict[str, float]
             ]
         else:
             bounds = [("fvu", stats.fvu, 0.0, FVU_UNKNOWN, 0.0)]
-            if l0 := known_here.get("published_l0"):
-                bounds.append(("l0", stats.l0, l0 / L0_RATIO_PUBLISHED, l0 * L0_RATIO_PUBLISHED, l0))
+            if published := known_here.get("published_l0"):
+                ends = (published / L0_RATIO_PUBLISHED, published * L0_RATIO_PUBLISHED)
+                bounds.append(("l0", stats.l0, *ends, published))
         for metric, value, low, high, wanted in bounds:
             if not low <= value <= high:
                 source = "nothing is published" if not wanted else f"known: {wanted:.3g}"
