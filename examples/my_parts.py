@@ -1,13 +1,10 @@
-"""Parts of your own, plugged in by their import path; nothing else changes.
+"""Parts of your own, plugged in by their import path; no file of the project changes.
 
     export PYTHONPATH=examples
-    python -m lightning_limber fit --model.adapter my_parts.Resampler --model.adapter.queries 16
+    lightning-limber fit --model.adapter my_parts.Resampler --probe.metrics+=my_parts.StrongLatents
 
-Checkpoints store the class path and the settings. A command that starts from one (`--ckpt_path`) names the
-class again, since a file's word is not enough to run code; in Python, import this file before `load(run)`.
+A command that starts from a checkpoint of it names the classes again; in Python, import this file first.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -15,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_limber.models.adapters import Adapter
+from lightning_limber.probe.metrics import Panel, TokenMean, Tokens
 
 
 class Resampler(Adapter):
-    """Learned queries that read the patches through a transformer: `queries` tokens for any image.
+    """Learned queries that read the patches through a transformer.
 
     Args:
         vision_size: Width D_v of the encoder's features.
@@ -39,18 +37,24 @@ class Resampler(Adapter):
         **shared: Any,
     ) -> None:
         super().__init__(vision_size, llm_size, **shared)
-        read = ReadPatches(vision_size, queries, layers, heads)
-        self.project = nn.Sequential(read, nn.Linear(vision_size, llm_size))
-
-
-class ReadPatches(nn.Module):
-    """[B, P, D_v] -> [B, queries, D_v]."""
-
-    def __init__(self, size: int, queries: int, layers: int, heads: int) -> None:
-        super().__init__()
-        self.queries = nn.Parameter(torch.randn(queries, size) * size**-0.5)
-        layer = nn.TransformerDecoderLayer(size, heads, 4 * size, 0.0, batch_first=True, norm_first=True)
-        self.decoder = nn.TransformerDecoder(layer, layers, nn.LayerNorm(size))
+        self.queries = nn.Parameter(torch.randn(queries, vision_size) * vision_size**-0.5)
+        layer = nn.TransformerDecoderLayer(vision_size, heads, 4 * vision_size, 0.0, batch_first=True)
+        self.decoder = nn.TransformerDecoder(layer, layers, nn.LayerNorm(vision_size))
+        self.project = nn.Linear(vision_size, llm_size)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.decoder(self.queries.expand(len(features), -1, -1), features)
+        features = self.dropout(self.input_norm(features))  # [B, P, D_v]
+        read = self.decoder(self.queries.expand(len(features), -1, -1), features)  # [B, queries, D_v]
+        return self.project(read)  # [B, queries, D_l]
+
+
+class StrongLatents(TokenMean):
+    """Mean number of latents of a token whose activation exceeds `threshold`; 0 gives `l0`."""
+
+    panels = (Panel("l0_strong", "l0_strong: strong latents per token", log=True, by_epoch=True),)
+
+    def __init__(self, threshold: float = 1.0) -> None:
+        self.threshold = threshold
+
+    def per_token(self, tokens: Tokens) -> dict[str, Tensor]:
+        return {"l0_strong": (tokens.latents.to_dense() > self.threshold).sum(-1)}

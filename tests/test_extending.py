@@ -22,8 +22,8 @@ from lightning_limber.utils.checkpoints import read_checkpoint
 
 EXAMPLES = str(REPO / "examples")
 ENV = {"PYTHONPATH": os.pathsep.join([HELPERS["PYTHONPATH"], EXAMPLES, str(REPO)])}
-NAMED = "--model.adapter=my_parts.Resampler"
-OWN = [NAMED, "--model.adapter.queries=3", "--model.adapter.dropout=0.1"]
+NAMED = ["--model.adapter=my_parts.Resampler", "--probe.metrics+=my_parts.StrongLatents"]
+OWN = [*NAMED, "--model.adapter.queries=3", "--model.adapter.dropout=0.1"]
 RUN = Path("runs/default/version_0")
 
 
@@ -68,17 +68,17 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(models, straight, tmp_pa
     killed = run_cli("fit", *flags, *crash_flags("batches", "batch_start", 6, kill=True), env=ENV)
     assert killed.returncode == -9, killed.stdout
     # Named without its settings: those are the checkpoint's.
-    resumed = run_cli("fit", "--ckpt_path=last", NAMED, *crash_flags("batches"), env=ENV)
+    resumed = run_cli("fit", "--ckpt_path=last", *NAMED, *crash_flags("batches"), env=ENV)
     assert resumed.returncode == 0, resumed.stdout
     assert_equal(final(RUN), final(straight))
     assert (RUN / "probe.csv").read_text() == (straight / "probe.csv").read_text()
 
 
 def test_validate_and_predict(checkpoint, fit, tmp_path):
-    cli = fit(f"--ckpt_path={checkpoint}", NAMED, command="validate", base=False)
+    cli = fit(f"--ckpt_path={checkpoint}", *NAMED, command="validate", base=False)
     assert cli.trainer.callback_metrics["val/loss"] > 0
     Image.new("RGB", (40, 40), (200, 30, 30)).save("red.png")
-    flags = [f"--ckpt_path={checkpoint}", NAMED, "--images=red.png", "--latents=true"]
+    flags = [f"--ckpt_path={checkpoint}", *NAMED, "--images=red.png", "--latents=true"]
     fit(*flags, command="predict", base=False)
     [line] = map(json.loads, Path("captions.jsonl").read_text().splitlines())
     assert line["grid"] is None
@@ -147,4 +147,4 @@ def test_a_config_of_ones_own_names_the_class(checkpoint, fit):
 
 def test_a_changed_setting_stops_the_resume(checkpoint, fit):
     with pytest.raises(ValueError, match="queries: 3 in the checkpoint, 5 now"):
-        fit(f"--ckpt_path={checkpoint}", NAMED, "--model.adapter.queries=5", base=False)
+        fit(f"--ckpt_path={checkpoint}", *NAMED, "--model.adapter.queries=5", base=False)

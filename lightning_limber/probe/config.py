@@ -72,6 +72,8 @@ class ProbeConfig:
             if (given := getattr(self, old)) is not None:
                 setattr(self, new, given)
                 setattr(self, old, None)
+        # A command that starts from a checkpoint names a user's metric again, which adds it once more.
+        self.metrics = [spec for i, spec in enumerate(self.metrics) if spec not in self.metrics[:i]]
         if self.bootstrap_samples < 1:
             raise ValueError(f"probe.bootstrap_samples={self.bootstrap_samples}: at least 1 is needed.")
         self.make_metrics()  # A wrong name is an error before anything is loaded.

@@ -72,7 +72,7 @@ def resolve_metric(spec: MetricSpec) -> ProbeMetric:
         if not module:
             raise ValueError(
                 f"probe.metrics: '{path}' is none of {', '.join(REGISTRY)}. Give one of them, or the path "
-                "of a class of your own, such as my_metrics.MyMetric."
+                "of a class of your own, such as my_parts.MyMetric."
             )
         try:
             found = getattr(importlib.import_module(module), name)

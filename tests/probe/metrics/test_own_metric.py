@@ -28,7 +28,7 @@ from lightning_limber.probe.palette import read_panels
 from lightning_limber.probe.tables import Row
 from lightning_limber.tools.report import main as report
 
-CLASS_PATH = "my_metrics.StrongLatents"
+CLASS_PATH = "my_parts.StrongLatents"
 LABEL = "l0_strong: strong latents per token"
 FULL = """
 import torch
@@ -69,7 +69,7 @@ class Everything(ProbeMetric):
 def run(models, tmp_path_factory) -> Path:
     """Folder of a run of two epochs with the example's metric, made by the command line."""
     root = tmp_path_factory.mktemp("own")
-    shutil.copy(REPO / "examples/my_metrics.py", root)
+    shutil.copy(REPO / "examples/my_parts.py", root)
     spec = f"{{class_path: {CLASS_PATH}, init_args: {{threshold: 0.0}}}}"
     done = run_cli(
         "fit", *tiny.arguments(models), "--trainer.max_steps=8", f"--probe.metrics+={spec}", cwd=root
@@ -79,12 +79,12 @@ def run(models, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def my_metrics(run, monkeypatch):
+def my_parts(run, monkeypatch):
     """The example's module, where this process finds it."""
     monkeypatch.syspath_prepend(run.parents[2])
-    monkeypatch.delitem(sys.modules, "my_metrics", raising=False)
+    monkeypatch.delitem(sys.modules, "my_parts", raising=False)
     yield
-    sys.modules.pop("my_metrics", None)
+    sys.modules.pop("my_parts", None)
 
 
 def events(folder: Path):
@@ -166,23 +166,23 @@ def test_the_report_draws_it(run, tmp_path):
     assert shown["curves"]["l0_strong"] == shown["curves"]["l0"]
 
 
-def test_resumed_and_exported_runs_keep_it(run, fit, my_metrics, tmp_path):
+def test_resumed_and_exported_runs_keep_it(run, fit, my_parts, tmp_path):
     """The command that resumes must name it: a file from elsewhere may not choose what is imported."""
     copy = tmp_path / "runs/default/version_0"
     shutil.copytree(run, copy)
     path = f"--ckpt_path={copy / 'checkpoints/last.ckpt'}"
     with pytest.raises(ValueError, match=rf"'{CLASS_PATH}' for probe.metrics.* name it in this command"):
         fit(path, "--trainer.max_steps=12", base=False)
-    assert "my_metrics" not in sys.modules
+    assert "my_parts" not in sys.modules
     fit("--output=export", path, command="export", base=False)
     assert (tmp_path / "export/probe.png").stat().st_size > 10_000
-    assert "my_metrics" not in sys.modules
+    assert "my_parts" not in sys.modules
     fit(path, "--trainer.max_steps=12", f"--probe.metrics=[{CLASS_PATH}]", base=False)
     table = pd.read_csv(copy / "probe.csv")
     assert set(table[table.metric == "l0_strong"].epoch) == {0, 1, 2, 3}
 
 
-def test_in_python_it_must_have_been_imported(run, my_metrics):
+def test_in_python_it_must_have_been_imported(run, my_parts):
     from lightning_limber import load
 
     model = load(run, "cpu")
@@ -195,7 +195,7 @@ def test_in_python_it_must_have_been_imported(run, my_metrics):
         ValueError, match=rf"this adapter: its config names '{CLASS_PATH}' for probe.metrics"
     ):
         model.probe(*arguments)
-    import my_metrics  # noqa: F401
+    import my_parts  # noqa: F401
 
     table = model.probe(*arguments)
     assert list(table[table.metric == "l0_strong"].value) == pytest.approx(
