@@ -4,39 +4,36 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import pandas as pd
 import torch
 
 import bench
 from bench import measure
 from bench.sizes import SIZES, Setup, write_models
 
-COMMANDS = ("train", "probe", "start", "data")
-
 
 def parse(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m bench", description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("command", choices=("train", "probe", "start", "data"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=SIZES, default="default")
     parser.add_argument("--repeats", type=int, default=5, help="rounds in which all contenders run")
     parser.add_argument("--steps", type=int, help="timed steps of a contender in a round (train)")
     parser.add_argument("--batch_size", type=int, help="images in a training step")
     parser.add_argument("--num_images", type=int, help="probed images (probe)")
-    parser.add_argument(
-        "--captions",
-        type=int,
-        default=1,
-        help="captions of each image; more than one: with all image tokens (train)",
-    )
+    captions = "captions of each image; more than one: with all image tokens (train)"
+    parser.add_argument("--captions", type=int, default=1, help=captions)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders; the first is compared with")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     options = parser.parse_args(args)
@@ -58,18 +55,19 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     command = import_module(f"bench.{options.command}")
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
-        write_models(size, folder, options.device)
-        setup = Setup(
-            size, folder, options.device, options.repeats, size.steps, options.captions, options.only
-        )
-        found = command.main(setup)
+        setup = Setup(size, folder, options.device, options.repeats, options.captions, options.only)
+        write_models(setup)
+        # Features and indices are kept in the cache; the user's own is left alone.
+        with patch.dict(os.environ, LIGHTNING_LIMBER_CACHE=str(folder / "cache")):
+            found = command.main(setup)
     settings = {"size": options.size, "repeats": options.repeats, "captions": options.captions}
     settings |= {"batch_size": size.batch_size, "num_images": size.num_images, "steps": size.steps}
     result = {"bench": options.command, **about, "settings": settings, **found}
     for key, value in result.items():
         if key != "results":
             print(f"{key}: {value}")
-    print(measure.table(result["results"], command.COLUMNS))
+    table = pd.DataFrame(result["results"])[command.COLUMNS]
+    print(table.to_string(index=False, na_rep="-", float_format="{:,.4g}".format))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return result

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import platform
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,9 +14,12 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import pandas as pd
 import torch
+from torch.utils.benchmark import Timer
 
 Laps = Callable[[int], list[float]]
 """Runs that many timed steps and returns the seconds of each."""
@@ -47,51 +49,46 @@ class Clock:
         return [b - a for a, b in pairs]
 
 
-def alternate(contenders: dict[str, Laps], repeats: int, steps: int) -> dict[str, list[list[float]]]:
-    """Seconds of each step by contender and round; the contenders take turns within a round."""
+def compare(
+    contenders: dict[str, Laps], repeats: int, steps: int = 1, each_round: Callable[[], Any] = lambda: None
+) -> list[Row]:
+    """Lets the contenders take turns; a row for each.
+
+    ``step_s`` is the median over all steps with its 10th and 90th percentile. ``speedup`` says how many
+    times faster the first contender is: the median over rounds of the ratio within each, and its range.
+    """
     rounds: dict[str, list[list[float]]] = {name: [] for name in contenders}
     for number in range(repeats):
+        each_round()
         for name, run in contenders.items():
             rounds[name].append(run(steps))
-            median = statistics.median(rounds[name][-1])
-            print(f"  round {number + 1}/{repeats}  {name:20} {1000 * median:10.1f} ms", file=sys.stderr)
-    return rounds
+            seconds = median(rounds[name][-1])
+            print(f"  round {number + 1}/{repeats}  {name:20} {1000 * seconds:10.1f} ms", file=sys.stderr)
+    first = next(iter(rounds.values()))
+    rows: list[Row] = []
+    for name, laps in rounds.items():
+        ratios = [median(b) / median(a) for a, b in zip(first, laps, strict=True)]
+        row = {"name": name, **spread("step_s", sum(laps, []))}
+        row |= {"speedup": median(ratios), "speedup_min": min(ratios), "speedup_max": max(ratios)}
+        rows.append(row)
+    return rows
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """10th and 90th percentile."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    low, high = tensor.quantile(torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
-    return low, high
-
-
-def step_times(rounds: list[list[float]]) -> Row:
-    """Median and spread over all steps of all rounds."""
-    every = [lap for laps in rounds for lap in laps]
-    low, high = spread(every)
-    return {"step_s": statistics.median(every), "step_s_p10": low, "step_s_p90": high}
-
-
-def speedup(ours: list[list[float]], peer: list[list[float]]) -> Row:
-    """How many times faster we are: the median over rounds of the ratio within each, and its range."""
-    ratios = [statistics.median(b) / statistics.median(a) for a, b in zip(ours, peer, strict=True)]
-    return {"speedup": statistics.median(ratios), "speedup_min": min(ratios), "speedup_max": max(ratios)}
+def spread(name: str, values: Sequence[float]) -> Row:
+    """Median, 10th and 90th percentile."""
+    low, middle, high = pd.Series(values).quantile([0.1, 0.5, 0.9])
+    return {name: middle, f"{name}_p10": low, f"{name}_p90": high}
 
 
 def matmul_rate(device: str, dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]) -> float:
     """FLOP/s that `torch.matmul` reaches on the best of the shapes (m, k, n)."""
-    best = 0.0
+    rates = []
     for m, k, n in shapes:
-        a = torch.randn(m, k, device=device, dtype=dtype)
-        b = torch.randn(k, n, device=device, dtype=dtype)
-        clock = Clock(device)
-        torch.matmul(a, b)
-        for _ in range(9):
-            clock.mark()
-            torch.matmul(a, b)
-        clock.mark()
-        best = max(best, 2 * m * k * n / statistics.median(clock.laps()))
-    return best
+        pair = {"a": torch.randn(m, k, device=device, dtype=dtype)}
+        pair["b"] = torch.randn(k, n, device=device, dtype=dtype)
+        timer = Timer("a @ b", globals=pair, num_threads=torch.get_num_threads())
+        rates.append(2 * m * k * n / median(timer.timeit(1).mean for _ in range(9)))
+    return max(rates)
 
 
 def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -106,23 +103,22 @@ def peak_memory(device: str, run: Callable[[], Any]) -> Row:
     Linux can forget the peak of what came before (building the models); elsewhere that is part of the
     number.
     """
+    peak: Callable[[], int]
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        built = torch.cuda.memory_allocated()
-        run()
-        return {"built_bytes": built, "peak_bytes": torch.cuda.max_memory_allocated()}
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    built = _resident_peak()
+        built, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        built, peak = _resident_peak(), _resident_peak
     run()
-    return {"built_bytes": built, "peak_bytes": _resident_peak()}
+    return {"built_bytes": built, "peak_bytes": peak()}
 
 
 def _resident_peak() -> int:
     with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -130,9 +126,8 @@ def _resident_peak() -> int:
 def machine(device: str) -> Row:
     """Hardware, versions and date: what a number means nothing without."""
     cpu = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    with suppress(OSError, IndexError):
+        cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].split(":")[1].split("\n")[0].strip()
     hardware: Row = {
         "device": device,
         "cpu": cpu,
@@ -146,30 +141,9 @@ def machine(device: str) -> Row:
         properties = torch.cuda.get_device_properties(0)
         hardware |= {"gpu": properties.name, "gpu_bytes": properties.total_memory}
     packages = ("torch", "lightning", "transformers", "sae-lens", "transformer-lens", "lightning-limber")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "hardware": hardware,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
+        "versions": {"python": platform.python_version(), **versions},
     }
-
-
-def table(rows: list[Row], columns: Sequence[str]) -> str:
-    """Rows under their column names; figures are cut to what can be read."""
-
-    def cell(value: Any) -> str:
-        if value is None:
-            return "-"
-        if isinstance(value, float):
-            return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-        return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-    lines = [[name for name in columns], *[[cell(row.get(name)) for name in columns] for row in rows]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if i == 0 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )

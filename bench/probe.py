@@ -5,7 +5,8 @@ precision, and the same SAEs (JumpReLU, thresholds set so that about one latent 
 Ours leaves latents that cannot fire out by a product in bfloat16, where a CPU has it, and computes the
 others in float32 (screened_encoder.py). It makes every reconstruction metric of image, caption and text
 tokens by image, and their bootstrap intervals. The peers add up less, which favours them: squared error,
-squared norm, mean, cosine and l0 of each layer and group. Names of contenders:
+squared norm, mean, cosine and l0 of each layer and group. The encoder's features of the images are at hand
+for all, as in a run after its first validation. Names of contenders:
 
     limber      `Probe.run` without further metrics, as at the epochs of a run after the first probe: what
                 the frozen LLM makes of the captions alone is known by then
@@ -18,8 +19,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -37,8 +39,6 @@ from lightning_limber.probe.sanity_check import TextStats
 
 NAMES = ["limber", "limber-first", "saelens", "dense"]
 ACTIVE_SHARE = 1 / 128
-Groups = dict[str, Tensor]
-"""Flat positions of each group's tokens in [N * S]."""
 Found = dict[tuple[str, int], dict[str, float]]
 """Metrics by group and layer."""
 
@@ -69,13 +69,11 @@ class Contenders:
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.device = setup, setup.device
-        precision = default_precision(setup.device)
-        self.bf16 = precision == "bf16-mixed"
-        self.model = limber(setup.size, setup.folder)
+        self.bf16 = default_precision(setup.device) == "bf16-mixed"
+        self.model = limber(setup)
         self.model.configure_model()
         self.model.to(self.device)
-        self.collate = collator(setup.size, setup.folder, packed=False)
-        batch = move_data_to_device(pictures(setup.size, self.collate, 1).ready[0], self.device)
+        batch = move_data_to_device(pictures(setup, 1, packed=False).ready[0], self.device)
         self.model.adapter.calibrate(
             self.model.vision(batch.pixel_values), torch.tensor(self.model.token_norm, device=self.device)
         )
@@ -83,7 +81,6 @@ class Contenders:
             self.model.llm.prepare_autocast(torch.bfloat16)
         self.names = [f"blocks.{i}.hook_resid_post" for i in range(len(self.model.llm.layers))]
         self.saes = self._make_saes(batch)
-        self.hooked: Any = None
         self.probe = self.make_probe()
 
     def make_probe(self) -> Probe:
@@ -113,21 +110,25 @@ class Contenders:
             sae.threshold.fill_(float(active.topk(kept).values[-1]))
             saes[name] = sae
 
-        hooks: dict[str, Any] = {name: partial(build, name) for name in self.names}
-        with self.context(), self.model.llm.residual_hooks(hooks):
-            self.model.llm.decode(self.model.embed_sequences(batch, self.model.image_tokens(batch)))
+        with self.context():
+            self._decode(self.model.embed_sequences(batch, self.model.image_tokens(batch)), build)
         return saes
+
+    def _decode(self, embeds: Tensor, read: Callable[[str, Tensor], Any]) -> None:
+        """One forward of the LLM that hands each layer's residual stream to ``read(name, residual)``."""
+        hooks: dict[str, Any] = {name: partial(read, name) for name in self.names}
+        with self.model.llm.residual_hooks(hooks):
+            self.model.llm.decode(embeds)
 
     def batches(self, num_images: int) -> Iterator[Batch]:
         """The first held-out images, each batch made when it is asked for, as in a run."""
-        size = self.setup.size
-        data = Pictures(num_images, size.features.image_size or 224, batch_size=1)
-        attach(data, self.collate)
+        data = Pictures(num_images, self.setup.size.features.image_size or 224, batch_size=1)
+        attach(data, collator(self.setup, packed=False))
         for batch in data.probe_dataloader(num_images):
             yield move_data_to_device(batch, self.device)
 
-    def forwards(self, batch: Batch) -> Iterator[tuple[Tensor, Groups]]:
-        """Embeddings of the batch with its images, and of its captions alone."""
+    def forwards(self, batch: Batch) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Embeddings of the batch with its images, then of its captions alone, and groups of positions."""
         embeds = self.model.embed_sequences(batch, self.model.image_tokens(batch))
         yield embeds, {name: batch.groups[name][0] for name in ("image", "caption")}
         alone = batch.without_image
@@ -137,10 +138,10 @@ class Contenders:
     # -- contenders -------------------------------------------------------------------------------
 
     def limber(self, batches: Iterable[Batch], same_captions: bool = True) -> Found:
-        found: Found = {}
+        found: Found = defaultdict(dict)
         for row in self.probe.run(batches, same_captions=same_captions).rows:
             if row.layer is not None:
-                found.setdefault((row.group, row.layer), {})[row.metric] = row.value
+                found[row.group, row.layer][row.metric] = row.value
         return found
 
     def limber_first(self, batches: Iterable[Batch]) -> Found:
@@ -148,13 +149,12 @@ class Contenders:
 
     @torch.no_grad()
     def saelens(self, batches: Iterable[Batch]) -> Found:
-        hooked = self._hooked_transformer()
-        sums: dict[tuple[str, int], Sums] = {}
+        sums: dict[tuple[str, int], Sums] = defaultdict(Sums)
         for batch in batches:
             with self.context():
                 for embeds, groups in self.forwards(batch):
-                    _, cache = hooked.run_with_cache(
-                        embeds.to(hooked.cfg.dtype),
+                    _, cache = self.hooked.run_with_cache(
+                        embeds.to(self.hooked.cfg.dtype),
                         start_at_layer=0,
                         return_type=None,
                         names_filter=self.names,
@@ -163,31 +163,27 @@ class Contenders:
                         for group, index in groups.items():
                             x = cache[name].flatten(0, 1).index_select(0, index).float()
                             self._add(sums, group, layer, x)
-        return {key: of.compute() for key, of in sums.items()}
+        return {key: of_key.compute() for key, of_key in sums.items()}
 
     @torch.no_grad()
     def dense(self, batches: Iterable[Batch]) -> Found:
-        hooks: dict[str, Any]
         folder = self.setup.folder / "dense"
         folder.mkdir()
-        llm = self.model.llm
         for batch in batches:
             with self.context():
                 for embeds, groups in self.forwards(batch):
                     kept: dict[str, Tensor] = {}
-                    hooks = {name: partial(kept.__setitem__, name) for name in self.names}
-                    with llm.residual_hooks(hooks):
-                        llm.decode(embeds)
+                    self._decode(embeds, kept.__setitem__)
                     residuals = torch.stack(
                         [kept[name] for name in self.names], dim=1
                     ).cpu()  # [N, L, S, D]
                     length = residuals.shape[2]
-                    for row, place in enumerate(batch.index):
+                    for row, image in enumerate(batch.index):
                         own = {g: (i[i // length == row] % length).cpu() for g, i in groups.items()}
-                        path = folder / f"{'text' if 'text' in groups else 'image'}-{place}.pt"
+                        path = folder / f"{'text' if 'text' in groups else 'image'}-{image}.pt"
                         torch.save((residuals[row].clone(), own), path)
         self.bytes_on_disk = sum(path.stat().st_size for path in folder.iterdir())
-        sums: dict[tuple[str, int], Sums] = {}
+        sums: dict[tuple[str, int], Sums] = defaultdict(Sums)
         for path in sorted(folder.iterdir()):
             residual, own = torch.load(path)
             for layer in range(len(self.names)):
@@ -196,40 +192,38 @@ class Contenders:
                     self._add(sums, group, layer, x)
             path.unlink()
         folder.rmdir()
-        return {key: of.compute() for key, of in sums.items()}
+        return {key: of_key.compute() for key, of_key in sums.items()}
 
     def _add(self, sums: dict[tuple[str, int], Sums], group: str, layer: int, x: Tensor) -> None:
         sae = self.saes[self.names[layer]]
         with torch.autocast(self.device, enabled=False):
             latents = sae.encode(x)
-            sums.setdefault((group, layer), Sums()).update(x, latents, sae.decode(latents))
+            sums[group, layer].update(x, latents, sae.decode(latents))
 
-    def _hooked_transformer(self) -> Any:
+    @cached_property
+    def hooked(self) -> Any:
         """The same weights in TransformerLens' layout, in the precision that its users would load."""
-        if self.hooked is None:
-            from sae_lens import HookedSAETransformer
-            from transformer_lens import HookedTransformerConfig
-            from transformer_lens.loading_from_pretrained import (
-                convert_hf_model_config,
-                get_pretrained_state_dict,
-            )
-            from transformers import AutoModelForCausalLM
+        from sae_lens import HookedSAETransformer
+        from transformer_lens import HookedTransformerConfig
+        from transformer_lens.loading_from_pretrained import (
+            convert_hf_model_config,
+            get_pretrained_state_dict,
+        )
+        from transformers import AutoModelForCausalLM
 
-            folder = str(self.setup.folder / "llm")
-            # Its settings for Gemma 2 hang on the name.
-            gemma = self.model.llm.model.config.model_type == "gemma2"
-            known = convert_hf_model_config("google/gemma-2-2b" if gemma else folder)
-            dtype = torch.bfloat16 if self.bf16 else torch.float32
-            known |= {"n_ctx": 512, "dtype": dtype, "device": self.device, "init_weights": False}
-            known["tokenizer_name"] = None
-            config = HookedTransformerConfig.from_dict(known)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-            state = get_pretrained_state_dict(folder, config, model, dtype=dtype)
-            self.hooked = HookedSAETransformer(config).eval().requires_grad_(False)
-            self.hooked.load_and_process_state_dict(
-                state, fold_ln=False, center_writing_weights=False, center_unembed=False
-            )
-        return self.hooked
+        folder = str(self.setup.folder / "llm")
+        # Its settings for Gemma 2 hang on the name.
+        gemma = self.model.llm.model.config.model_type == "gemma2"
+        known = convert_hf_model_config("google/gemma-2-2b" if gemma else folder)
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        known |= {"n_ctx": 512, "dtype": dtype, "device": self.device, "init_weights": False}
+        config = HookedTransformerConfig.from_dict(known | {"tokenizer_name": None})
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        state = get_pretrained_state_dict(folder, config, model, dtype=dtype)
+        hooked = HookedSAETransformer(config).eval().requires_grad_(False)
+        options = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed"), False)
+        hooked.load_and_process_state_dict(state, **options)
+        return hooked
 
     def run(self, name: str, batches: Iterable[Batch]) -> tuple[float, Found]:
         """Seconds of one probe, and what it found."""
@@ -267,17 +261,14 @@ def main(setup: Setup) -> Row:
         return [contenders.run(name, batches)[0]]
 
     runs: dict[str, Laps] = {name: partial(timed, name) for name in names}
-    rounds = measure.alternate(runs, setup.repeats, 1)
-    rows = []
-    for name in names:
-        row: Row = {"name": name, **measure.step_times(rounds[name])}
+    rows = measure.compare(runs, setup.repeats)
+    for row in rows:
+        name = row["name"]
         row["images_per_s"] = images / row["step_s"]
-        row |= measure.speedup(rounds[names[0]], rounds[name])
         row["bytes_on_disk"] = contenders.bytes_on_disk if name == "dense" else 0
         of_image = found[name]["image", len(contenders.names) // 2]
         row |= {f"{key}_image_middle": of_image[key] for key in ("fvu", "cosine", "l0")}
         row |= measure.in_new_process(_memory, setup, name)
-        rows.append(row)
     work = {"images": images, "layers": len(contenders.names), "d_sae": setup.size.d_sae}
     return {"precision": "bf16-mixed" if contenders.bf16 else "32-true", "work": work, "results": rows}
 

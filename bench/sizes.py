@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,13 +12,14 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import AutoConfig
 
 from lightning_limber.data import CaptionData
 from lightning_limber.data.collate import Batch, Collator
 from lightning_limber.data.loader import RecordSet
 from lightning_limber.data.records import Record
 from lightning_limber.data.scenes import SceneSet
-from lightning_limber.models.adapters import AdapterConfig
+from lightning_limber.models.adapters import Linear
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.vision import VisionConfig
 from tests.helpers import tiny
@@ -52,79 +54,30 @@ class Size:
         return replace(self, features=features, batch_size=max(2, self.batch_size // 4))
 
 
-def _tiny_llama() -> Any:
-    return tiny.llm_configs()["llama"]
+def _tiny(configs: str, name: str) -> Any:
+    return getattr(tiny, configs)()[name]
 
 
-def _tiny_dinov2() -> Any:
-    return tiny.vision_configs()["dinov2"]
-
-
-def _llama() -> Any:
-    from transformers import LlamaConfig
-
-    # SmolLM2-135M
-    return LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-
-
-def _gemma2() -> Any:
-    from transformers import Gemma2Config
-
-    # Gemma 2 2B
-    return Gemma2Config(
-        vocab_size=256000,
-        hidden_size=2304,
-        intermediate_size=9216,
-        num_hidden_layers=26,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=256,
-        query_pre_attn_scalar=256,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-
-
-def _dinov2() -> Any:
-    from transformers import Dinov2Config
-
-    # ViT-S/14
-    return Dinov2Config(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14
-    )
-
-
-def _clip() -> Any:
-    from transformers import CLIPVisionConfig
-
-    # ViT-L/14
-    return CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=224,
-        patch_size=14,
-    )
-
-
+SMOLLM2_135M = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    "tie_word_embeddings": True,
+}
+DINOV2_S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
+DINOV2_S |= {"image_size": 518, "patch_size": 14}
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+CLIP_L |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 14}
 SIZES = {
     "tiny": Size(
-        _tiny_llama,
-        _tiny_dinov2,
+        partial(_tiny, "llm_configs", "llama"),
+        partial(_tiny, "vision_configs", "dinov2"),
         VisionConfig(image_size=32, layer=1, pool=2),
         batch_size=4,
         steps=2,
@@ -133,16 +86,24 @@ SIZES = {
     ),
     # configs/default.yaml
     "default": Size(
-        _llama,
-        _dinov2,
+        partial(AutoConfig.for_model, "llama", **SMOLLM2_135M, bos_token_id=1, eos_token_id=2),
+        partial(AutoConfig.for_model, "dinov2", **DINOV2_S),
         VisionConfig(image_size=112, layer=8, pool=2),
         batch_size=16,
         steps=10,
         d_sae=16 * 576,
         num_images=32,
     ),
-    # Venhoff et al. (arXiv 2506.11976)
-    "venhoff": Size(_gemma2, _clip, VisionConfig(layer=-1), 16, 10, d_sae=16384, num_images=64),
+    # Venhoff et al. (arXiv 2506.11976); transformers' own sizes of Gemma 2 are those of 2B.
+    "venhoff": Size(
+        partial(AutoConfig.for_model, "gemma2", bos_token_id=1, eos_token_id=2),
+        partial(AutoConfig.for_model, "clip_vision_model", **CLIP_L),
+        VisionConfig(layer=-1),
+        batch_size=16,
+        steps=10,
+        d_sae=16384,
+        num_images=64,
+    ),
 }
 
 
@@ -154,17 +115,17 @@ class Setup:
     folder: Path
     device: str
     repeats: int
-    steps: int
     captions: int
     only: list[str] | None
 
 
-def write_models(size: Size, folder: Path, device: str) -> None:
+def write_models(setup: Setup) -> None:
     """Writes ``llm`` and ``vision`` of random weights, for `from_pretrained`."""
     from transformers import AutoModel, AutoModelForCausalLM, BitImageProcessorPil
 
+    size, folder = setup.size, setup.folder
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(setup.device):
         llm = AutoModelForCausalLM.from_config(size.llm())
         vision = AutoModel.from_config(size.vision())
     # Billions of weights are kept as they are published.
@@ -176,14 +137,31 @@ def write_models(size: Size, folder: Path, device: str) -> None:
     BitImageProcessorPil(size={"shortest_edge": 224}, crop_size=square).save_pretrained(folder / "vision")
 
 
-def limber(size: Size, folder: Path, **kwargs: Any) -> Limber:
-    """The default run's module on the models in `folder`, not loaded yet; `kwargs` are more of its own."""
+def limber(setup: Setup, **kwargs: Any) -> Limber:
+    """The default run's module, not loaded yet; `kwargs` are more of its own."""
     return Limber(
-        replace(size.features, name=str(folder / "vision")),
-        str(folder / "llm"),
-        AdapterConfig(kind="linear", input_norm="channel"),
+        replace(setup.size.features, name=str(setup.folder / "vision")),
+        str(setup.folder / "llm"),
+        partial(Linear, input_norm="channel"),
         **kwargs,
     )
+
+
+def collator(setup: Setup, packed: bool) -> Collator:
+    """The default run's, without the LLM's weights.
+
+    Args:
+        setup: Has the models.
+        packed: Let short sequences share a row, as in a run.
+    """
+    model = limber(setup)
+    model.llm.load(weights=False)
+    model.vision.load()
+    blank = model.vision.transform(Image.new("RGB", (64, 64)))
+    model.num_image_tokens = model.vision(blank[None]).shape[1]
+    collate = model.collator()
+    collate.packing = collate.packing if packed else None
+    return collate
 
 
 class _Scenes:
@@ -214,46 +192,24 @@ class Pictures(CaptionData):
         self.ready: list[Batch] = []
 
     def datasets(self) -> tuple[RecordSet, RecordSet]:
-        train, val = (
-            _Scenes(split, self.count, self.captions_per_image, self.image_size)
-            for split in ("train", "val")
-        )
-        return train, val
+        sizes = self.count, self.captions_per_image, self.image_size
+        return _Scenes("train", *sizes), _Scenes("val", *sizes)
 
     def train_dataloader(self) -> Any:
         return DataLoader(cast(Any, self.ready), batch_size=None)
 
 
-def collator(size: Size, folder: Path, packed: bool = True) -> Collator:
-    """The default run's, without the LLM's weights.
-
-    Args:
-        size: What is measured.
-        folder: Has the models.
-        packed: Let short sequences share a row, as in a run.
-    """
-    model = limber(size, folder)
-    model.llm.load(weights=False)
-    model.vision.load()
-    blank = model.vision.transform(Image.new("RGB", (64, 64)))
-    model.num_image_tokens = model.vision(blank[None]).shape[1]
-    collate = model.collator()
-    collate.packing = collate.packing if packed else None
-    return collate
-
-
-def pictures(
-    size: Size, collate: Collator, batches: int, captions: int = 1, share_prefix: bool = False
-) -> Pictures:
-    """Training batches in ``ready``."""
+def pictures(setup: Setup, batches: int, packed: bool, share_prefix: bool = False) -> Pictures:
+    """Training batches in ``ready``; see `collator` for `packed`."""
+    size = setup.size
     data = Pictures(
         batches * size.batch_size,
         size.features.image_size or 224,
         batch_size=size.batch_size,
-        captions_per_image=captions,
+        captions_per_image=setup.captions,
         share_prefix=share_prefix,
     )
-    attach(data, collate)
+    attach(data, collator(setup, packed))
     data.ready = list(CaptionData.train_dataloader(data))
     return data
 

@@ -70,24 +70,21 @@ def main(setup: Setup) -> Row:
         "fit_to_first_step": ["-m", "bench.first_step", str(out), "fit", *flags],
     }
     names = setup.only or list(commands)
-    wall: dict[str, list[float]] = {name: [] for name in names}
-    cpu: dict[str, list[float]] = {name: [] for name in names}
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     parts: list[dict[str, float]] = []
     for number in range(setup.repeats + 1):
         print(f"  round {number} of {setup.repeats} (0 warms up)", file=sys.stderr)
         for name in names:
-            spent, used, _ = call(commands[name])
+            wall, cpu, _ = call(commands[name])
             if number == 0:
                 continue
-            wall[name].append(spent)
-            cpu[name].append(used)
+            spent[name].append((wall, cpu))
             if name == "fit_to_first_step":
                 parts.append(json.loads(out.read_text()))
     rows = []
-    for name in names:
-        low, high = measure.spread(wall[name])
-        row: Row = {"name": name, "seconds": statistics.median(wall[name])}
-        row |= {"seconds_p10": low, "seconds_p90": high, "cpu_seconds": statistics.median(cpu[name])}
+    for name, found in spent.items():
+        walls, cpus = zip(*found, strict=True)
+        row = {"name": name, **measure.spread("seconds", walls), "cpu_seconds": statistics.median(cpus)}
         rows.append(row)
     medians = {part: statistics.median(one[part] for one in parts) for part in parts[0]} if parts else {}
     return {

@@ -213,7 +213,7 @@ class SAEProbe(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, rows: list[Row]
     ) -> tuple[list[torch.Tensor], list[str], list[list[PatchMap]], int] | None:
         """What `patch_figure` draws, at the layer where `match` is highest; None without `match` or where
-        the image tokens are no square grid.
+        the image tokens are no places in the image.
         """
         assert isinstance(module, Limber)
         found = {row.layer: row.value for row in rows if (row.group, row.metric) == ("image", "match")}

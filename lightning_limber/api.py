@@ -35,6 +35,7 @@ from lightning_limber.probe.config import ProbeConfig, in_present_form
 from lightning_limber.probe.load import build_probe
 from lightning_limber.probe.passes import Probe
 from lightning_limber.probe.tables import frame
+from lightning_limber.utils.adapter_config import upgrade_adapter
 from lightning_limber.utils.checkpoints import EXPORTED, newest_checkpoint, read_checkpoint
 from lightning_limber.utils.trust import class_paths, trusted_class
 
@@ -93,12 +94,15 @@ class Trained:
         # The adapter that it started from, and how the run was made faster, are history.
         settings |= {"adapter_weights": None, "shard_llm": False}
         settings |= {"cache_features": False, "compile_llm": False}
+        settings["adapter"] = upgrade_adapter(settings["adapter"])
         config = yaml.safe_load(saved["config"] or "{}") | {"model": settings}
         return cls(config, saved["backbones"], saved["trainer"], weights)
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> TrainedModel:
     """Loads a trained adapter with the two frozen models that it stands between.
+
+    Where the adapter's class is your own, import its module first: a file's word is not enough to do so.
 
     Args:
         path: A checkpoint, a run's folder (its ``last.ckpt``), a folder of runs (the newest), or a folder
@@ -107,7 +111,8 @@ def load(path: str | Path, device: str | torch.device | None = None) -> TrainedM
 
     Raises:
         FileNotFoundError: nothing is there, or a frozen model is not to be had.
-        ValueError: a frozen model is another than it was trained with.
+        ValueError: a frozen model is another than it was trained with, or the adapter's class is not of
+            this package and not imported.
     """
     trained = Trained.read(path)
     model = Limber(**trained.config["model"])
@@ -186,8 +191,9 @@ class TrainedModel:
 
         Returns:
             A row for each active latent of each image token: token (place among the image tokens), row and
-            column of its patch (none for CLS), latent, activation, and the latent's description and
-            density on text where they are known. Tokens that are never counted (passes.py) have no rows.
+            column of its patch (none for CLS, and where tokens are no places in the image), latent,
+            activation, and the latent's description and density on text where they are known. Tokens
+            that are never counted (passes.py) have no rows.
         """
         import pandas as pd
 
@@ -200,7 +206,7 @@ class TrainedModel:
         )
         values, index = found[0].nan_to_num(0.0).topk(top, dim=-1)  # [P, top]
         known = self._probe.descriptions.get(names[layer])
-        height, width = self.model.token_grid
+        height, width = self.model.token_grid or (0, 0)
         before = len(values) - height * width
         rows = []
         for token, latent in (values > 0).nonzero().tolist():

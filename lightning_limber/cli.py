@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -28,6 +28,7 @@ from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import in_present_form
 from lightning_limber.tools.predict import CaptionWriter, Images
+from lightning_limber.utils.adapter_config import upgrade_config
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
 from lightning_limber.utils.config_files import config_dir, default_experiment, find_configs, split_exports
 from lightning_limber.utils.parser import Parser, classes_first
@@ -45,11 +46,14 @@ OPTIONS = {
     "ckpt_path": "Start from this checkpoint: a .ckpt file, a run's folder, or 'last' for the newest run. "
     "`fit` goes on where it stopped. The checkpoint's config takes the place of the experiment's.",
     "weights_only": "Read tensors and plain values only; null does so for files on this machine.",
+    "model.adapter.help": "Show the options of a class of adapters, such as MLP, and exit.",
     "data.help": "Show the options of a class of data, such as ImageFolder, and exit.",
     "data": "Where images and captions come from: Scenes, ImageFolder, CocoCaptions, LLaVAConversations, "
     "HuggingFaceCaptions, Shards, or a class of your own as my_module.MyData. Give its options as in "
     "--data.batch_size 8.",
 }
+METAVARS = {"ckpt_path": "PATH"} | dict.fromkeys(("data", "model.adapter"), "CLASS")
+METAVARS |= dict.fromkeys(("data.help", "model.adapter.help"), "CLASS")
 
 
 def default_precision(accelerator: str) -> str:
@@ -101,7 +105,7 @@ class LimberCLI(LightningCLI):
         parser.description = f"{COMMANDS[subcommand]} {LAYERS}"
         for action in parser._actions:
             action.help = OPTIONS.get(action.dest, action.help)
-            action.metavar = {"data": "CLASS", "ckpt_path": "PATH"}.get(action.dest, action.metavar)
+            action.metavar = METAVARS.get(action.dest, action.metavar)
         for group in parser._action_groups:
             if any(action.dest == "ckpt_path" for action in group._group_actions):
                 group.title = "where to start"
@@ -134,6 +138,9 @@ class LimberCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # As a namespace: a default that is a class does not go together with a default config.
+        default = Namespace(class_path="lightning_limber.models.adapters.Linear")
+        parser.set_defaults({"model.adapter": default})
         parser.add_lightning_class_args(SAEProbe, "probe")
         parser.add_lightning_class_args(CaptionSamples, "captions")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
@@ -166,12 +173,12 @@ class LimberCLI(LightningCLI):
             if saved is not None and not requeued:  # A requeued job's command line is the whole one.
                 stored.append((path, saved))
         options = self._parser(self.config.subcommand)
-        named = class_paths(in_present_form(self._settings.as_dict()))
+        named = class_paths(_upgrade(self._settings.as_dict()))
         layers = []
         for file, text in stored:
             layers += [
                 "--config",
-                read_config(text, options, file, named, *self._log_folder(path), in_present_form),
+                read_config(text, options, file, named, *self._log_folder(path), _upgrade),
             ]
         self.config = parser.parse_args([*command, *(layers or default_experiment(own)), *own])
         if path is None:
@@ -290,6 +297,11 @@ class LimberCLI(LightningCLI):
         self.model.run_config = self._parser(self.subcommand).dump(
             settings, skip_unset=False, skip_validation=True
         )
+
+
+def _upgrade(config: dict[str, Any]) -> dict[str, Any]:
+    """What older versions wrote, as this one does."""
+    return upgrade_config(in_present_form(config))
 
 
 def main(args: list[str] | None = None) -> LimberCLI:

@@ -19,7 +19,7 @@ def _isolated(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
-    """A folder with a tiny LLM, vision encoder and SAE suite."""
+    """A folder with a tiny LLM, vision encoder and SAEs."""
     root = tmp_path_factory.mktemp("models")
     tiny.write_llm(root / "llm")
     tiny.write_vision(root / "vision")

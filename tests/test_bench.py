@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,8 +41,9 @@ def assert_positive(rows: list[dict], *names: str) -> None:
 def tiny_setup(tmp_path):
     from bench.sizes import SIZES, Setup, write_models
 
-    write_models(SIZES["tiny"], tmp_path, "cpu")
-    return Setup(SIZES["tiny"], tmp_path, "cpu", repeats=1, steps=1, captions=1, only=None)
+    setup = Setup(SIZES["tiny"], tmp_path, "cpu", repeats=1, captions=1, only=None)
+    write_models(setup)
+    return setup
 
 
 TRAIN_FIELDS = (
@@ -138,14 +140,13 @@ def test_every_way_to_train_runs(tiny_setup, tmp_path, monkeypatch):
 
 def test_peers_compute_our_loss(tiny_setup):
     """Given the same projection, LLaVA and the plain loop's sequences have the loss of ours."""
-    from bench.sizes import collator, limber, pictures
+    from bench.sizes import limber
     from bench.train import Peers
 
-    model = limber(tiny_setup.size, tiny_setup.folder)
+    model = limber(tiny_setup)
     model.configure_model()
-    collate = collator(tiny_setup.size, tiny_setup.folder, packed=False)
-    batches = pictures(tiny_setup.size, collate, 1, captions=3).ready
-    peers = Peers(tiny_setup.size, tiny_setup.folder, "cpu", batches, torch.float32)
+    peers = Peers(replace(tiny_setup, captions=3), torch.float32)
+    batches = peers.batches
     llava = peers.llava()
     llava.model.multi_modal_projector = model.adapter
     with torch.no_grad():
@@ -159,15 +160,13 @@ def test_peers_compute_our_loss(tiny_setup):
 
 def test_trainers_in_turn_get_the_precision_they_ask_for(tiny_setup):
     """Accelerate would keep the first one's."""
-    from bench.sizes import collator, pictures
     from bench.train import Peers
 
-    batches = pictures(tiny_setup.size, collator(tiny_setup.size, tiny_setup.folder, packed=False), 1).ready
-    peers = Peers(tiny_setup.size, tiny_setup.folder, "cpu", batches, torch.float32)
+    peers = Peers(tiny_setup, torch.float32)
     seen = []
     peers.llm.get_output_embeddings().register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
     for bf16 in (False, True, False):
-        assert len(peers.trainer(1, bf16)) == 1
+        assert len(peers.trainer(bf16, 1)) == 1
     f32, b16 = torch.float32, torch.bfloat16
     assert seen == [f32, f32, b16, b16, f32, f32]
 

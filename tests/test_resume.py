@@ -204,7 +204,7 @@ def test_a_new_run_starts_from_a_finished_adapter(straight, fit):
 def test_adapter_weights_of_another_shape_stop(straight, fit):
     path = straight / "runs/default/version_0/checkpoints/last.ckpt"
     with pytest.raises(ValueError, match="the adapter there is"):
-        fit(f"--model.adapter_weights={path}", "--model.adapter.kind=mlp")
+        fit(f"--model.adapter_weights={path}", "--model.adapter=MLP")
 
 
 def test_a_second_stage_starts_from_the_first_ones_adapter(models, fit, tmp_path):

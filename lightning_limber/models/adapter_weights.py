@@ -27,13 +27,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_limber.utils.checkpoints import EXPORTED, read_checkpoint
+from lightning_limber.utils.checkpoints import EXPORTED, newest_checkpoint, read_checkpoint
 
 # What stands before the projector's own keys in a file that may hold much else.
 STEMS = ("mm_projector", "multi_modal_projector", "image_prefix.proj")
-# The projector's layers by the name they have there, and in adapters.py.
+# The projector's layers by the name they have there, and in `Linear` and `MLP`.
 LAYOUTS = (
     {"": "project."},
     {"0.": "project.0.", "2.": "project.2."},
@@ -41,8 +41,33 @@ LAYOUTS = (
 )
 
 
+def load_weights(adapter: nn.Module, path: str) -> None:
+    """Loads an adapter's weights for a new run.
+
+    Args:
+        adapter: As the config builds it.
+        path: See `read_projector`; or a folder of runs: the newest checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: see `read_projector`; or the weights there are of another adapter.
+    """
+    if Path(path).is_dir() and not (Path(path) / EXPORTED).is_file():
+        path = str(newest_checkpoint(Path(path)))
+    state = read_projector(path)
+    own = {key: value.shape for key, value in adapter.state_dict().items()}
+    given = {key: value.shape for key, value in state.items()}
+    if own != given:
+        raise ValueError(
+            f"model.adapter_weights={path}: the adapter there is {given}, this config builds {own}. "
+            "Set model.adapter, its input_norm (none for another project's adapter), model.vision and "
+            "model.llm to those it was trained with."
+        )
+    adapter.load_state_dict(state)
+
+
 def read_projector(path: str | Path) -> dict[str, Tensor]:
-    """Reads an adapter's weights as a state dict of `adapters.Adapter`.
+    """Reads an adapter's weights as a state dict of an `Adapter`.
 
     Args:
         path: A ``.safetensors`` file, one that ``torch.load`` reads (plain values and tensors only), or an
@@ -50,8 +75,8 @@ def read_projector(path: str | Path) -> dict[str, Tensor]:
 
     Returns:
         A checkpoint or export of this project: its adapter, unchanged. Any other: float32
-        ``project.weight`` [D_l, D_v] and ``project.bias`` [D_l] (kind ``linear``), or the same under
-        ``project.0.`` and ``project.2.`` (kind ``mlp``); a missing bias is zero. ``calibrated`` is true,
+        ``project.weight`` [D_l, D_v] and ``project.bias`` [D_l] (`Linear`), or the same under
+        ``project.0.`` and ``project.2.`` (`MLP`); a missing bias is zero. ``calibrated`` is true,
         so that the published scale is kept; there is no input norm (``input_norm: none``).
 
     Raises:

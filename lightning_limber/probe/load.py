@@ -13,7 +13,7 @@ from lightning_limber.probe import sanity_check
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.explanations import Descriptions
 from lightning_limber.probe.passes import Probe
-from lightning_limber.probe.saes import chunks_on_device, load_saes, suite_folder
+from lightning_limber.probe.saes import chunks_on_device, load_saes, release_folder
 
 
 def build_probe(
@@ -34,7 +34,7 @@ def build_probe(
         FileNotFoundError: see `load_saes`.
         ValueError: see `load_saes`, `sanity_check.check` and `Probe`.
     """
-    folder = suite_folder(config.sae_release)
+    folder = release_folder(config.sae_release)
     saes = load_saes(config.sae_release, config.sae_id, config.layers, model.llm)
     if config.sae_memory_gb is None:
         for sae in saes.values():

@@ -63,13 +63,13 @@ def matching_latents(
 
 
 def patch_maps(probe: Probe, batch: Batch, layer: int) -> list[list[PatchMap]] | None:
-    """`matching_latents` of a batch's images at one layer; None where their tokens are no square grid."""
+    """`matching_latents` of a batch's images at one layer; None where tokens are no places in it."""
+    grid = probe.model.token_grid
+    if grid is None:
+        return None
     hook = next(name for name, at in probe.layers.items() if at == layer)
     found: dict[str, Tensor] = {}
     probe.latents(probe.model.image_tokens(batch), found.__setitem__, [hook])
     latents = found[hook].nan_to_num()  # [B, P, K]
-    side = math.isqrt(latents.shape[1])
-    if latents.shape[1] - side**2 > 1:  # One more is the encoder's class token, which comes first.
-        return None
     known, limit = probe.descriptions[hook], probe.config.max_text_density
-    return matching_latents(known, latents[:, -(side**2) :], batch.captions, limit)
+    return matching_latents(known, latents[:, -math.prod(grid) :], batch.captions, limit)

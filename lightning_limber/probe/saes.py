@@ -23,28 +23,27 @@ from lightning_limber.utils.hub import from_hub
 warnings.filterwarnings("ignore", message=".*Sparse CSR tensor support is in beta")
 
 
-SUITE_PREFIX = "suite:"
-
-
-SUITES = ASSETS / "saes"
+SHIPPED = ASSETS / "saes"
+SHIPPED_PREFIXES = ("shipped:", "suite:")
+"""Before the name of a release that ships with this package; the second is the former one."""
 
 
 def find_saes(release: str, sae_id: str, layers: list[int] | None) -> tuple[Path | None, list[str]]:
     """The release's folder (None: SAELens' registry) and the id of each layer's SAE, in order of layers.
 
     Args:
-        release: A SAELens release, a folder of SAELens folders, or ``suite:NAME`` for one that ships
+        release: A SAELens release, a folder of SAELens folders, or ``shipped:NAME`` for one that ships
             with this package.
         sae_id: Id (or folder) of each SAE with ``{layer}`` in it: ``layer_{layer}/width_16k/canonical``.
         layers: Which layers; null takes every layer that has an SAE.
 
     Raises:
-        FileNotFoundError: the folder or the suite does not exist.
+        FileNotFoundError: the folder does not exist, or no such release ships.
         ValueError: no such release or id.
     """
     if "{layer}" not in sae_id:
         raise ValueError(f"probe.sae_id={sae_id!r} needs {{layer}} in it.")
-    folder = suite_folder(release)
+    folder = release_folder(release)
     ids = folder_ids(folder) if folder else list(registry_entry(release).saes_map)
     pattern = re.compile(re.escape(sae_id).replace(re.escape("{layer}"), r"(\d+)"))
     matches = {int(match[1]): name for name in ids if (match := pattern.fullmatch(name))}
@@ -158,12 +157,12 @@ def chunks_on_device(
             sae.to("cpu")
 
 
-def suite_folder(release: str) -> Path | None:
+def release_folder(release: str) -> Path | None:
     """The folder that a release names, or None when SAELens knows it by name."""
-    if release.startswith(SUITE_PREFIX):
-        folder = SUITES / release.removeprefix(SUITE_PREFIX)
+    if release.startswith(SHIPPED_PREFIXES):
+        folder = SHIPPED / release.partition(":")[2]
         if not folder.is_dir():
-            known = [SUITE_PREFIX + path.name for path in SUITES.iterdir() if path.is_dir()]
+            known = [f"shipped:{path.name}" for path in SHIPPED.iterdir() if path.is_dir()]
             raise FileNotFoundError(f"'{release}' does not ship with this package: {known}.")
         return folder
     folder = Path(release).expanduser()

@@ -2,10 +2,10 @@
 
 An SAE on the wrong layer, a hook that is off by one, a BOS that is missing or embeddings on another
 scale spoil every number of the probe without a word. So before anything is trained, a few pages of
-plain English (`plain_text.txt`, held-out documents of the shipped suite's corpus) go through the LLM and
+plain English (`plain_text.txt`, held-out documents of the shipped SAEs' corpus) go through the LLM and
 the SAEs, and `fvu` and `l0` are held against what is known of each SAE:
 
-    a suite with a card      the same two numbers on the same text, written into the card when it was
+    a release with a card    the same two numbers on the same text, written into the card when it was
                              scored (`python -m lightning_limber.sae_training evaluate --write true`)
     a SAELens release        the l0 that it publishes
     anything else            nothing is known but that an SAE must beat half of the variance
@@ -45,7 +45,7 @@ CONTEXT_SIZE = 128
 Policy = Literal["stop", "warn", "off"]
 
 L0_RATIO_OWN, FVU_RATIO_OWN = 1.1, 1.1
-"""Allowed against a card. On the shipped suite bf16 moves both by less than a hundredth, a missing BOS
+"""Allowed against a card. On the shipped SAEs bf16 moves both by less than a hundredth, a missing BOS
 takes fvu up to 1.18 times its value (layer 3), and a layer off by one to at least 1.39 times."""
 L0_RATIO_PUBLISHED = 3.0
 """Published l0 is of other text: Venhoff et al. (arXiv 2506.11976) read up to 2.4 times Gemma Scope's
@@ -167,7 +167,7 @@ def measure_once(
 
 
 def expected(release: str, folder: Path | None, sae_ids: dict[str, str]) -> dict[str, dict[str, float]]:
-    """What is known of each SAE: a suite's card, or SAELens' registry; {} where nothing is.
+    """What is known of each SAE: a release's card, or SAELens' registry; {} where nothing is.
 
     Args:
         release: As in `load_saes`.

@@ -94,7 +94,7 @@ def describe_release(
     """Describes every latent of a release from held-out text, and prints some with their contexts.
 
     Args:
-        release: Folder of a release, or the name of one that ships (`suite:NAME`).
+        release: Folder of a release, or the name of one that ships (`shipped:NAME`).
         text: The corpus; its held-out documents are used.
         bf16: bf16 matrix products in the LLM.
         context_size: Longest context in tokens.
@@ -196,39 +196,29 @@ def describe(firings: Firings, hook: str, sae: Any, llm: LLM, model_id: str) -> 
 
     A latent that fires only on the scoring half is described by what it promotes alone.
     """
-    fires = firings.fires[hook]
+    fires, half = firings.fires[hook], firings.half
     density = np.asarray((fires > 0).mean(0))[0]
-    active = _clear(fires, firings.half)
-    learn, test = active[firings.half], active[~firings.half]
-    evidence = {
-        kind: (matrix[firings.half].tocsc(), matrix[~firings.half].tocsc())
-        for kind, matrix in firings.of_kind.items()
-    }
-    chosen = {kind: _choose(learn, seen) for kind, (seen, _) in evidence.items()}
+    active = _clear(fires, half)
+    learn, test = active[half].tocsc(), active[~half].tocsc()
+    seen = {kind: matrix[half].tocsc() for kind, matrix in firings.of_kind.items()}
+    unseen = {kind: matrix[~half].tocsc() for kind, matrix in firings.of_kind.items()}
+    chosen = {kind: _choose(active[half], matrix) for kind, matrix in seen.items()}
     promoted = _promoted(sae, llm, set(firings.words))
-    source = f"{hook.split('.')[1]}-res-limber"
-
-    n_test = np.asarray(test.sum(0))[0]
-    learn, test = learn.tocsc(), test.tocsc()
     for latent in np.flatnonzero(density).tolist():
-        precision = {
-            kind: _predicts(evidence[kind][0], *chosen[kind][latent], _column(learn, latent))[1]
-            for kind in KINDS
-        }
+        learned, tested = _column(learn, latent), _column(test, latent)
+        precision = {kind: _predicts(seen[kind], *chosen[kind][latent], learned)[1] for kind in KINDS}
         best = max(KINDS, key=precision.__getitem__)
         words, weight = chosen[best][latent]
-        score = None
-        if n_test[latent] >= 5:
-            score = round(_predicts(evidence[best][1], words, weight, _column(test, latent))[0], 3)
+        auroc, _ = _predicts(unseen[best], words, weight, tested)
         named = ", ".join(firings.words[word] for word in words) or "no word in particular"
         yield Explanation(
             model_id=model_id,
-            layer=source,
+            layer=f"{hook.split('.')[1]}-res-limber",
             index=latent,
             description=f"{best}: {named} | promotes: {', '.join(promoted[latent]) or '-'}",
             explainer=EXPLAINER,
             density=float(f"{density[latent]:.3g}"),
-            score=score,
+            score=round(auroc, 3) if len(tested) >= 5 else None,
         )
 
 
@@ -264,25 +254,20 @@ def _words(tokens: list[str]) -> list[tuple[int, str]]:
 
 
 def _evidence(tokens: list[str], words: list[tuple[int, str]], position: int) -> dict[str, list[str]]:
-    """What a reader sees at one position of a context, a list of words a kind."""
+    """What a reader sees at one position of a context, a list of words a kind; forms are in brackets."""
     number, word = words[position]
     past = [w for _, w in dict.fromkeys(words[max(1, position - 3 * WINDOW) : position + 1])]
-    following = words[position + 1 :][:1]
+    token = tokens[position].strip()
+    forms = ["(number)"] if token.isdigit() else []
+    forms += ["(capital letter)"] if token[:1].isupper() else []
+    forms += ["(inside a word)"] if words[position - 1][0] == number else []
+    forms += [f"(-{e})" for e in ENDINGS if len(word) > len(e) + 2 and word.endswith(e)]
     return {
-        "on": [word, *_forms(tokens[position], word, inside=words[position - 1][0] == number)],
+        "on": [word, *forms],
         "after": past[-2:-1],
-        "before": [w for _, w in following],
+        "before": [w for _, w in words[position + 1 :][:1]],
         "near": sorted(set(past[-WINDOW:])),
     }
-
-
-def _forms(token: str, word: str, inside: bool) -> list[str]:
-    """Forms of a token, in brackets: number, capital letter, inside a word, and common endings."""
-    text = token.strip()
-    found = ["(number)"] if text.isdigit() else []
-    found += ["(capital letter)"] if text[:1].isupper() else []
-    found += ["(inside a word)"] if inside else []
-    return found + [f"(-{e})" for e in ENDINGS if len(word) > len(e) + 2 and word.endswith(e)]
 
 
 def _matrices(seen: list[dict[str, list[str]]]) -> tuple[list[str], dict[str, sparse.csr_matrix]]:
@@ -295,14 +280,11 @@ def _matrices(seen: list[dict[str, list[str]]]) -> tuple[list[str], dict[str, sp
     ]
     table = pd.DataFrame(cells, columns=["kind", "token", "word"])
     table["column"], words = pd.factorize(table["word"])
-    shape = (len(seen), len(words))
-    of_kind = {
-        kind: sparse.csr_matrix(
-            (np.ones(len(part), np.float32), (part["token"], part["column"])), shape=shape
-        )
-        for kind in KINDS
-        for part in [table[table["kind"] == kind]]
-    }
+    of_kind = {}
+    for kind, part in table.groupby("kind"):
+        values = np.ones(len(part), np.float32)
+        cells_of_kind = values, (part["token"], part["column"])
+        of_kind[kind] = sparse.csr_matrix(cells_of_kind, shape=(len(seen), len(words)))
     return list(words), of_kind
 
 

@@ -30,7 +30,7 @@ from lightning_limber.models import activations
 from lightning_limber.models.llm import LLM
 from lightning_limber.probe import sanity_check
 from lightning_limber.probe.metrics.geometry import reconstruction_metrics
-from lightning_limber.probe.saes import load_saes, suite_folder
+from lightning_limber.probe.saes import load_saes, release_folder
 from lightning_limber.probe.token_stats import TokenStats
 from lightning_limber.sae_training.corpus import read_texts
 from lightning_limber.sae_training.train import CARD
@@ -52,7 +52,7 @@ def evaluate_release(
     """Scores a release on held-out text by our definitions and by SAELens' evals.
 
     Args:
-        release: Folder of a release, or the name of one that ships (`suite:NAME`).
+        release: Folder of a release, or the name of one that ships (`shipped:NAME`).
         text: The corpus; its held-out documents are used.
         bf16: bf16 matrix products in the LLM.
         context_size: Longest context in tokens.
@@ -79,7 +79,7 @@ def evaluate_release(
 
 def load_release(release: str, text: str, bf16: bool, max_tokens: int) -> tuple[Path, Any, LLM, Any, list]:
     """Folder, card, LLM and SAEs by hook name of a release, and enough held-out documents of a corpus."""
-    folder = suite_folder(release)
+    folder = release_folder(release)
     if folder is None or not (folder / CARD).exists():
         raise FileNotFoundError(f"{release} is no folder with a release of SAEs in it ({CARD})")
     card = json.loads((folder / CARD).read_text())

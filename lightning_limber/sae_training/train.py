@@ -302,14 +302,15 @@ def _progress(trainer: Any, batch: dict[str, Tensor]) -> str:
     return f"{trainer.n_training_samples:,} tokens, EV by layer " + ", ".join(scores)
 
 
-def _identity(config: TrainConfig) -> dict[str, Any]:
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """What a run that resumes must share."""
     return {k: v for k, v in asdict(config).items() if k not in ("out", "work")}
 
 
 def _write_state(work: Path, config: TrainConfig, state: dict[str, Any]) -> None:
     """Names the newest checkpoint, then removes older ones: an interruption loses neither."""
     temporary = work / "state.json.tmp"
-    temporary.write_text(json.dumps({"config": _identity(config), **state}, indent=1))
+    temporary.write_text(json.dumps({"config": _settings(config), **state}, indent=1))
     temporary.replace(work / "state.json")
     for old in work.glob("block_*"):
         if old.name != state["checkpoint"]:
@@ -317,13 +318,11 @@ def _write_state(work: Path, config: TrainConfig, state: dict[str, Any]) -> None
 
 
 def _read_state(work: Path, config: TrainConfig) -> dict[str, Any] | None:
-    path = work / "state.json"
-    if not path.exists():
+    if not (path := work / "state.json").exists():
         return None
     state = json.loads(path.read_text())
-    now = json.loads(json.dumps(_identity(config)))
-    changed = {k: (state["config"].get(k), now[k]) for k in now if state["config"].get(k) != now[k]}
-    if changed:
+    then, now = state["config"], json.loads(json.dumps(_settings(config)))
+    if changed := {k: (then.get(k), now[k]) for k in now if then.get(k) != now[k]}:
         raise ValueError(
             f"{work} holds checkpoints of a run with other settings (then, now): {changed}. Take the "
             "same settings to go on with it, or another --work folder to start anew"

@@ -112,11 +112,11 @@ def _card(checkpoint: dict[str, Any], trained: Trained, logged: dict[str, float]
     }
     if on_hub:
         head["base_model"] = on_hub
-    adapter = model["adapter"]
+    adapter = model["adapter"]["class_path"].rpartition(".")[2]
     parameters = sum(value.numel() for key, value in trained.weights.items() if key.startswith("project"))
     lines = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {adapter['kind']} adapter from {vision} to {llm}",
+        f"# {adapter} adapter from {vision} to {llm}",
         "An adapter, trained on captions, that turns patch features of a frozen vision encoder into input "
         "tokens of a frozen language model. Neither model was changed; their weights are not in this "
         f"repository. {parameters:,} parameters.",

@@ -206,7 +206,7 @@ def make_plan(
     prompt = rehearsal.prefix_tokens + rehearsal.text_tokens - captions * caption_tokens
     times = f"{captions} x " if captions > 1 else ""
     lines = [
-        f"{model.hparams['vision']['name']} -> {model.adapter_config.kind} -> {model.hparams['llm']}",
+        f"{model.hparams['vision']['name']} -> {type(model.adapter).__name__} -> {model.hparams['llm']}",
         f"{trainer.precision}, attention: {model.llm.model.config._attn_implementation}",
         f"a sequence: {rehearsal.image_tokens} image + {times}{caption_tokens} caption "
         f"(--caption_tokens) + {prompt} prompt tokens",

@@ -3,7 +3,8 @@
     {"image": "cat.png", "caption": "a cat .", "log_probability": -3.2, "tokens": 5}
     {"image": "half.png", "error": "image file is truncated"}
 
-With ``--latents true`` a line also has the grid of image tokens, [rows, columns], and by layer the latents
+With ``--latents true`` a line also has the grid of image tokens, [rows, columns] (null where they are no
+places in the image), and by layer the latents
 that the SAEs find strongest in the image (top_latents, max_text_density, outlier_factor: the probe's):
 
     "grid": [4, 4], "latents": {"18": [{"latent": 7, "description": "red", "density": 0.01,
@@ -161,7 +162,8 @@ def image_latents(probe: Probe, batch: Batch) -> list[dict[str, Any]]:
             latents[i][str(hook_layer(name))] = _strongest(probe, name, of_image)
 
     probe.latents(probe.model.image_tokens(batch), read)
-    return [{"grid": list(probe.model.token_grid), "latents": of_image} for of_image in latents]
+    grid = probe.model.token_grid
+    return [{"grid": grid and list(grid), "latents": of_image} for of_image in latents]
 
 
 def _strongest(probe: Probe, name: str, found: Tensor) -> list[dict[str, Any]]:

@@ -29,7 +29,6 @@ from torch.utils._pytree import tree_leaves
 from lightning_limber.data.collate import Batch
 from lightning_limber.data.layout import Parts, lay_out
 from lightning_limber.data.prompt import Prompt, Text
-from lightning_limber.models.adapters import Adapter
 from lightning_limber.models.limber import Limber, _blank_image
 from lightning_limber.utils.flops import FlopCounter
 
@@ -137,8 +136,8 @@ class Rehearsal:
         self._pixels = model.vision.transform(_blank_image())  # [3, H, W]
         with torch.device("meta"):
             features = model.vision(self._pixels[None].to("meta"))
-            model.adapter = Adapter(model.adapter_config, features.shape[-1], model.llm.hidden_size)
-            self.image_tokens = model.adapter(features).shape[1]
+            model.adapter = model.make_adapter(features.shape[-1], model.llm.hidden_size)
+            self.image_tokens = model.adapter.count_tokens(features)
         model._check_length(self.image_tokens)
         self.prefix_tokens = len(self._prefix_ids)
         self.text_tokens = sum(len(text.ids) for text in self._texts)

@@ -26,6 +26,7 @@ import yaml
 
 from lightning_limber.assets import ASSETS
 from lightning_limber.probe import palette
+from lightning_limber.utils.adapter_config import upgrade_adapter
 
 SCALARS = ("train/", "val/", "captions/", "captions_chance/", "probe_seconds/", "memory/", "flops/")
 MAX_POINTS = 200
@@ -217,29 +218,34 @@ def thin(points: Sequence[tuple[int, float]], count: int = MAX_POINTS) -> list[t
 
 def summary(config: dict[str, Any]) -> dict[str, str]:
     """What was trained on what, in a reader's words; settings that a config lacks are left out."""
+    if adapter := config.get("model", {}).get("adapter"):
+        config = {**config, "model": {**config["model"], "adapter": upgrade_adapter(adapter)}}
 
     def get(path: str, value: Any = config) -> Any:
         for name in path.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         return value
 
-    def options(path: str, names: str) -> str:
-        found = {name: get(f"{path}.{name}") for name in names.split()}
+    def options(path: str, names: str | None = None) -> str:
+        found = {name: get(f"{path}.{name}") for name in (names or " ".join(get(path) or ())).split()}
         return ", ".join(
-            str(value) if name in ("name", "kind", "sae_release", "max_steps") else f"{name} {value}"
+            str(value) if name in ("name", "sae_release", "max_steps") else f"{name} {value}"
             for name, value in found.items()
             if value not in (None, False)
         )
 
-    data = str(get("data.class_path") or "").rpartition(".")[2]
+    def with_class(path: str, names: str | None = None) -> str:
+        name = str(get(f"{path}.class_path") or "").rpartition(".")[2]
+        return ", ".join(filter(None, (name, options(f"{path}.init_args", names))))
+
     sources = "root annotations images shards path name train_size val_size"
     lines = {
         "vision encoder": options("model.vision", "name image_size layer pool"),
         "LLM": str(get("model.llm") or ""),
-        "adapter": options("model.adapter", "kind input_norm dropout"),
+        "adapter": with_class("model.adapter"),
         "started from": str(get("model.adapter_weights") or ""),
         "prompt": str(get("model.prompt") or ""),
-        "data": ", ".join(filter(None, (data, options("data.init_args", sources)))),
+        "data": with_class("data", sources),
         "batch": options("data.init_args", "batch_size captions_per_image"),
         "optimiser": options("model.optimizer", "lr min_lr_ratio warmup_steps weight_decay"),
         "steps": options("trainer", "max_steps accumulate_grad_batches gradient_clip_val precision"),

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 import sys
 from argparse import Action
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import DefaultHelpFormatter, _typehints
 from jsonargparse._actions import _ActionConfigLoad
 from jsonargparse._common import defaults_cache
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_limber.utils.adapter_config import upgrade_args
 from lightning_limber.utils.config_files import config_with
 
 
@@ -72,6 +74,8 @@ class Formatter(DefaultHelpFormatter):
             return ""
         defaults: Any = defaults_cache.get() or {}
         given = defaults.get(action.dest, action.default)
+        if _typehints.is_subclass_spec(given):
+            given = given["class_path"].rpartition(".")[2]
         # ${...trainer.max_steps} is how a config names another setting.
         return (
             "null" if given is None else re.sub(r"\$\{\.*([\w.]+)\}", r"\1", str(given)).replace("%", "%%")
@@ -97,7 +101,7 @@ class Formatter(DefaultHelpFormatter):
 
 def _is_shown(action: Action) -> bool:
     """Whether ``--help`` has the option; ``--model FILE``, ``--....help`` and old names make it longer."""
-    is_help = action.dest.endswith(".help") and action.dest != "data.help"
+    is_help = action.dest.endswith(".help") and action.dest not in ("data.help", "model.adapter.help")
     is_old = (action.help or "").startswith("Old name")
     return not (is_help or is_old or isinstance(action, _ActionConfigLoad))
 
@@ -115,10 +119,9 @@ class Parser(LightningArgumentParser):
         before = [(group, group.title, group._group_actions) for group in groups]
         for group in groups:
             group._group_actions = [action for action in group._group_actions if _is_shown(action)]
-            names = {action.dest.rpartition(".")[0] for action in group._group_actions}
-            name = (
-                "data" if "data" in {action.dest for action in group._group_actions} else max(names or {""})
-            )
+            dests = {action.dest for action in group._group_actions}
+            names = {"data"} & dests or {dest.rpartition(".")[0] for dest in dests if "." in dest}
+            name = min(names, key=len, default="")
             if name:
                 group.title = f"{name}: {group.title}"
             if group._group_actions:
@@ -130,6 +133,15 @@ class Parser(LightningArgumentParser):
             self._action_groups = groups
             for group, title, actions in before:
                 group.title, group._group_actions = title, actions
+
+    def parse_args(self, args: Sequence[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        args = list(sys.argv[1:] if args is None else args)
+        if self._subcommands_action:  # Not again for what a subcommand or a class gets.
+            try:
+                args = classes_first(upgrade_args(args))
+            except (ValueError, yaml.YAMLError) as error:
+                self.error(str(error))
+        return super().parse_args(args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exits with code 2 and one or two lines; the parser of a class inside another raises instead."""

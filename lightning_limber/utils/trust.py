@@ -68,7 +68,7 @@ def trusted_class(class_path: str, source: str | Path, key: str, named: Collecti
     raise ValueError(
         f"{source}: its config names '{class_path}' for {key}. A file may not choose a class outside "
         "lightning_limber by itself. If you trust it, name it in this command, as the run did: repeat "
-        f"the run's --config FILE, or give the flag --{key}."
+        f"the run's --config FILE, or give the flag --{key} {class_path}. In Python, import it first."
     )
 
 
@@ -156,7 +156,7 @@ class _Reader:
             parts.append(Any)
         if isinstance(value, str):
             self.text(kinds, value, key)
-        elif isinstance(value, dict) and "class_path" in value and not plain:
+        elif isinstance(value, dict) and "class_path" in value:
             self.class_spec(value, key)
         elif isinstance(value, (list, dict)):
             for name in range(len(value)) if isinstance(value, list) else value:

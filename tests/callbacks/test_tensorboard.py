@@ -108,7 +108,7 @@ def test_hyper_parameters_and_the_newest_scores_are_recorded(log):
     }
     settings = found["session_start_info"].session_start_info.hparams
     assert settings["model.optimizer.lr"].number_value == 0.02
-    assert settings["model.adapter.kind"].string_value == "linear"
+    assert settings["model.adapter.class_path"].string_value.endswith(".Linear")
     assert settings["data.batch_size"].number_value == 4
     assert "data.num_workers" not in settings  # Changes no number.
     assert "session_end_info" in found
@@ -268,7 +268,7 @@ def test_the_report_of_a_real_run(folder, cli):
     report([str(folder), "-o", "out.html"])
     run = read_run(folder)
     assert run["epochs"] == [0, 1]
-    assert run["summary"]["adapter"].startswith("linear")
+    assert run["summary"]["adapter"].startswith("Linear")
     assert "Scenes" in run["summary"]["data"]
     assert {"train/loss", "val/loss", "captions/all", "memory/peak_gb", *FLOPS} <= set(run["scalars"])
     history = cli.trainer.callbacks[0].history[1]

@@ -4,12 +4,10 @@ import types
 
 import pytest
 import tiny
-import torch
 
 from lightning_limber.data.collate import Collator, choose_captions
 from lightning_limber.data.prompt import CAPTION_QUESTION, Prompt
 from lightning_limber.data.records import Record
-from lightning_limber.models.adapters import Adapter, AdapterConfig
 from lightning_limber.models.llm import LLM
 
 CAPTION = "a red circle ."
@@ -116,38 +114,6 @@ def test_choice_of_captions():
     assert draws == [tuple(choose_captions(record, 2, (0, epoch))) for epoch in range(50)]
     assert all(len(set(draw)) == 2 for draw in draws)
     assert {name for draw in draws for name in draw} == set(captions)
-
-
-# -- adapters ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["linear", "mlp", "pixel_shuffle"])
-@pytest.mark.parametrize("input_norm", ["none", "layer", "channel"])
-def test_calibrated_output_has_the_norm_of_token_embeddings(kind, input_norm):
-    torch.manual_seed(0)
-    adapter = Adapter(AdapterConfig(kind=kind, input_norm=input_norm), 24, 32)
-    features = 50 * torch.randn(4, 16, 24) + 7
-    adapter.calibrate(features, torch.tensor(3.2))
-    tokens = adapter(features)
-    assert tokens.shape == (4, 4 if kind == "pixel_shuffle" else 16, 32)
-    assert float(tokens.norm(dim=-1).mean()) == pytest.approx(3.2, rel=1e-5)
-    if input_norm == "channel":
-        normed = adapter.input_norm(features).flatten(0, 1)
-        torch.testing.assert_close(normed.mean(0), torch.zeros(24), atol=1e-4, rtol=0)
-        torch.testing.assert_close(normed.std(0), torch.ones(24), atol=1e-4, rtol=0)
-
-
-def test_pixel_shuffle_merges_neighbours():
-    adapter = Adapter(AdapterConfig(kind="pixel_shuffle"), 1, 8)
-    merged = adapter.project[0](torch.arange(16.0).view(1, 16, 1))
-    assert merged[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
-    with pytest.raises(ValueError, match=r"divides by adapter\.shuffle=2; the encoder gives 9"):
-        adapter(torch.zeros(1, 9, 1))
-
-
-def test_wrong_kind():
-    with pytest.raises(ValueError, match="allowed are kind in"):
-        Adapter(AdapterConfig(kind="conv"), 1, 1)  # type: ignore[arg-type]
 
 
 # -- conversations ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_limber.models.adapter_weights import read_projector
-from lightning_limber.models.adapters import Adapter, AdapterConfig
+from lightning_limber.models.adapters import MLP, Adapter, Linear, PixelShuffle
 
 VISION, LLM = 12, 8
 OTHERS = {"model.layers.0.mlp.up_proj.weight": (5, 5), "lm_head.weight": (4, LLM)}
@@ -35,9 +35,9 @@ def write(weights: dict, path) -> str:
     return str(path)
 
 
-def forward(path: str, kind: str, features: torch.Tensor) -> torch.Tensor:
+def forward(path: str, kind: type[Adapter], features: torch.Tensor) -> torch.Tensor:
     """[B, P, VISION] -> [B, P, LLM] by this project's adapter with the weights of `path`."""
-    adapter = Adapter(AdapterConfig(kind=kind, dropout=0.5), VISION, LLM).eval()
+    adapter = kind(VISION, LLM, dropout=0.5).eval()
     adapter.load_state_dict(read_projector(path))
     assert adapter.calibrated, "an uncalibrated adapter would be rescaled before the first step"
     return adapter(features)
@@ -64,7 +64,7 @@ def test_linear(prefix, others, suffix, features, tmp_path):
     weights = linear(prefix) | {key: random(*shape) for key, shape in others.items()}
     expected = features @ weights[f"{prefix}weight"].T + weights[f"{prefix}bias"]
     path = write(weights, tmp_path / f"weights.{suffix}")
-    torch.testing.assert_close(forward(path, "linear", features), expected)
+    torch.testing.assert_close(forward(path, Linear, features), expected)
 
 
 @pytest.mark.parametrize("prefix", ["", "proj.", "some.where.else."])  # "": LiMBeR's proj.ckpt
@@ -72,7 +72,7 @@ def test_linear_alone_in_its_file(prefix, features, tmp_path):
     weights = linear(prefix)
     expected = features @ weights[f"{prefix}weight"].T + weights[f"{prefix}bias"]
     path = write(weights, tmp_path / "proj.ckpt")
-    torch.testing.assert_close(forward(path, "linear", features), expected)
+    torch.testing.assert_close(forward(path, Linear, features), expected)
 
 
 @pytest.mark.parametrize("others", [{}, OTHERS], ids=["alone", "among others"])
@@ -91,7 +91,7 @@ def test_mlp(names, model, others, features, tmp_path):
     hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
     expected = hidden @ weights[f"{second}weight"].T + weights[f"{second}bias"]
     path = write(weights, tmp_path / "mm_projector.bin")
-    torch.testing.assert_close(forward(path, "mlp", features), expected)
+    torch.testing.assert_close(forward(path, MLP, features), expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -112,9 +112,9 @@ def test_transformers_llava(bias, features, tmp_path):
         torch.nn.init.normal_(parameter)
     expected = projector(features)
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(forward(tmp_path / "model.safetensors", "mlp", features), expected)
+    torch.testing.assert_close(forward(tmp_path / "model.safetensors", MLP, features), expected)
     path = write(model.state_dict(), tmp_path / "memory.pt")
-    torch.testing.assert_close(forward(path, "mlp", features), expected)
+    torch.testing.assert_close(forward(path, MLP, features), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -129,7 +129,7 @@ def test_16_bit_weights_become_float32_and_a_missing_bias_zero(dtype, suffix, tm
 
 
 def test_a_checkpoint_of_this_project_comes_back_unchanged(tmp_path):
-    adapter = Adapter(AdapterConfig(kind="pixel_shuffle", input_norm="channel"), VISION, LLM)
+    adapter = PixelShuffle(VISION, LLM, input_norm="channel")
     saved = {f"adapter.{key}": value for key, value in adapter.state_dict().items()}
     path = write({"lightning_limber": {"version": "1"}, "state_dict": saved}, tmp_path / "last.ckpt")
     state = read_projector(path)

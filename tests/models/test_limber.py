@@ -11,7 +11,7 @@ import torch
 from scenes import mixed_records
 
 from lightning_limber.data.scenes import SceneSet
-from lightning_limber.models.adapters import AdapterConfig
+from lightning_limber.models.adapters.spec import adapter_spec
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber, OptimizerConfig, lr_factor
 from lightning_limber.models.vision import VisionConfig, VisionEncoder
@@ -236,9 +236,9 @@ def test_generation_is_the_llms_own_greedy_continuation(model):
         assert written[row] == model.llm.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def test_adapter_config_survives_the_hyper_parameters(model):
+def test_the_adapter_survives_the_hyper_parameters(model):
     again = Limber(**model.hparams)
-    assert again.adapter_config == AdapterConfig()
+    assert adapter_spec(again.make_adapter) == adapter_spec(model.make_adapter) == model.hparams["adapter"]
     assert again.vision.config == model.vision.config
 
 

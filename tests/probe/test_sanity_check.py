@@ -136,7 +136,7 @@ def test_policies(models, suite, capsys):
     check(llm, suite, policy="off")
     assert capsys.readouterr().out == ""
     check(llm, suite, policy="warn")
-    assert "do not do on plain text what is known of them" in capsys.readouterr().out
+    assert "do not behave on plain text as is known of them" in capsys.readouterr().out
 
 
 def test_the_run_stops_before_it_trains(fit, suite, tmp_path):

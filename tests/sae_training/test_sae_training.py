@@ -1,9 +1,11 @@
-"""The SAE suite on tiny random models: corpus, training, scores, descriptions, Neuronpedia files."""
+"""SAEs of tiny random models: corpus, training, scores, descriptions, Neuronpedia files."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -117,23 +119,23 @@ def _config(llm_folder: Path, text: Path, folder: Path, **changed) -> TrainConfi
 
 
 @pytest.fixture(scope="module")
-def suite(llm_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(_config(llm_folder, text, tmp_path_factory.mktemp("suite")))
+def release(llm_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(_config(llm_folder, text, tmp_path_factory.mktemp("release")))
 
 
-def _saes(suite: Path) -> dict:
+def _saes(release: Path) -> dict:
     from sae_lens import SAE
 
-    return {name: SAE.load_from_disk(suite / name, device="cpu").float() for name in HOOKS}
+    return {name: SAE.load_from_disk(release / name, device="cpu").float() for name in HOOKS}
 
 
-def _weights(suite: Path) -> dict[str, torch.Tensor]:
+def _weights(release: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return {
         f"{name}/{key}": value
         for name in HOOKS
-        for key, value in load_file(suite / name / "sae_weights.safetensors").items()
+        for key, value in load_file(release / name / "sae_weights.safetensors").items()
     }
 
 
@@ -214,14 +216,14 @@ def test_counted_leaves_out_position_0_padding_and_sinks() -> None:
 # --- training -------------------------------------------------------------------------------------
 
 
-def test_suite_loads_with_saelens_alone_in_16_bits(suite: Path) -> None:
-    weights = _weights(suite)
+def test_release_loads_with_saelens_alone_in_16_bits(release: Path) -> None:
+    weights = _weights(release)
     assert {value.dtype for value in weights.values()} == {torch.float16}
-    for name, sae in _saes(suite).items():
+    for name, sae in _saes(release).items():
         assert sae.cfg.architecture() == "jumprelu"
         assert sae.cfg.metadata.hook_name == name
         assert sae.cfg.metadata.prepend_bos is True
-    card = json.loads((suite / "card.json").read_text())
+    card = json.loads((release / "card.json").read_text())
     assert card["tokens_trained"] == 1280
     assert set(card["layers"]) == set(HOOKS)
 
@@ -242,25 +244,25 @@ def test_a_block_too_small_for_a_step_stops(llm_folder: Path, text: Path, tmp_pa
         train(_config(llm_folder, text, tmp_path, block_contexts=1))
 
 
-def test_saved_threshold_lets_about_k_latents_fire(llm: LLM, text: Path, suite: Path) -> None:
+def test_saved_threshold_lets_about_k_latents_fire(llm: LLM, text: Path, release: Path) -> None:
     contexts = _heldout(llm, text)
     medians, _, _ = activations.median_norms(llm, contexts, HOOKS, 256)
-    for score in evaluate.reconstruction(llm, _saes(suite), medians, contexts).values():
+    for score in evaluate.reconstruction(llm, _saes(release), medians, contexts).values():
         assert 2 < score["l0"] < 6
 
 
 def test_one_seed_gives_equal_weights_and_another_does_not(
-    llm_folder: Path, text: Path, suite: Path, tmp_path: Path
+    llm_folder: Path, text: Path, release: Path, tmp_path: Path
 ) -> None:
     again = _weights(train(_config(llm_folder, text, tmp_path / "again")))
     other = _weights(train(_config(llm_folder, text, tmp_path / "other", seed=1)))
-    for key, value in _weights(suite).items():
+    for key, value in _weights(release).items():
         assert torch.equal(value, again[key])
-    assert any(not torch.equal(value, other[key]) for key, value in _weights(suite).items())
+    assert any(not torch.equal(value, other[key]) for key, value in _weights(release).items())
 
 
 def test_interrupted_run_goes_on_exactly(
-    llm_folder: Path, text: Path, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llm_folder: Path, text: Path, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lightning_limber.sae_training.train import Blocks
 
@@ -279,7 +281,7 @@ def test_interrupted_run_goes_on_exactly(
     with pytest.raises(ValueError, match=r"'lr'"):
         train(_config(llm_folder, text, tmp_path, lr=0.1))
     resumed = _weights(train(config))
-    for key, value in _weights(suite).items():
+    for key, value in _weights(release).items():
         assert torch.equal(value, resumed[key])
 
 
@@ -316,8 +318,10 @@ def test_perfect_sae_scores_one_and_the_mean_scores_zero(llm: LLM, text: Path) -
         assert recovered["ce_recovered"] == pytest.approx(wanted, abs=1e-3)
 
 
-def test_scores_do_not_depend_on_batches_and_variance_is_numpys(llm: LLM, text: Path, suite: Path) -> None:
-    contexts, saes = _heldout(llm, text), _saes(suite)
+def test_scores_do_not_depend_on_batches_and_variance_is_numpys(
+    llm: LLM, text: Path, release: Path
+) -> None:
+    contexts, saes = _heldout(llm, text), _saes(release)
     medians, _, _ = activations.median_norms(llm, contexts, HOOKS, 256)
     small, large = (evaluate.reconstruction(llm, saes, medians, contexts, n)[HOOKS[1]] for n in (60, 4096))
     for key in ("explained_variance", "l0", "dead", "variance"):
@@ -331,11 +335,11 @@ def test_scores_do_not_depend_on_batches_and_variance_is_numpys(llm: LLM, text: 
     assert large["variance"] == pytest.approx(((x - x.mean(0)) ** 2).sum(1).mean(), rel=1e-5)
 
 
-def test_saelens_evals_agree_where_they_must(llm: LLM, text: Path, suite: Path) -> None:
+def test_saelens_evals_agree_where_they_must(llm: LLM, text: Path, release: Path) -> None:
     """Without sinks, explained variance, l0 and dead latents mean the same to SAELens and to us."""
     contexts = [c for c in _heldout(llm, text) if len(c) == 24][:16]
-    card = json.loads((suite / "card.json").read_text())
-    scores = evaluate.evaluate(llm, _saes(suite), card, contexts, saelens_tokens=16 * 24)
+    card = json.loads((release / "card.json").read_text())
+    scores = evaluate.evaluate(llm, _saes(release), card, contexts, saelens_tokens=16 * 24)
     for name in HOOKS:
         ours, theirs = scores[name]["same_text"], scores[name]["saelens"]
         for key in ("explained_variance", "l0", "dead"):
@@ -385,11 +389,11 @@ def test_words_join_their_tokens_and_marks_stand_alone() -> None:
     ]
 
 
-def test_every_live_latent_gets_a_row(llm: LLM, text: Path, suite: Path) -> None:
-    saes = _saes(suite)
+def test_every_live_latent_gets_a_row(llm: LLM, text: Path, release: Path) -> None:
+    saes = _saes(release)
     medians = {
         name: v["median_norm"]
-        for name, v in json.loads((suite / "card.json").read_text())["layers"].items()
+        for name, v in json.loads((release / "card.json").read_text())["layers"].items()
     }
     texts = list(read_texts(text, "heldout"))
     firings = describe.collect(llm, saes, medians, texts, 24)
@@ -469,3 +473,23 @@ def test_neuronpedia_ids_come_from_saelens_registry() -> None:
     assert found == "gemma-2-2b/20-gemmascope-res-16k"
     with pytest.raises(ValueError, match="no release 'nope'"):
         neuronpedia_id("nope", "x")
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+def test_commands_score_and_describe_a_release(release: Path, text: Path, tmp_path: Path, capsys) -> None:
+    """`--suite`, the former name of `--release`, is understood too."""
+    from lightning_limber.sae_training.__main__ import main
+
+    copy = Path(shutil.copytree(release, tmp_path / "release"))
+    common = [f"--text={text}", "--context_size=24", "--bf16=false", "--write=true"]
+    main(["evaluate", f"--suite={copy}", "--saelens_tokens=0", *common])
+    main(["describe", "--release", str(copy), "--show=1", *common])
+    output = capsys.readouterr().out
+    assert f"| {HOOKS[0]} |" in output
+    assert re.search(r"latent \d+, density", output)
+    for name, layer in json.loads((copy / "card.json").read_text())["layers"].items():
+        assert set(layer["gate"]) == {"median_norm", "variance", "fvu", "l0"}
+        rows = read_explanations(copy / "descriptions" / name)
+        assert layer["descriptions"]["described"] == len(rows) > 0

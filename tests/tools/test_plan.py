@@ -14,7 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_limber.data.records import Record
-from lightning_limber.models.adapters import AdapterConfig
+from lightning_limber.models.adapters import MLP, Adapter, Linear, PixelShuffle
+from lightning_limber.models.adapters.spec import adapter_from_spec
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.vision import VisionConfig
 from lightning_limber.tools.plan import probe_flops, sae_sizes, width_in_name
@@ -22,7 +23,6 @@ from lightning_limber.tools.rehearsal import Rehearsal
 from lightning_limber.utils.flops import CPU_ATTENTION
 
 IMAGES, CAPTION_TOKENS = 3, 12
-SUITE = "--probe.sae_release=suite:smollm2-135m-instruct", "--probe.sae_id=blocks.{layer}.hook_resid_post"
 
 
 def write_llm(folder: Path, architecture: str, **sizes) -> str:
@@ -46,12 +46,12 @@ def batch_of(model: Limber, images: int = IMAGES, **kwargs):
 
 
 def real_and_planned(
-    vision: str, llm: str, precision: str = "32-true", adapter: str = "linear"
+    vision: str, llm: str, precision: str = "32-true", adapter: type[Adapter] = Linear
 ) -> tuple[Limber, Rehearsal]:
     """The same model twice: loaded, and on fake tensors."""
 
     def limber() -> Limber:
-        return Limber(VisionConfig(vision), llm, AdapterConfig(adapter), "{bos}{image}the {caption}{eos}")
+        return Limber(VisionConfig(vision), llm, adapter, "{bos}{image}the {caption}{eos}")
 
     real = limber()
     real.configure_model()
@@ -76,10 +76,10 @@ def counted(function) -> int:
 @pytest.mark.parametrize(
     ("llm", "vision", "adapter"),
     [
-        ("llama", "dinov2", "linear"),
-        ("gemma2", "clip", "mlp"),
-        ("gpt2", "dinov2", "pixel_shuffle"),
-        ("gptj", "resnet", "linear"),
+        ("llama", "dinov2", Linear),
+        ("gemma2", "clip", MLP),
+        ("gpt2", "dinov2", PixelShuffle),
+        ("gptj", "resnet", Linear),
     ],
 )
 def test_flops_and_parameters_are_those_of_the_real_step(tmp_path, llm, vision, adapter):
@@ -232,7 +232,7 @@ def test_checkpoint_has_the_planned_size(models, fit):
         Limber(
             VisionConfig(**settings.vision.as_dict()),
             settings.llm,
-            AdapterConfig(**settings.adapter.as_dict()),
+            adapter_from_spec(settings.adapter.as_dict()),
         ),
         "32-true",
         CAPTION_TOKENS,

@@ -18,6 +18,7 @@ from process import REPO, run_cli
 from lightning_limber import load
 from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.adapter_weights import read_projector
+from lightning_limber.models.adapters import MLP, Linear, PixelShuffle
 from lightning_limber.models.generation import Caption, Decoding
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.vision import VisionConfig
@@ -474,16 +475,14 @@ def test_features(run, tmp_path):
 @pytest.mark.parametrize(
     ("vision", "adapter", "grid", "before"),
     [
-        ({"keep_cls": True}, {}, (4, 4), 1),
-        ({"pool": 2}, {}, (2, 2), 0),
-        ({}, {"kind": "pixel_shuffle"}, (2, 2), 0),
+        ({"keep_cls": True}, Linear, (4, 4), 1),
+        ({"pool": 2}, MLP, (2, 2), 0),
+        ({}, PixelShuffle, (2, 2), 0),
     ],
 )
 def test_grid_of_image_tokens(models, vision, adapter, grid, before):
-    from lightning_limber.models.adapters import AdapterConfig
-
     config = VisionConfig(str(models / "vision"), image_size=32, **vision)
-    model = Limber(config, str(models / "llm"), AdapterConfig(**adapter))
+    model = Limber(config, str(models / "llm"), adapter)
     model.configure_model()
     assert model.token_grid == grid
     assert image_tokens(model, pixels(model, 1)).shape[1] == before + grid[0] * grid[1]
