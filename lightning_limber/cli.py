@@ -20,7 +20,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_limber.__main__ import COMMANDS, program
 from lightning_limber.callbacks import CaptionSamples, Checkpoints, RunRecord, SAEProbe
 from lightning_limber.data import CaptionData
 from lightning_limber.models.frozen import cpu_multiplies_bfloat16
@@ -30,6 +29,7 @@ from lightning_limber.probe.config import in_present_form
 from lightning_limber.tools.predict import CaptionWriter, Images
 from lightning_limber.utils.adapter_config import upgrade_config
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
+from lightning_limber.utils.commands import COMMANDS, program
 from lightning_limber.utils.config_files import config_dir, default_experiment, find_configs, split_exports
 from lightning_limber.utils.parser import Parser, classes_first
 from lightning_limber.utils.trust import class_paths, read_config

