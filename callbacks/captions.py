@@ -44,7 +44,7 @@ class Captioned:
 
 
 class CaptionSamples(pl.Callback):
-    """Generates captions, logs them beside their images and scores them.
+    """Generate captions of held-out images, log them beside their images and score them.
 
     Scores against the images' own captions (see lightning_limber/captioning/scores.py) are logged as
     ``captions/{score}``: cider_d, bleu_4, rouge_l and, with a CLIP, clip_score and ref_clip_score. With
@@ -64,11 +64,11 @@ class CaptionSamples(pl.Callback):
     ``no_image``, ``captions_{writer}/{score}`` in the log, and in words in ``captions_baselines.json``.
 
     Args:
-        num_images: Held-out images that are captioned; 0 switches this off.
-        num_shown: How many of them are drawn.
-        max_new_tokens: Longest caption.
-        clip: Name or folder of a CLIP of transformers, such as ``openai/clip-vit-base-patch32`` (the one
-            that published CLIPScores come from); null leaves out the scores that need one.
+        num_images: Number of held-out images to caption; 0 switches this off.
+        num_shown: Number of captioned images to draw.
+        max_new_tokens: Longest caption, in tokens.
+        clip: Name or folder of a CLIP of transformers for CLIPScore, such as
+            ``openai/clip-vit-base-patch32`` (of published scores); null leaves these scores out.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from lightning_limber.utils.checkpoints import slurm_job
 
 
 class Checkpoints(Checkpoint):
-    """``last.ckpt`` every few steps and at the end of each epoch, and one file per epoch to keep.
+    """Save ``last.ckpt`` every few steps and at the end of each epoch, and keep one file per epoch.
 
     Files appear in ``checkpoints/`` of the run's folder, each whole or not at all (Lightning writes to
     the side and renames), so that a run that is killed while saving still has the one before.
@@ -27,8 +27,9 @@ class Checkpoints(Checkpoint):
     validation and probe the signal waits for their end: give it more seconds than they take.
 
     Args:
-        every_n_steps: Optimiser steps between two ``last.ckpt``; 0 saves at the end of epochs only.
-        keep_epochs: Also keep ``epoch_{n}.ckpt`` after epoch n (counted from 1).
+        every_n_steps: Number of optimiser steps between two savings of ``last.ckpt``; 0 saves it at the
+            end of epochs only.
+        keep_epochs: Keep ``epoch_{n}.ckpt`` after each epoch n (counted from 1) too.
     """
 
     def __init__(self, every_n_steps: int = 50, keep_epochs: bool = True) -> None:

@@ -1,6 +1,6 @@
 import sys
 
-from lightning_limber.commands import COMMANDS, HELP, program
+from lightning_limber.utils.commands import COMMANDS, HELP, program
 
 
 def main() -> None:

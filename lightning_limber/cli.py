@@ -21,7 +21,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_limber.callbacks import CaptionSamples, Checkpoints, RunRecord, SAEProbe
-from lightning_limber.commands import COMMANDS, program
 from lightning_limber.data import CaptionData
 from lightning_limber.models.frozen import cpu_multiplies_bfloat16
 from lightning_limber.models.generation import Decoding
@@ -30,6 +29,7 @@ from lightning_limber.probe.config import in_present_form
 from lightning_limber.tools.predict import CaptionWriter, Images
 from lightning_limber.utils.adapter_config import upgrade_config
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
+from lightning_limber.utils.commands import COMMANDS, program
 from lightning_limber.utils.config_files import config_dir, default_experiment, find_configs, split_exports
 from lightning_limber.utils.parser import Parser, classes_first
 from lightning_limber.utils.trust import class_paths, read_config
@@ -46,11 +46,14 @@ OPTIONS = {
     "ckpt_path": "Start from this checkpoint: a .ckpt file, a run's folder, or 'last' for the newest run. "
     "`fit` goes on where it stopped. The checkpoint's config takes the place of the experiment's.",
     "weights_only": "Read tensors and plain values only; null does so for files on this machine.",
+    "model.adapter.help": "Show the options of a class of adapters, such as MLP, and exit.",
     "data.help": "Show the options of a class of data, such as ImageFolder, and exit.",
     "data": "Where images and captions come from: Scenes, ImageFolder, CocoCaptions, LLaVAConversations, "
     "HuggingFaceCaptions, Shards, or a class of your own as my_module.MyData. Give its options as in "
     "--data.batch_size 8.",
 }
+METAVARS = {"ckpt_path": "PATH"} | dict.fromkeys(("data", "model.adapter"), "CLASS")
+METAVARS |= dict.fromkeys(("data.help", "model.adapter.help"), "CLASS")
 
 
 def default_precision(accelerator: str) -> str:
@@ -102,7 +105,7 @@ class LimberCLI(LightningCLI):
         parser.description = f"{COMMANDS[subcommand]} {LAYERS}"
         for action in parser._actions:
             action.help = OPTIONS.get(action.dest, action.help)
-            action.metavar = {"data": "CLASS", "ckpt_path": "PATH"}.get(action.dest, action.metavar)
+            action.metavar = METAVARS.get(action.dest, action.metavar)
         for group in parser._action_groups:
             if any(action.dest == "ckpt_path" for action in group._group_actions):
                 group.title = "where to start"

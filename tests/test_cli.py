@@ -110,6 +110,7 @@ def test_options_are_frozen(parse):
     assert found == {
         *(f"model.vision.{name}" for name in "name image_size pad_to_square layer keep_cls pool".split()),
         "model.adapter",
+        "model.adapter.help",
         *(f"model.optimizer.{name}" for name in "lr min_lr_ratio warmup_steps total_steps".split()),
         *(f"model.optimizer.{name}" for name in "weight_decay betas".split()),
         *(f"model.{name}" for name in "llm prompt max_caption_tokens adapter_weights".split()),

@@ -10,7 +10,7 @@ import pytest
 from process import REPO
 
 FLOORS = [
-    {"assets", "commands", "utils"},
+    {"assets", "utils"},
     {"data"},
     {"models"},
     {"probe"},

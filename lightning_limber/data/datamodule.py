@@ -20,17 +20,17 @@ class CaptionData(pl.LightningDataModule):
     """Images with captions, split into training and held-out.
 
     Args:
-        batch_size: Images in one training step, over all processes together.
-        val_batch_size: The same for held-out passes.
-        captions_per_image: Captions of an image used in one step; drawn anew each epoch.
-        num_workers: Loader processes (0: the main process). Does not change any number.
-        seed: Of the order of batches and the choice among captions.
-        length_window: Puts texts of like length into one batch, so that less is padding
+        batch_size: Number of images in a training batch, over all processes together.
+        val_batch_size: Number of images in a batch of held-out images, over all processes together.
+        captions_per_image: Number of an image's captions in one batch, drawn anew each epoch.
+        num_workers: Number of loader processes; 0 loads in the main process. Changes no result.
+        seed: Seed of the order of batches and of the choice among captions.
+        length_window: Put texts of like length into one batch, so that less is padding
             (``train/padding``): the records of this many consecutive batches are sorted by length, cut
             into batches, and these are shuffled. 0 switches it off.
-        max_bad_share: Records that cannot be read are left out, counted and named; more than this share
-            of them stop the run.
-        share_prefix: In training, the captions of one image share one sequence, [prefix | image |
+        max_bad_share: Stop the run when more than this share of the records cannot be read. Up to it,
+            they are left out, counted and named.
+        share_prefix: Put the captions of one training image into one sequence, [prefix | image |
             caption 1 | caption 2 | ...], in which each sees the image and itself only: the same loss,
             with the image's tokens computed once. False gives each caption a sequence of its own.
     """

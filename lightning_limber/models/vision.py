@@ -76,14 +76,14 @@ class VisionConfig:
     """Which vision encoder, and which of its features become image tokens.
 
     Attributes:
-        name: Hub name (of transformers or, ``timm/...``, of timm), local folder, or
-            ``wheel:dinov2-small``.
+        name: Name of the encoder: a hub name (of transformers or, as ``timm/...``, of timm), a local
+            folder, or ``wheel:dinov2-small``.
         image_size: Side of the square input in pixels; null keeps the encoder's own.
-        pad_to_square: Pad to a square before resizing instead of cropping.
-        layer: -1 is the encoder's output; any other number indexes its hidden states (-2 is the
-            penultimate, as in LLaVA; 0 the embeddings).
-        keep_cls: Keep CLS (and register) tokens in front of the patch tokens.
-        pool: Average-pool the patch grid by this factor per side (2 leaves a quarter of the tokens).
+        pad_to_square: Pad images to a square before resizing them, instead of cropping.
+        layer: Take the features of this hidden state: -1 is the encoder's output, -2 its penultimate
+            layer (as in LLaVA), 0 its embeddings.
+        keep_cls: Keep the CLS token (and register tokens) in front of the patch tokens.
+        pool: Average-pool the patch grid by this factor per side; 2 leaves a quarter of the tokens.
     """
 
     name: str = "wheel:dinov2-small"

@@ -74,6 +74,8 @@ class Formatter(DefaultHelpFormatter):
             return ""
         defaults: Any = defaults_cache.get() or {}
         given = defaults.get(action.dest, action.default)
+        if _typehints.is_subclass_spec(given):
+            given = given["class_path"].rpartition(".")[2]
         # ${...trainer.max_steps} is how a config names another setting.
         return (
             "null" if given is None else re.sub(r"\$\{\.*([\w.]+)\}", r"\1", str(given)).replace("%", "%%")
@@ -99,7 +101,7 @@ class Formatter(DefaultHelpFormatter):
 
 def _is_shown(action: Action) -> bool:
     """Whether ``--help`` has the option; ``--model FILE``, ``--....help`` and old names make it longer."""
-    is_help = action.dest.endswith(".help") and action.dest != "data.help"
+    is_help = action.dest.endswith(".help") and action.dest not in ("data.help", "model.adapter.help")
     is_old = (action.help or "").startswith("Old name")
     return not (is_help or is_old or isinstance(action, _ActionConfigLoad))
 
@@ -117,10 +119,9 @@ class Parser(LightningArgumentParser):
         before = [(group, group.title, group._group_actions) for group in groups]
         for group in groups:
             group._group_actions = [action for action in group._group_actions if _is_shown(action)]
-            names = {action.dest.rpartition(".")[0] for action in group._group_actions}
-            name = (
-                "data" if "data" in {action.dest for action in group._group_actions} else max(names or {""})
-            )
+            dests = {action.dest for action in group._group_actions}
+            names = {"data"} & dests or {dest.rpartition(".")[0] for dest in dests if "." in dest}
+            name = min(names, key=len, default="")
             if name:
                 group.title = f"{name}: {group.title}"
             if group._group_actions:

@@ -156,7 +156,7 @@ class _Reader:
             parts.append(Any)
         if isinstance(value, str):
             self.text(kinds, value, key)
-        elif isinstance(value, dict) and "class_path" in value and not plain:
+        elif isinstance(value, dict) and "class_path" in value:
             self.class_spec(value, key)
         elif isinstance(value, (list, dict)):
             for name in range(len(value)) if isinstance(value, list) else value:

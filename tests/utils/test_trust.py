@@ -115,6 +115,14 @@ SHAPES = {
     ),
     "appended_callback": ("trainer/callbacks+", [TOUCH]),
     "dotted_key": ("trainer/logger.class_path", "subprocess.Popen"),
+    "adapter": ("model/adapter", TOUCH),
+    "adapter_by_name": ("model/adapter", "subprocess.call"),
+    "adapter_with_settings": (
+        "model/adapter",
+        {"class_path": "lightning_limber.models.adapters.Linear", "init_args": {"dropout": TOUCH}},
+    ),
+    "metric": ("probe/metrics", [TOUCH]),
+    "metric_by_name": ("probe/metrics", ["subprocess.Popen"]),
     "data": ("data", TOUCH),
     "data_through_a_module_of_ours": (
         "data",

@@ -1,4 +1,4 @@
-"""The commands, and what is said when none is given; imports nothing, so that help comes at once."""
+"""The commands in a line each; imports nothing, so that help comes at once."""
 
 import sys
 
