@@ -142,7 +142,8 @@ def test_hyper_parameters_import_nothing(checkpoint):
 def test_a_config_of_ones_own_names_the_class(checkpoint, fit):
     adapter = {"class_path": "my_parts.Resampler", "init_args": {"queries": 3}}
     Path("mine.yaml").write_text(yaml.safe_dump({"model": {"adapter": adapter}}))
-    fit(f"--ckpt_path={checkpoint}", "--config=mine.yaml", command="validate", base=False)
+    flags = ["--config=mine.yaml", NAMED[1]]
+    fit(f"--ckpt_path={checkpoint}", *flags, command="validate", base=False)
 
 
 def test_a_changed_setting_stops_the_resume(checkpoint, fit):

@@ -72,8 +72,7 @@ class ProbeConfig:
             if (given := getattr(self, old)) is not None:
                 setattr(self, new, given)
                 setattr(self, old, None)
-        # A command that starts from a checkpoint names a user's metric again, which adds it once more.
-        self.metrics = [spec for i, spec in enumerate(self.metrics) if spec not in self.metrics[:i]]
+        self.metrics = _without_repeats(self.metrics)
         if self.bootstrap_samples < 1:
             raise ValueError(f"probe.bootstrap_samples={self.bootstrap_samples}: at least 1 is needed.")
         self.make_metrics()  # A wrong name is an error before anything is loaded.
@@ -87,6 +86,19 @@ class ProbeConfig:
     def make_metrics(self) -> list[ProbeMetric]:
         """New metrics, in the order in which they are computed."""
         return resolve_metrics(self.metrics)
+
+
+def _without_repeats(metrics: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+    """Leaves repeats out; a name alone stands for a metric of that name, whatever its settings.
+
+    A command that starts from a checkpoint names a user's metric again, which must not add another.
+    """
+    kept: list[str | dict[str, Any]] = []
+    for spec in metrics:
+        names = [other if isinstance(other, str) else other.get("class_path") for other in kept]
+        if spec not in (kept if isinstance(spec, dict) else names):
+            kept.append(spec)
+    return kept
 
 
 def in_present_form(config: dict[str, Any]) -> dict[str, Any]:
