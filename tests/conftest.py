@@ -47,3 +47,18 @@ def fit(models, monkeypatch):
         return main([command, *flags, *map(str, args)])
 
     return run
+
+
+@pytest.fixture
+def parse(monkeypatch, capsys):
+    """The real entry point, in this process, up to the point where it would build anything."""
+    from lightning_limber.cli import main
+
+    def run(*args: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["lightning_limber"])
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in args])
+        output = capsys.readouterr()
+        return int(stop.value.code or 0), output.out + output.err
+
+    return run

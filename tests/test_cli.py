@@ -1,4 +1,4 @@
-"""Configs and README are API: every config is parsed by the real entry point, fast and without weights."""
+"""Configs are API: every config is parsed by the real entry point, fast and without weights."""
 
 from __future__ import annotations
 
@@ -10,22 +10,6 @@ import sys
 import pytest
 import yaml
 from process import REPO, run_cli
-
-
-@pytest.fixture
-def parse(monkeypatch, capsys):
-    """The real entry point, in this process, up to the point where it would build anything."""
-    from lightning_limber.cli import main
-
-    def run(*args: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["lightning_limber"])
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        output = capsys.readouterr()
-        return int(stop.value.code or 0), output.out + output.err
-
-    return run
-
 
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 
@@ -350,41 +334,3 @@ def test_help_shows_the_projects_own_options_first(parse):
 def test_no_step_count(fit):
     with pytest.raises(ValueError, match="Set trainer.max_steps"):
         fit("--trainer.max_steps=-1", "--trainer.max_epochs=2")
-
-
-# -- README -----------------------------------------------------------------------------------------
-
-
-def readme() -> str:
-    return (REPO / "README.md").read_text(encoding="utf-8")
-
-
-def test_readme_names_files_that_exist():
-    tree = re.search(r"```text\n(.*?)```", readme(), re.S)[1]
-    for line in tree.splitlines():
-        if name := line.split("#")[0].strip():
-            assert (REPO / name).exists(), name
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", readme()):
-        assert (REPO / link).exists(), link
-
-
-def test_readme_commands_are_parsed(parse, monkeypatch):
-    monkeypatch.chdir(REPO)
-    pattern = r"^ *(?:srun )?python -m lightning_limber (fit|validate|test|predict)(.*)$"
-    for name, value in {"kind": "pixel_shuffle", "seed": "2"}.items():  # Of the sweeps.
-        monkeypatch.setenv(name, value)
-    commands = re.findall(pattern, os.path.expandvars(readme()), re.M)
-    assert sum("pixel_shuffle-2" in rest for _, rest in commands) == 2
-    assert len(commands) > 7
-    for subcommand, rest in commands:
-        if "--ckpt_path" in rest or "--model.adapter_weights" in rest:
-            continue  # Needs a run; tests/test_resume.py does these.
-        flags = rest.split("#")[0].split()
-        code, output = parse(subcommand, *flags, "--print_config")
-        assert code == 0, (subcommand, rest, output)
-
-
-def test_readme_targets_are_in_the_makefile():
-    makefile = (REPO / "Makefile").read_text()
-    for target in set(re.findall(r"^make ([\w-]+)", readme(), re.M)):
-        assert f"\n{target}:" in makefile
