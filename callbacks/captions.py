@@ -55,7 +55,7 @@ class CaptionSamples(pl.Callback):
     with ``captions_test`` for ``captions`` in all names.
 
     Where the data set can score a caption (`CaptionData.score_caption`; scenes can, exactly), the share
-    of right slots is logged as ``captions/{slot}`` (in the table ``slots/{slot}``), and
+    of right slots (slot accuracy) is logged as ``captions/{slot}`` (in the table ``slots/{slot}``), and
     ``captions_chance/{slot}`` is the same with each caption scored against the next image's truth.
 
     Two captions that are the same for every image, and for every epoch, are scored beside the model's, as
@@ -143,7 +143,7 @@ class CaptionSamples(pl.Callback):
                 f"{slot.removeprefix('slots/')} {scores[slot].value:.0%} ({by_chance.value:.0%})"
                 for slot, by_chance in chance.items()
             ]
-            print(f"[{name}] step {trainer.global_step}: right slots (chance): {', '.join(parts)}")
+            print(f"[{name}] step {trainer.global_step}: slot accuracy (chance): {', '.join(parts)}")
 
     on_test_epoch_end = on_validation_epoch_end
 

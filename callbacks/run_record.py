@@ -171,7 +171,7 @@ def chart_layout(rows: list[Row], panels: Sequence[Panel]) -> dict[str, dict[str
         "training": {
             "loss": ["Multiline", ["train/loss$", "val/loss"]],
             "accuracy": ["Multiline", ["train/accuracy$", "val/accuracy$"]],
-            "captions: right slots, and without looking": ["Multiline", [r"captions(_\w+)?/all$"]],
+            "captions: slot accuracy, and without looking": ["Multiline", [r"captions(_\w+)?/all$"]],
             "captions: CIDEr-D, and without looking": ["Multiline", [r"captions(_\w+)?/cider_d$"]],
             "captions: scores": ["Multiline", [f"captions/({'|'.join(SCORES)})$"]],
         },

@@ -115,7 +115,7 @@ def test_data(tmp_path):
 
 @pytest.mark.slow
 def test_start(tmp_path):
-    result = run(tmp_path, "start", "--only", "help", "fit_to_first_step")
+    result = run(tmp_path, "start", "--only", "fit_help", "fit_to_first_step")
     assert_positive(result["results"], "seconds", "cpu_seconds")
     seconds = result["first_step_seconds"]
     total = seconds.pop("total")
@@ -123,7 +123,7 @@ def test_start(tmp_path):
     assert set(seconds) == set(parts)
     assert min(seconds.values()) > 0
     assert max(seconds.values()) < total
-    assert result["import_seconds"]["help"]["torch"] > 0
+    assert result["import_seconds"]["fit_help"]["torch"] > 0
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 from process import REPO
 
@@ -108,15 +109,17 @@ def test_extending_quotes_the_example():
         assert block in example
 
 
-def test_the_data_set_and_callback_of_extending_run(fit, monkeypatch, tmp_path):
+def test_the_data_set_and_callback_of_extending_run(models, fit, monkeypatch, tmp_path, capsys):
     for block in blocks(REPO / "docs/extending.md", "python"):
         if match := re.match(r"# (my_\w+\.py)\n", block):
             (tmp_path / match[1]).write_text(block)
     monkeypatch.syspath_prepend(tmp_path)
-    cli = fit("--data=my_data.MyData", "--data.batch_size=8", "--trainer.callbacks+=my_callbacks.Norms",
-              "--trainer.max_steps=2")  # fmt: skip
+    flags = [flag for flag in tiny.arguments(models, probe=False) if not flag.startswith("--data.")]
+    flags += ["--data=my_data.MyData", "--data.batch_size=100", "--data.num_workers=0"]
+    cli = fit(*flags, "--trainer.callbacks+=my_callbacks.Norms", "--trainer.max_steps=2", base=False)
     assert cli.trainer.global_step == 2
     assert cli.datamodule.val_set[0].id == "square/200"
+    assert f"tensor({cli.model.adapter.project.weight.norm():.4f}" in capsys.readouterr().out
 
 
 def test_readme_is_short():

@@ -104,18 +104,18 @@ class Collator:
             for_probe: Give each sequence a row of its own, name its groups of tokens, and lay the captions
                 out without their images too.
         """
-        places: list[int] = []  # Of each record among the images.
+        image_of: list[int] = []  # Index of each record's image among the batch's; -1: it has none.
         with_image: list[Record] = []
         for record in records:
-            places.append(-1 if record.image is None else len(with_image))
+            image_of.append(-1 if record.image is None else len(with_image))
             with_image += [] if record.image is None else [record]
         sequences: list[Parts] = []
         own = 0
         for chosen_captions in filter(None, (captions, other_captions)):
-            for place, chosen in zip(places, chosen_captions, strict=True):
-                texts = [self.prompt.text(caption, has_image=place >= 0) for caption in chosen]
+            for image, chosen in zip(image_of, chosen_captions, strict=True):
+                texts = [self.prompt.text(caption, has_image=image >= 0) for caption in chosen]
                 groups = [texts] if share_prefix else [[text] for text in texts]
-                sequences += [Parts(place, group) for group in groups if group]
+                sequences += [Parts(image, group) for group in groups if group]
             own = own or len(sequences)
         # Nothing could be read, or nothing is said: one sequence without a label.
         if not sequences:
@@ -129,7 +129,7 @@ class Collator:
             ids=[record.id for record in records],
             pixel_values=torch.stack(pixels) if pixels else torch.zeros(0, 3, 1, 1),
             image_ids=[record.id for record in with_image],
-            index=[i for i, place in zip(index, places, strict=False) if place >= 0],
+            index=[i for i, image in zip(index, image_of, strict=False) if image >= 0],
             captions=[record.captions for record in with_image],
             scenes=[record.scene for record in with_image],
             truncated=[text.truncated for parts in sequences[:own] for text in parts.texts],

@@ -159,14 +159,14 @@ class CaptionData(pl.LightningDataModule):
         """
         records = self.train_set
         if isinstance(records, RecordStream):
-            places: Iterable[Any] = islice(records.rows(0), min(limit, len(records)))
+            rows: Iterable[Any] = islice(records.rows(0), min(limit, len(records)))
             captions = records.captions
         else:
-            places = range(0, len(records), -(-len(records) // limit))
+            rows = range(0, len(records), -(-len(records) // limit))
             captions = getattr(records, "captions", None) or (lambda index: records[index].captions)
-        for place in places:
+        for row in rows:
             try:
-                yield from captions(place)
+                yield from captions(row)
             except (OSError, SyntaxError):
                 continue
 

@@ -169,15 +169,15 @@ def lay_out(
     images = np.array([parts.image for parts in sequences])
     counts = [len(sequence.targets) for sequence in laid]
     with_image = (images >= 0).nonzero()[0]
-    place = np.arange(image_tokens)
+    offsets = np.arange(image_tokens)
     is_plain = not packed and all(len(parts.texts) < 2 for parts in sequences)
     made = Sequences(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         segment_ids=None if is_plain else torch.from_numpy(segment_ids),
         caption_ids=None if is_plain else torch.from_numpy(caption_ids),
-        image_positions=_flat(starts[with_image, None] + len(prefix_ids) + place),
-        image_rows=_flat(images[with_image, None] * image_tokens + place),
+        image_positions=_flat(starts[with_image, None] + len(prefix_ids) + offsets),
+        image_rows=_flat(images[with_image, None] * image_tokens + offsets),
         labels=_flat([sequence.ids[sequence.targets] for sequence in laid]),
         label_positions=_flat(
             [start + sequence.predictors for start, sequence in zip(starts, laid, strict=True)]

@@ -40,7 +40,7 @@ class FeatureCache:
         self.known = _open(folder / f"{name}.known", (count,), np.uint8)
 
     def read(self, index: list[int]) -> Tensor | None:
-        """Features of the images at these places, or None if any is missing."""
+        """Features of the images of these indices, or None if any is missing."""
         return torch.from_numpy(self.values[index]) if self.known[index].all() else None
 
     def write(self, index: list[int], features: Tensor) -> None:

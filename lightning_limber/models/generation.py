@@ -1,6 +1,6 @@
 """Writes captions: the LLM goes on from [prefix | image | prompt text], with a KV cache.
 
-Shapes use the legend of backbones.py; G is the number of tokens of the longest caption.
+Shapes use the legend of llm.py; G is the number of tokens of the longest caption.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ that the SAEs find strongest in the image (top_latents, max_text_density, outlie
     "strength": 31.5, "activations": [0.0, 2.5, null, ...]}]}
 
 `activations` are those of the image tokens in their order: a kept CLS first, then the patches, row by row;
-null where a token is never counted (probing.py). `strength` is their sum.
+null where a token is never counted (probe/passes.py). `strength` is their sum.
 """
 
 from __future__ import annotations

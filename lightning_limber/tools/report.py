@@ -305,7 +305,7 @@ def comparison(runs: list[dict[str, Any]]) -> str:
     """
     layers = [layer for layer in runs[0]["layers"] if all(layer in run["layers"] for run in runs)]
     layers = sorted({layers[len(layers) * sixth // 6] for sixth in (1, 3, 5)}) if layers else []
-    scores = ["run", "parameters", "loss", "accuracy", "right slots", "cider_d", "minus the first"]
+    scores = ["run", "parameters", "loss", "accuracy", "slot accuracy", "cider_d", "minus the first"]
     probe = ["run", *(f"{metric} @{layer}" for metric in ("l0", "loss_recovered") for layer in layers)]
     rows: list[list[list[str]]] = [[scores], [probe]]
     for i, run in enumerate(runs):

@@ -175,7 +175,9 @@ class _Reader:
         texts = [kind for kind in kinds if kind in (str, Path, timedelta) or _is_choice(kind)]
         accepted = texts or any(map(_is_loose, kinds))
         imports = not all(_is_plain(kind) or _is_loose(kind) for kind in kinds)
-        if not accepted or _is_structure(value) or (imports and not WORD.fullmatch(value)):
+        # Of plain values nested ones do no harm: '{conversation}' is a prompt, and a mapping of YAML's.
+        nested = _is_file(value) if all(map(_is_plain, kinds)) else _is_structure(value)
+        if not accepted or nested or (imports and not WORD.fullmatch(value)):
             self.refuse(key, value, "It may name no function, class or other file; give that by a flag.")
 
     def class_spec(self, value: dict[str, Any], key: str) -> None:
@@ -201,11 +203,19 @@ def _alternatives(typehint: Any) -> list[Any]:
     return _alternatives(get_args(typehint)[0]) if origin is Annotated else [typehint]
 
 
+def _is_file(text: str) -> bool:
+    """Whether a parser may take the text for a file, or for the standard input."""
+    try:
+        return text == "-" or Path(text).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _is_structure(text: str) -> bool:
     """Whether a parser may take the text for a file or for nested settings."""
     try:
-        return text == "-" or Path(text).is_file() or isinstance(yaml.safe_load(text), (dict, list))
-    except (yaml.YAMLError, OSError, ValueError):
+        return _is_file(text) or isinstance(yaml.safe_load(text), (dict, list))
+    except yaml.YAMLError:
         return False
 
 

@@ -86,7 +86,7 @@ def test_charts_hold_a_metrics_layers_and_a_layers_groups(log):
         for chart in category.chart
     }
     blind = {f"captions{kind}/all" for kind in ("", "_chance", "_most_frequent", "_no_image")}
-    assert charts["training", "captions: right slots, and without looking"] == blind
+    assert charts["training", "captions: slot accuracy, and without looking"] == blind
     assert charts["training", "loss"] == {"train/loss", "val/loss", "val/loss_shuffled"}
     fvu = "fvu: unexplained variance"
     assert charts["image tokens, all layers", fvu] == {"fvu/image/layer_00", "fvu/image/layer_02"}

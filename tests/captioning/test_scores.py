@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_limber.captioning import scores
 from lightning_limber.captioning.scores import caption_scores, tokenize
 from lightning_limber.data import CaptionData
-from lightning_limber.models.generation import Decoding, generate
+from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
 
 WORDS = "a cat dog bird sits runs sleeps on under near the red green blue big small mat tree road".split()
@@ -288,9 +288,9 @@ class BlindCalls:
     def __init__(self, monkeypatch) -> None:
         self.count, original = 0, Limber.generate
 
-        def spy(model, pixel_values, max_new_tokens):
-            self.count += pixel_values is None
-            return original(model, pixel_values, max_new_tokens)
+        def spy(model, image_tokens, *args):
+            self.count += image_tokens is None
+            return original(model, image_tokens, *args)
 
         monkeypatch.setattr(Limber, "generate", spy)
 
@@ -308,7 +308,7 @@ def test_captions_stand_beside_two_that_do_not_look(fit, tmp_path, monkeypatch, 
     train = Counter(SceneSet("train", 300, 112, 0)[i].captions[0] for i in range(300))
     assert words["most_frequent"] == train.most_common(1)[0][0]
     assert train[words["most_frequent"]] > 1
-    assert words["no_image"] == generate(cli.model, None, Decoding(8))[0].text
+    assert words["no_image"] == cli.model.generate(None, Decoding(8))[0].text
     records = [SceneSet("val", 10, 112, 0)[i] for i in range(4)]
     table = pd.read_csv(run / "captions.csv")
     assert table.groupby("epoch").writer.unique().map(list).tolist() == [["model", *words]] * 2
@@ -392,7 +392,11 @@ def test_test_scores_the_test_part_and_leaves_validation_alone(fit, models, tmp_
     records = [cli.datamodule.test_dataset()[i] for i in range(4)]
     assert records[0].captions != cli.datamodule.val_set[0].captions
     pixels = torch.stack([cli.model.vision.transform(record.image) for record in records])
-    expected = caption_scores(cli.model.generate(pixels, 8), [record.captions for record in records])
+    with torch.no_grad():
+        written = cli.model.generate(cli.model.adapter(cli.model.vision(pixels)), Decoding(8))
+    expected = caption_scores(
+        [caption.text for caption in written], [record.captions for record in records]
+    )
     table = pd.read_csv(run / "captions_test.csv")
     assert table.epoch.unique().tolist() == [2]
     own = table[table.writer == "model"].set_index("metric")
