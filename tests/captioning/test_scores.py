@@ -309,6 +309,7 @@ def test_captions_stand_beside_two_that_do_not_look(fit, tmp_path, monkeypatch, 
     assert words["most_frequent"] == train.most_common(1)[0][0]
     assert train[words["most_frequent"]] > 1
     assert words["no_image"] == cli.model.generate(None, Decoding(8))[0].text
+    calls.count = 0
     records = [SceneSet("val", 10, 112, 0)[i] for i in range(4)]
     table = pd.read_csv(run / "captions.csv")
     assert table.groupby("epoch").writer.unique().map(list).tolist() == [["model", *words]] * 2
@@ -327,14 +328,14 @@ def test_captions_stand_beside_two_that_do_not_look(fit, tmp_path, monkeypatch, 
         assert logged == pytest.approx(share.tolist(), abs=1e-6)
     # A resumed run knows them; `validate` may be given other data, and makes them anew.
     fit("--ckpt_path=last", "--trainer.max_steps=12", base=False)
-    assert calls.count == 1
+    assert calls.count == 0
     again = pd.read_csv(run / "captions.csv")
     assert again.epoch.unique().tolist() == [1, 2, 3]
     blind = again[again.writer != "model"].drop(columns=["run"])
     first, third = (blind[blind.epoch == n].drop(columns="epoch").to_numpy().tolist() for n in (1, 3))
     assert first == third
     fit("--ckpt_path=last", "--captions.num_images=6", command="validate", base=False)
-    assert calls.count == 2
+    assert calls.count == 1
 
 
 def test_fit_validate_and_test_score_captions(fit, clip, tmp_path):
