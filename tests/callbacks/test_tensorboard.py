@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from parts import sae_probe
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_limber.callbacks import RunRecord
@@ -142,7 +143,7 @@ def test_flops_are_those_of_the_first_batch_and_the_first_probe(log, cli):
     found = {tag: log.Scalars(tag)[0].value for tag in FLOPS}
     assert found["flops/step"] == counter.get_total_flops() > 0
     assert found["flops/image"] == found["flops/step"] / 4
-    probe, data = cli.trainer.callbacks[0]._probe, cli.datamodule
+    probe, data = sae_probe(cli).probe, cli.datamodule
 
     def product(a, b, **_):  # Torch's own takes every factor for dense.
         return 2 * (a._nnz() if a.is_sparse else a.numel()) * b.shape[1]
@@ -232,7 +233,7 @@ def test_patch_maps_against_a_second_computation(cli):
     from lightning_limber.data.scenes import SceneSet
     from lightning_limber.probe.patches import matching_latents
 
-    model, probe = cli.model, cli.trainer.callbacks[0]._probe
+    model, probe = cli.model, sae_probe(cli).probe
     [loader] = [cli.datamodule.probe_dataloader(4)]
     batch = next(iter(loader))
     hook = "blocks.2.hook_resid_post"
@@ -271,7 +272,7 @@ def test_the_report_of_a_real_run(folder, cli):
     assert run["summary"]["adapter"].startswith("Linear")
     assert "Scenes" in run["summary"]["data"]
     assert {"train/loss", "val/loss", "captions/all", "memory/peak_gb", *FLOPS} <= set(run["scalars"])
-    history = cli.trainer.callbacks[0].history[1]
+    history = sae_probe(cli).history[1]
     for row in history:
         if row.layer is not None and not row.metric.endswith("_p"):
             shown = run["curves"][row.metric][row.group][1][run["layers"].index(row.layer)]

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from parts import callback
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -383,13 +384,13 @@ def test_test_scores_the_test_part_and_leaves_validation_alone(fit, models, tmp_
         "captions_baselines.json",
         *(f"captions_epoch_{n}.jsonl" for n in (1, 2)),
     }
-    history = dict(cli.trainer.callbacks[1].history)
+    history = dict(callback(cli, "CaptionSamples").history)
     # In the same folder, from Python.
     found = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0]
     names = ("loss", "loss_shuffled", "perplexity", "accuracy")
     assert set(found) == {f"test/{name}" for name in names}
     assert {path: path.read_bytes() for path in files} == files
-    assert cli.trainer.callbacks[1].history == history
+    assert callback(cli, "CaptionSamples").history == history
     records = [cli.datamodule.test_dataset()[i] for i in range(4)]
     assert records[0].captions != cli.datamodule.val_set[0].captions
     pixels = torch.stack([cli.model.vision.transform(record.image) for record in records])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from parts import probe_batches, sae_probe
 from process import run_cli
 
 from lightning_limber.data.scenes import SceneSet
@@ -37,7 +38,7 @@ METRICS = (
 
 def values(cli, epoch: int, group: str, metric: str) -> list[float]:
     """One metric by layer, from the probe's history."""
-    rows = cli.trainer.callbacks[0].history[epoch]
+    rows = sae_probe(cli).history[epoch]
     return [row.value for row in rows if (row.group, row.metric) == (group, metric)]
 
 
@@ -121,7 +122,7 @@ def test_text_does_not_change_while_the_adapter_trains(run):
 def test_against_a_second_computation(fit, models):
     """Hidden states gathered one sequence at a time, metrics in two passes over all tokens."""
     cli = fit("--trainer.max_steps=4", "--data.val_batch_size=3", probe=True)
-    model, probe = cli.model, cli.trainer.callbacks[0]
+    model, probe = cli.model, sae_probe(cli)
     assert type(probe).__name__ == "SAEProbe"
     saes = load_saes(str(models / "saes"), "layer_{layer}", None, model.llm)
 
@@ -146,7 +147,7 @@ def test_against_a_second_computation(fit, models):
             tokens["text"].append(
                 residuals(torch.cat([prefix, text]), hook_name)[1:][torch.tensor(is_caption)]
             )
-        text = probe._probe.text[hook_name]
+        text = probe.probe.text[hook_name]
         limit = 10 * text.median_norm
         fired = {}
         for group, rows in tokens.items():
@@ -183,12 +184,12 @@ def test_against_a_second_computation(fit, models):
 
 def test_does_not_depend_on_the_batch(probed, monkeypatch):
     """All rows, intervals and chance levels too."""
-    callback, data = probed.trainer.callbacks[0], probed.trainer.datamodule
+    callback, data = sae_probe(probed), probed.trainer.datamodule
     found = []
     for size in (1, 4, 10):
         monkeypatch.setattr(data, "val_batch_size", size)
-        batches = (callback._batches(probed.trainer, count, "") for count in (20, 6))
-        found.append(callback._probe.run(*batches, data.attributes).rows)
+        batches = (probe_batches(probed, count) for count in (20, 6))
+        found.append(callback.probe.run(*batches, data.attributes).rows)
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert a[:3] == b[:3]
@@ -253,7 +254,7 @@ def test_resid_pre_saes_read_the_stream_before_the_layer(fit, models, tmp_path):
     results = []
     for place in ("post", "pre"):
         flags = [f"--probe.sae_release={tmp_path / place}", "--captions.num_images=0"]
-        results.append(fit(*flags, "--trainer.max_steps=1", probe=True).trainer.callbacks[0].history[0])
+        results.append(sae_probe(fit(*flags, "--trainer.max_steps=1", probe=True)).history[0])
     # All but the layer's number, which convergence_layer has for its value.
     post, pre = ([row[1:] for row in rows if row.layer is not None] for rows in results)
     assert str(pre) == str(post)  # As text: NaN is NaN.
@@ -283,8 +284,8 @@ def test_saes_of_another_llm_stop(fit, tmp_path):
 
 
 def test_the_probe_can_be_rare_or_off(fit):
-    assert fit("--probe.every_n_epochs=2", probe=True).trainer.callbacks[0].history.keys() == {0, 2}
-    assert not fit("--probe.every_n_epochs=0").trainer.callbacks[0].history
+    assert sae_probe(fit("--probe.every_n_epochs=2", probe=True)).history.keys() == {0, 2}
+    assert not sae_probe(fit("--probe.every_n_epochs=0")).history
 
 
 def test_tokens_far_from_text_are_left_out_as_outliers(fit):
@@ -303,8 +304,8 @@ def test_memory_by_image(fit, metrics, activation_sums):
     import gc
 
     cli = fit("--trainer.max_steps=1", f"--probe.metrics=[{metrics}]", probe=True)
-    callback, trainer = cli.trainer.callbacks[0], cli.trainer
-    probe = callback._probe
+    callback, trainer = sae_probe(cli), cli.trainer
+    probe = callback.probe
 
     class AtTheEndOfThePasses(ProbeMetric):
         def compute(self, data, found):
@@ -317,7 +318,7 @@ def test_memory_by_image(fit, metrics, activation_sums):
 
     def live_bytes(images: int) -> int:
         trainer.datamodule.val_set = SceneSet("val", images, 112, 0)
-        probe.run(callback._batches(trainer, images, ""))
+        probe.run(probe_batches(cli, images))
         return first.bytes
 
     by_image = (live_bytes(64) - live_bytes(8)) / 56
@@ -328,8 +329,8 @@ def test_memory_by_image(fit, metrics, activation_sums):
 
 def test_text_alone_is_measured_once_where_the_captions_stay(probed, monkeypatch):
     """What is known from the first probe is what measuring anew finds, to the bit."""
-    callback, model = probed.trainer.callbacks[0], type(probed.model)
-    probe, batches = callback._probe, callback._batches(probed.trainer, 6, "")
+    callback, model = sae_probe(probed), type(probed.model)
+    probe, batches = callback.probe, probe_batches(probed, 6)
     monkeypatch.setattr(probe, "_known_text", ({}, {}))
     embed, alone = model.embed_sequences, []
 
@@ -363,15 +364,15 @@ class Identity(torch.nn.Module):
 
 
 def report(cli, saes, monkeypatch):
-    callback, trainer = cli.trainer.callbacks[0], cli.trainer
-    monkeypatch.setattr(callback._probe, "saes", saes)
-    monkeypatch.setattr(callback._probe, "encoders", {name: sae.encode for name, sae in saes.items()})
-    return callback._probe.run(callback._batches(trainer, 10, ""), callback._batches(trainer, 10, ""))
+    callback = sae_probe(cli)
+    monkeypatch.setattr(callback.probe, "saes", saes)
+    monkeypatch.setattr(callback.probe, "encoders", {name: sae.encode for name, sae in saes.items()})
+    return callback.probe.run(probe_batches(cli, 10), probe_batches(cli, 10))
 
 
 def test_loss_recovered_is_one_for_a_perfect_sae_and_zero_for_the_mean(probed, monkeypatch):
     cli = probed
-    probe = cli.trainer.callbacks[0]._probe
+    probe = sae_probe(cli).probe
     real = probe.saes
     perfect = report(cli, {name: Identity(sae) for name, sae in real.items()}, monkeypatch)
     recovered = [row.value for row in perfect.rows if row.metric == "loss_recovered"]
@@ -381,7 +382,7 @@ def test_loss_recovered_is_one_for_a_perfect_sae_and_zero_for_the_mean(probed, m
     kept = {name: [] for name in real}
     index = None
     with torch.no_grad():
-        for batch in cli.trainer.callbacks[0]._batches(cli.trainer, 10, ""):
+        for batch in probe_batches(cli, 10):
             embeds = cli.model.embed_sequences(batch, cli.model.image_tokens(batch))
             index, _ = batch.groups["image"]
             hooks = {name: lambda x, n=name, i=index: kept[n].append(x.flatten(0, 1)[i]) for name in real}
@@ -396,11 +397,11 @@ def test_loss_recovered_is_one_for_a_perfect_sae_and_zero_for_the_mean(probed, m
 def test_loss_recovered_against_a_second_computation(probed, monkeypatch):
     """Residual stream replaced by a hook in a whole forward, one image at a time."""
     cli = probed
-    callback, model = cli.trainer.callbacks[0], cli.model
-    probe = callback._probe
+    callback, model = sae_probe(cli), cli.model
+    probe = callback.probe
     found = [row.value for row in callback.history[1] if row.metric == "loss_recovered"]
     tokens = {name: [] for name in probe.saes}
-    batches = [b for b in callback._batches(cli.trainer, 10, "")]
+    batches = [b for b in probe_batches(cli, 10)]
     data = model.trainer.datamodule
     monkeypatch.setattr(data, "val_batch_size", 1)
     single = list(data.probe_dataloader(10))
@@ -440,7 +441,7 @@ def test_loss_recovered_against_a_second_computation(probed, monkeypatch):
 
 
 def test_the_diagonal_of_the_cross_layer_matrix_is_the_probe(probed, monkeypatch):
-    found = report(probed, probed.trainer.callbacks[0]._probe.saes, monkeypatch)
+    found = report(probed, sae_probe(probed).probe.saes, monkeypatch)
     for metric in ("fvu", "l0"):
         own = [row.value for row in found.rows if (row.group, row.metric) == ("image", metric)]
         table = found.matrices["cross_layer"][metric]
@@ -451,7 +452,7 @@ def test_the_diagonal_of_the_cross_layer_matrix_is_the_probe(probed, monkeypatch
 def test_planted_caption_embeddings_look_like_text(probed, monkeypatch):
     """Image tokens that ARE the caption's first embeddings give the `text` curve, within the interval."""
     cli = probed
-    model, callback = cli.model, cli.trainer.callbacks[0]
+    model, callback = cli.model, sae_probe(cli)
     first = len(model.collator().prompt.prefix_ids)
 
     def opening(sequences) -> torch.Tensor:
@@ -460,7 +461,7 @@ def test_planted_caption_embeddings_look_like_text(probed, monkeypatch):
     monkeypatch.setattr(model, "image_tokens", lambda batch: model.llm.embed(opening(batch.without_image)))
 
     def batches():
-        for batch in callback._batches(cli.trainer, 60, ""):
+        for batch in probe_batches(cli, 60):
             # The text group: the same four tokens.
             alone = batch.without_image
             positions, rows = alone.groups["caption"]
@@ -468,7 +469,7 @@ def test_planted_caption_embeddings_look_like_text(probed, monkeypatch):
             alone.groups["caption"] = positions[kept], rows[kept]
             yield batch
 
-    rows = callback._probe.run(batches()).rows
+    rows = callback.probe.run(batches()).rows
     for metric in ("fvu", "mse", "cosine", "l0", "norm", "rel_error"):
         image, text = (
             [row for row in rows if (row.group, row.metric) == (group, metric)]
@@ -481,7 +482,7 @@ def test_planted_caption_embeddings_look_like_text(probed, monkeypatch):
 
 def test_planted_noise_gives_the_noise_curve(probed, monkeypatch):
     """Ten other draws of the same noise: the control is one more of them, real image tokens are not."""
-    model, callback = probed.model, probed.trainer.callbacks[0]
+    model, callback = probed.model, sae_probe(probed)
     own = model.image_tokens
     generator = torch.Generator().manual_seed(1)
 
@@ -491,7 +492,7 @@ def test_planted_noise_gives_the_noise_curve(probed, monkeypatch):
         return random * (tokens.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True))
 
     def curves(group: str) -> torch.Tensor:
-        rows = callback._probe.run(callback._batches(probed.trainer, 60, "")).rows
+        rows = callback.probe.run(probe_batches(probed, 60)).rows
         metrics = ("fvu", "cosine", "l0", "rel_error")
         return torch.tensor([row.value for row in rows if row.group == group and row.metric in metrics])
 
@@ -507,11 +508,11 @@ def test_lens_hit_against_a_second_computation(probed):
     from lightning_limber.probe import words
 
     cli = probed
-    model, callback = cli.model, cli.trainer.callbacks[0]
+    model = cli.model
     base = model.llm.model.base_model
     hits = {0: [], 2: []}
     with torch.no_grad():
-        for batch in callback._batches(cli.trainer, 10, ""):
+        for batch in probe_batches(cli, 10):
             kept = {}
             embeds = model.embed_sequences(batch, model.image_tokens(batch))
             hooks = {f"blocks.{i}.hook_resid_post": partial(kept.__setitem__, i) for i in hits}
@@ -545,7 +546,7 @@ def test_tidy_table(run):
 
 def test_metrics_can_be_left_out(fit):
     cli = fit("--trainer.max_steps=1", "--probe.metrics=[knn]", probe=True)
-    found = {(row.group, row.metric) for row in cli.trainer.callbacks[0].history[0]}
+    found = {(row.group, row.metric) for row in sae_probe(cli).history[0]}
     assert ("image", "knn") in found
     assert not {group for group, _ in found} & {"noise"}
     assert not {metric for _, metric in found} & {"loss_recovered", "lens_hit", "detectors", "match"}
@@ -593,13 +594,13 @@ def test_a_memory_budget_changes_no_number(fit, tmp_path):
     tiny.write_saes(tmp_path / "saes", (0, 1, 2))
     flags = ["--trainer.max_steps=4", f"--probe.sae_release={tmp_path / 'saes'}"]
     cli = fit(*flags, probe=True)
-    callback, data = cli.trainer.callbacks[0], cli.datamodule
-    probe = callback._probe
+    callback, data = sae_probe(cli), cli.datamodule
+    probe = callback.probe
     layer = sum(tensor.nbytes for tensor in probe.saes["blocks.0.hook_resid_post"].parameters()) / 1e9
 
     def found(budget: float | None):
         probe.config.sae_memory_gb = budget
-        parts = (callback._batches(cli.trainer, count, "") for count in (10, 6))
+        parts = (probe_batches(cli, count) for count in (10, 6))
         report = probe.run(*parts, data.attributes)
         return str((report.rows, report.matrices, report.tables))  # As text: NaN is NaN.
 
@@ -609,9 +610,9 @@ def test_a_memory_budget_changes_no_number(fit, tmp_path):
     for layers in (1, 2, 3):
         assert found(layers * layer) == resident
     # And a whole run with it, sanity check included.
-    again = fit(*flags, f"--probe.sae_memory_gb={2 * layer}", probe=True).trainer.callbacks[0]
+    again = sae_probe(fit(*flags, f"--probe.sae_memory_gb={2 * layer}", probe=True))
     assert str(again.history) == str(callback.history)
-    assert again._probe.text == probe.text
+    assert again.probe.text == probe.text
 
 
 def test_an_sae_over_the_budget_is_named(fit):
@@ -654,14 +655,14 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
 
     from lightning_limber.probe.token_stats import TokenStats
 
-    callback, cli = probed.trainer.callbacks[0], probed
-    batch = next(iter(callback._batches(cli.trainer, 4, "")))
+    callback, cli = sae_probe(probed), probed
+    batch = next(iter(probe_batches(cli, 4)))
     there = Limber(**cli.model.hparams)
     there.configure_model()
     saes = load_saes(str(models / "saes"), "layer_{layer}", None, there.llm)
     there.to("meta")
     saes = {name: sae.to("meta") for name, sae in saes.items()}
-    probe = Probe(there, saes, callback._probe.text, ProbeConfig())
+    probe = Probe(there, saes, callback.probe.text, ProbeConfig())
     moved = move_data_to_device(batch, torch.device("meta"))
     moved.held_out = False  # Features are copied to the host once a run, when they are first kept.
     assert moved.pixel_values.is_meta

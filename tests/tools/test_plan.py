@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from parts import sae_probe
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_limber.data.records import Record
@@ -215,9 +216,7 @@ def test_probe_flops_are_those_of_a_real_probe(models, fit, monkeypatch):
     of_image = probe_flops(planned, planned.step(1).flops, saes, metrics)
     assert of_image["every image"] == pytest.approx(spent["_clean_pass"][0], rel=0.02)
     assert of_image["images of interventions"] == pytest.approx(spent["_intervention_pass"][0], rel=0.02)
-    parameters = sum(
-        p.numel() for sae in cli.trainer.callbacks[0]._probe.saes.values() for p in sae.parameters()
-    )
+    parameters = sum(p.numel() for sae in sae_probe(cli).probe.saes.values() for p in sae.parameters())
     assert sum(2 * 32 * sae.d_sae + 32 + sae.d_sae for sae in saes) == parameters
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from parts import sae_probe
 from process import REPO, run_cli
 
 from lightning_limber.probe.config import ProbeConfig, in_present_form
@@ -209,7 +210,7 @@ def test_everything_that_a_metric_can_ask_for(fit, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     flags = ["--probe.metrics=[full_metric.Everything]", "--trainer.max_steps=1", "--captions.num_images=0"]
     cli = fit(*flags, probe=True, figures=True)
-    folder, model, probe = Path(cli.trainer.log_dir), cli.model, cli.trainer.callbacks[0].probe
+    folder, model, probe = Path(cli.trainer.log_dir), cli.model, sae_probe(cli).probe
     table = pd.read_csv(folder / "probe.csv")
     table = table[table.epoch == 1].set_index(["layer", "group", "metric"])
     # A second computation: zeros in the image's place.
@@ -288,7 +289,7 @@ def test_old_names_of_settings_still_work(fit):
     cli = fit(
         "--probe.extras=[knn]", "--probe.costly_images=3", "--probe.text_gate=warn", "--trainer.max_steps=1"
     )
-    config = cli.trainer.callbacks[0].config
+    config = sae_probe(cli).config
     assert (config.metrics, config.intervention_images, config.sanity_check) == (["knn"], 3, "warn")
     old = {"extras": ["knn"], "costly_images": 3, "text_gate": "off", "num_images": 5, "every_n_epochs": 2}
     assert ProbeConfig.of(old) == ProbeConfig(metrics=["knn"], intervention_images=3, sanity_check="off")
@@ -303,7 +304,7 @@ def test_old_names_of_settings_still_work(fit):
     del checkpoint["callbacks"]["SAEProbe"]["panels"]  # As before there were any.
     torch.save(checkpoint, path)
     again = fit(f"--ckpt_path={path}", "--probe.intervention_images=2", command="validate", base=False)
-    config = again.trainer.callbacks[0].config
+    config = sae_probe(again).config
     assert (config.metrics, config.intervention_images) == (["knn"], 2)
 
 
