@@ -302,7 +302,7 @@ def test_tokens_far_from_text_are_left_out_as_outliers(fit, capsys):
     others = [row for row in rows if row.layer is not None and row.metric not in ("tokens", "outliers")]
     assert {"fvu", "shared", "alive", "lens_hit", "knn_p"} <= {row.metric for row in others}
     assert all(math.isnan(row.value) for row in others)
-    assert "All tokens of group 'image' at layers 0, 2 are attention sinks" in capsys.readouterr().out
+    assert "All tokens of group 'image' at layers 0, 2 are attention sinks" in capsys.readouterr().err
 
 
 def test_tokens_that_point_as_the_first_position_are_sinks(probed, monkeypatch):
