@@ -103,8 +103,8 @@ class Collator:
             skipped: Passed on to the batch.
             share_prefix: Put all captions of a record into one sequence instead of one each.
             other_captions: Also make sequences of these captions of other images, behind the others.
-            for_probe: Give each sequence a row of its own, name its groups of tokens, and lay out the captions
-                without their images too, and the images without their captions.
+            for_probe: Give each sequence a row of its own, name its groups of tokens, and lay out the
+                captions without their images too, and the images without their captions.
         """
         image_of: list[int] = []  # Index of each record's image among the batch's; -1: it has none.
         with_image: list[Record] = []

@@ -1,7 +1,7 @@
 """What figures and the report need to draw metrics, without torch: panels, colours, published curves.
 
-Colours are Okabe and Ito's, and Tol's where those are used up, safe for colour-blind readers; a group has the
-same one everywhere.
+Colours are Okabe and Ito's, and Tol's where those are used up, safe for colour-blind readers; a group has
+the same one everywhere.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """What one probe runs: passes over held-out images.
 
 Pass 1, all images: a forward with the image, one of the same captions alone, and one for each group that
-fills the image's place with something else, as far as the group's tokens reach. At every probed layer a hook runs the SAE, adds to sums by
-image (token_stats.py) and hands the tokens to the metrics; no activation outlives its batch. Pass 2, the
-first `intervention_images`: one more forward whose residual streams are kept for the length of a batch, and
-what forwards the metrics branch off from it. Where the SAEs do not fit the device together, both passes are
-made for each chunk of layers in turn. What was kept then goes to `ProbeMetric.compute`.
+fills the image's place with something else, as far as the group's tokens reach. At every probed layer a
+hook runs the SAE, adds to sums by image (token_stats.py) and hands the tokens to the metrics; no activation
+outlives its batch. Pass 2, the first `intervention_images`: one more forward whose residual streams are
+kept for the length of a batch, and what forwards the metrics branch off from it. Where the SAEs do not fit
+the device together, both passes are made for each chunk of layers in turn. What was kept then goes to
+`ProbeMetric.compute`.
 
 Groups of tokens that are always measured:
 
@@ -14,8 +15,8 @@ Groups of tokens that are always measured:
 
 Never counted: the first position of a sequence (an attention sink in every LLM), the first token of a
 caption (without an image it is the same in all captions), and at each layer the tokens that point where the
-LLM's first position does (sinks that form elsewhere, see `sanity_check.counted`). The share of the latter is
-the metric ``outliers``. Where none of a group's tokens is left, its metrics are NaN.
+LLM's first position does (sinks that form elsewhere, see `sanity_check.counted`). The share of the latter
+is the metric ``outliers``. Where none of a group's tokens is left, its metrics are NaN.
 """
 
 from __future__ import annotations

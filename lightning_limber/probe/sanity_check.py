@@ -50,16 +50,16 @@ TEXT = ASSETS / "plain_text.txt"
 CONTEXT_SIZE = 128
 Policy = Literal["stop", "warn", "off"]
 
-L0_RATIO_OWN, FVU_RATIO_OWN = 1.1, 1.1
-"""Allowed against a card. On the shipped SAEs bf16 moves both by less than a hundredth, a missing BOS
-takes fvu up to 1.18 times its value (layer 3), and a layer off by one to at least 1.39 times."""
+L0_RATIO_OWN, FVU_RATIO_OWN = 1.1, 1.015
+"""Allowed against a card. On the shipped SAEs float32 in place of bf16 moves fvu by 0.23 % at most, a
+missing BOS by 2 to 5 % from layer 3 on, and a layer off by one by 23 % at least."""
 L0_RATIO_PUBLISHED = 3.0
 """Published l0 is of other text: Venhoff et al. (arXiv 2506.11976) read up to 2.4 times Gemma Scope's
 canonical l0 on their text."""
 FVU_UNKNOWN = 0.5
 MEASUREMENT_VERSION = 2
-"""Raise it when `measure` gives other numbers for the same input: what is on disk is then measured anew, and
-the numbers of a card of before are not held against it."""
+"""Raise it when `measure` gives other numbers for the same input: what is on disk is then measured anew,
+and the numbers of a card of before are not held against it."""
 SINK_COSINE = 0.8
 SINK_SHARE = 0.1
 """Where more of plain text than this points as the first position does, that direction tells no sinks."""
@@ -267,8 +267,8 @@ def expected(release: str, folder: Path | None, sae_ids: dict[str, str]) -> dict
         old = [name for name, gate in gates.items() if gate and gate.get("version") != MEASUREMENT_VERSION]
         if old:
             rank_zero_info(
-                f"[warning] {path} was scored by another version, under another rule of what is counted: its "
-                "l0 and fvu of plain text are not compared. To compare them, score it anew: python -m "
+                f"[warning] {path} was scored by another version, under another rule of what is counted: "
+                "its l0 and fvu of plain text are not compared. To compare them, score it anew: python -m "
                 "lightning_limber.sae_training evaluate --write true."
             )
         return {name: {} if name in old else gate for name, gate in gates.items()}

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -40,7 +39,7 @@ def tokens(llm: LLM, lines: list[str], name: str) -> torch.Tensor:
 
 @pytest.fixture
 def suite(models, text, tmp_path):
-    """SAEs of each layer's own 16 principal directions, with a card as `evaluate --write true` writes it."""
+    """SAEs of each layer's own 16 principal directions, with a card as `evaluate` writes it."""
     folder = tmp_path / "suite"
     shutil.copytree(models / "saes", folder)
     llm = LLM(str(models / "llm")).load()
@@ -90,7 +89,9 @@ def test_against_a_second_computation(models, text):
         for name, sae in saes.items():
             found = measured[name]
             sink, numbers = second(name, sae, factor or 1e9)
-            assert (found.median_norm, found.variance, found.fvu, found.l0) == pytest.approx(numbers, rel=1e-4)
+            assert (found.median_norm, found.variance, found.fvu, found.l0) == pytest.approx(
+                numbers, rel=1e-4
+            )
             torch.testing.assert_close(torch.tensor(found.sink), sink, rtol=1e-4, atol=1e-5)
             near = {0: [1], 2: [1]}[int(name.split(".")[1])]
             beside = [f"blocks.{layer}.hook_resid_post" for layer in near]
@@ -258,7 +259,7 @@ def test_the_shipped_suite_on_the_real_model():
 
     assert stops(saes, bos) == []
     lines = stops(saes, [])
-    assert len(lines) == 2  # Layers 3 and 6; deeper ones hardly need BOS.
+    assert len(lines) == 3
     assert all("fvu" in line for line in lines)
     known |= {f"blocks.{i + 1}.hook_resid_post": known[f"blocks.{i}.hook_resid_post"] for i in (3, 6, 18)}
     shifted = {f"blocks.{int(name.split('.')[1]) + 1}.hook_resid_post": sae for name, sae in saes.items()}

@@ -196,8 +196,8 @@ class Measurement:
             if not stats.sums[:, 0].any():
                 found[group].append(self.layers[hook])
         self.notes += [
-            f"All tokens of group '{group}' at layers {', '.join(map(str, layers))} are attention sinks, or "
-            "there are none: its metrics there are NaN."
+            f"All tokens of group '{group}' at layers {', '.join(map(str, layers))} are attention sinks, "
+            "or there are none: its metrics there are NaN."
             for group, layers in found.items()
         ]
         return {(layer, group) for group, layers in found.items() for layer in layers}

@@ -1,9 +1,9 @@
 """`convergence_layer`: where a group becomes like text, by a rule instead of by eye.
 
 Venhoff et al. (arXiv 2506.11976) set their layer by hand; `TOLERANCES` holds the numbers under which the
-rule finds it, or the layer before it, on their three curves. The rule is applied to image tokens and to what
-stands in their place. Where a control converges too (`noise`, `words_long`, the untrained adapter), the layer
-of image tokens says nothing about them and is NaN; a line in the log names the control.
+rule finds it, or the layer before it, on their three curves. The rule is applied to image tokens and to
+what stands in their place. Where a control converges too (`noise`, `words_long`, the untrained adapter),
+the layer of image tokens says nothing about them and is NaN; a line in the log names the control.
 
 `gap_closed` by layer is the share of the distance from noise to text that is closed: the mean `excess` over
 noise of the logarithms of mse and l0, the two curves of the paper.
@@ -23,8 +23,8 @@ from lightning_limber.probe.statistics import Comparison
 
 # Allowed image/text ratio of each metric, or its inverse. On the published curves mse and match give layer
 # 18, which is where their authors put it by hand, and l0, which falls below text's there, gives 17; no
-# tolerance gives 18. The others follow mse, as all of them are reconstruction errors, and cosine, bounded by
-# 1, is held closer. A loss has no such ratio.
+# tolerance gives 18. The others follow mse, as all of them are reconstruction errors, and cosine, bounded
+# by 1, is held closer. A loss has no such ratio.
 TOLERANCES = {
     "mse": 1.65,
     "l0": 1.4,
@@ -49,8 +49,8 @@ def convergence_layer(
         tolerance: The largest ratio allowed, and its inverse the smallest; 0.5 is as 2.
 
     Returns:
-        A member of `layers`; None if the last layer is already outside. A ratio that is NaN, is not above 0,
-        or has no text to compare with (0), is outside.
+        A member of `layers`; None if the last layer is already outside. A ratio that is NaN, is not above
+        0, or has no text to compare with (0), is outside.
     """
     first = None
     for layer, x, y in reversed(list(zip(layers, image, text, strict=True))):
@@ -63,8 +63,8 @@ def convergence_layer(
 
 
 class Convergence(ProbeMetric):
-    """Convergence layers of the metrics before it that have a tolerance, infinite where they never meet; and
-    `gap_closed`.
+    """Convergence layers of the metrics before it that have a tolerance, infinite where they never meet;
+    and `gap_closed`.
     """
 
     name = "convergence"
@@ -118,10 +118,10 @@ class Convergence(ProbeMetric):
         samples = bootstrap_samples(data, ("mse", "l0"))
         for group in data.image_groups if "noise" in data.groups else ():
             for layer in data.layers.values() if group != "noise" else ():
-                shares = [
-                    excess(*(samples[layer, name, metric] for name in ("noise", group, "text")), True)
-                    for metric in ("mse", "l0")
-                ]
+                shares = []
+                for metric in ("mse", "l0"):
+                    noise, own, text = (samples[layer, name, metric] for name in ("noise", group, "text"))
+                    shares.append(excess(noise, own, text, logarithm=True))
                 yield Estimate(layer, group, "gap_closed", torch.stack(shares).mean(0))
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Reconstruction and sparsity of directions alone: every token at plain text's median norm at its layer.
 
-A long vector wakes many latents and a short one few, whatever it means. With x~ = x m / |x|, m the median norm
-of plain text, and x~' its reconstruction by the SAE:
+A long vector wakes many latents and a short one few, whatever it means. With x~ = x m / |x|, m the median
+norm of plain text, and x~' its reconstruction by the SAE:
 
     direction_l0   mean number of active latents of x~
     direction_fvu  mean of |x~ - x~'|^2 / variance of plain text at that layer

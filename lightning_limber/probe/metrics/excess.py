@@ -2,10 +2,10 @@
 
     (control - group) / (control - text)      0: no nearer to text than the control; 1: as text
 
-with logarithms of counts and errors. The controls are `noise` and `words_long` (`CONTROLS`): any long vector
-comes nearer to text with depth, and only what lies beyond them is more than length. All three are of the same
-images in each bootstrap sample. NaN where control and text cannot be told apart: there is no distance to
-close. Costs nothing: it is made of other metrics.
+with logarithms of counts and errors. The controls are `noise` and `words_long` (`CONTROLS`): any long
+vector comes nearer to text with depth, and only what lies beyond them is more than length. All three are of
+the same images in each bootstrap sample. NaN where control and text cannot be told apart: there is no
+distance to close. Costs nothing: it is made of other metrics.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Excess(ProbeMetric):
         samples = bootstrap_samples(data, LOGARITHM)
         for (layer, group, metric), values in samples.items():
             text = samples.get((layer, "text", metric))
-            for control in data.controls if group in data.image_groups and text is not None else ():
+            for control in data.controls if group in data.image_groups else ():
                 beside = samples.get((layer, control, metric))
-                if beside is not None and group != control:
+                if text is not None and beside is not None and group != control:
                     value = excess(beside, values, text, LOGARITHM[metric])
                     yield Estimate(layer, group, f"excess_{metric}_over_{control}", value)

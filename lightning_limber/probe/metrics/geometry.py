@@ -33,7 +33,6 @@ from lightning_limber.probe.metrics.base import Estimate, Found, Measurement, Pr
 from lightning_limber.probe.palette import Panel
 from lightning_limber.probe.token_stats import ImageStats
 
-
 QUANTILES = (10, 50, 90)
 """Of the norm, in percent."""
 
@@ -100,7 +99,7 @@ class Geometry(ProbeMetric):
                 value = float(samples[0]) if metric == "alive" else samples
                 yield Estimate(data.layers[hook], group, metric, value)
             norms = torch.cat([norm for _, norm in found.updates[group, hook]])
-            norms = norms[~norms.isnan()].double().numpy()
-            for percent in QUANTILES if len(norms) else ():
-                value = float(np.percentile(norms, percent))
+            counted = norms[~norms.isnan()].double().numpy()
+            for percent in QUANTILES if len(counted) else ():
+                value = float(np.percentile(counted, percent))
                 yield Estimate(data.layers[hook], group, f"norm_p{percent}", value)

@@ -1,8 +1,8 @@
 """`shared`: Jaccard index of the latents that fire in a group and in text.
 
 Chance: latents that fire in the group independently of text, at the same shares a and b of all latents:
-a b / (a + b - a b). Both have no interval: a bootstrap sample holds two thirds of the images, in which fewer
-latents fire.
+a b / (a + b - a b). Both have no interval: a bootstrap sample holds two thirds of the images, in which
+fewer latents fire.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Groups of words in the image's place: what the numbers are of random words, and of the right ones.
 
-    words_long  random tokens of the vocabulary at the image tokens' norms: the control that is hardest to beat
+    words_long  random tokens of the vocabulary at the image tokens' norms: the sharpest control
     words       the same tokens at their own norms: text without sense
     told        the tokens of the caption's content words: the right content, as text
 
-An image's words are a function of its name, or of its captions, alone. Every metric that measures all groups
-measures these too. Each costs a forward of the image positions, and their SAEs.
+An image's words are a function of its name, or of its captions, alone. Every metric that measures all
+groups measures these too. Each costs a forward of the image positions, and their SAEs.
 """
 
 from __future__ import annotations

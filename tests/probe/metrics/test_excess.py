@@ -56,7 +56,9 @@ class World:
         x = x / x.norm(dim=-1, keepdim=True) * (self.norms if long else 2)
         latents = torch.relu(x @ self.encoder - 1)
         metric = TokenStats()
-        metric.update(x, latents @ self.decoder, latents, torch.arange(IMAGES * TOKENS) // TOKENS, range(IMAGES))
+        metric.update(
+            x, latents @ self.decoder, latents, torch.arange(IMAGES * TOKENS) // TOKENS, range(IMAGES)
+        )
         return metric.compute()
 
 
@@ -76,7 +78,7 @@ def coverage(seeds: range, share_of_text: float = 0.0) -> dict[str, float]:
             _, low, high = interval(excess(control[metric], group, text[metric], LOGARITHM[metric]))
             if not math.isnan(low):
                 held[metric].append(low <= 0 <= high)
-    assert min(map(len, held.values())) > 0.9 * len(seeds)
+    assert min(map(len, held.values())) > 0.7 * len(seeds)  # Where control and text differ.
     return {metric: sum(found) / len(found) for metric, found in held.items()}
 
 
