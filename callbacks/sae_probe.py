@@ -152,12 +152,14 @@ class SAEProbe(pl.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         # The first is counted: it alone reads the captions without an image.
         counter = FlopCounter() if trainer.state.fn == "fit" and epoch == 0 else None
+        untrained = epoch > 0 and module.hparams["adapter_weights"] is None
         with counter or nullcontext():
             report = self.probe.run(
                 self._batches(trainer, self.num_images, "Probing"),
                 self._batches(trainer, self.intervention_images, "Probing layer by layer"),
                 data.attributes,
                 same_captions=trainer.state.fn == "fit",  # `validate` may be given other data.
+                start=self.history.get(0, ()) if untrained else (),
             )
         self.history[epoch] = report.rows
         logged = scalars(report.rows)

@@ -45,6 +45,8 @@ class Batch(Sequences):
     another image's."""
     without_image: Sequences | None = None
     """The same captions without their images; for the probe."""
+    without_captions: Sequences | None = None
+    """The same images without captions, a sequence each; for the probe."""
     held_out: bool = False
     """Whether the images are of a fixed set that comes again: their features are worth keeping."""
     skipped: list[tuple[int, str]] = field(default_factory=list)
@@ -101,8 +103,8 @@ class Collator:
             skipped: Passed on to the batch.
             share_prefix: Put all captions of a record into one sequence instead of one each.
             other_captions: Also make sequences of these captions of other images, behind the others.
-            for_probe: Give each sequence a row of its own, name its groups of tokens, and lay the captions
-                out without their images too.
+            for_probe: Give each sequence a row of its own, name its groups of tokens, and lay out the
+                captions without their images too, and the images without their captions.
         """
         image_of: list[int] = []  # Index of each record's image among the batch's; -1: it has none.
         with_image: list[Record] = []
@@ -123,6 +125,10 @@ class Collator:
         prefix, packing = self.prompt.prefix_ids, None if for_probe else self.packing
         laid = lay_out(sequences, prefix, self.image_tokens, packing, groups=for_probe)
         alone = lay_out(sequences, prefix, 0, groups=True) if for_probe else None
+        openings = None
+        if for_probe and with_image:
+            images = [Parts(image, []) for image in range(len(with_image))]
+            openings = lay_out(images, prefix, self.image_tokens, groups=True)
         pixels = [self.transform(record.image) for record in with_image]  # type: ignore[arg-type]
         return Batch(
             **vars(laid),
@@ -135,6 +141,7 @@ class Collator:
             truncated=[text.truncated for parts in sequences[:own] for text in parts.texts],
             own_labels=sum(laid.label_counts[:own]),
             without_image=alone,
+            without_captions=openings,
             skipped=list(skipped),
         )
 

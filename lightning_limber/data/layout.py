@@ -69,8 +69,9 @@ class Sequences:
     """Tokens that the probe reads: flat positions [m], and the image [m] that each belongs to.
 
     ``image`` holds an image's tokens once, ``image_copies`` those in all its sequences, ``caption`` those
-    of the captions. The first position of a sequence is in no group: whatever stands there is an
-    attention sink.
+    of the captions but the first. The first position of a sequence is in no group: whatever stands there is
+    an attention sink. Nor is a caption's first token: without an image it follows the same tokens in every
+    caption, and is mostly the same word, so that it is one datum for all of them.
     """
 
     def attention_mask(self) -> Tensor | None:
@@ -97,7 +98,7 @@ class _Laid(NamedTuple):
     predictors: np.ndarray
     """[n] ... and the position that predicts each."""
     captions: np.ndarray
-    """Positions of the caption's tokens."""
+    """Positions of the captions' tokens, without each one's first."""
 
     @property
     def used(self) -> int:
@@ -119,10 +120,10 @@ def _lay(parts: Parts, prefix_ids: list[int], image_tokens: int) -> _Laid:
     is_target = np.array([False] * start + [is_it for text in parts.texts for is_it in text.is_target])
     is_target &= predictors >= 0  # Nothing precedes the first token of a text without prefix and image.
     is_caption = np.array([False] * start + [is_it for text in parts.texts for is_it in text.is_caption])
+    captions = is_caption.nonzero()[0]
+    captions = np.delete(captions, np.unique(caption_ids[captions], return_index=True)[1])
     targets = is_target.nonzero()[0]
-    return _Laid(
-        ids, position_ids, caption_ids, start, targets, predictors[targets], is_caption.nonzero()[0]
-    )
+    return _Laid(ids, position_ids, caption_ids, start, targets, predictors[targets], captions)
 
 
 def lay_out(

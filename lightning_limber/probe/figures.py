@@ -71,7 +71,7 @@ def probe_figure(
         if start is not None:
             _draw(axis, curve(start, "image", panel.metric), COLOURS["control"], f"image, {control}", "--")
         chance = curve(now, "image", f"{panel.metric}_chance")
-        _draw(axis, chance, COLOURS["image"], "image, chance (other images' captions)", ":")
+        _draw(axis, chance, COLOURS["image"], "image, chance", ":")
         if panel.also:
             _draw(axis, curve(now, "image", panel.also[0]), "black", panel.also[1], "-.")
         if published:

@@ -1,6 +1,7 @@
 """What figures and the report need to draw metrics, without torch: panels, colours, published curves.
 
-Colours are Okabe and Ito's, safe for colour-blind readers; a group has the same one everywhere.
+Colours are Okabe and Ito's, and Tol's where those are used up, safe for colour-blind readers; a group has
+the same one everywhere.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ COLOURS = {
     "caption": "#0072B2",
     "text": "#009E73",
     "noise": "#CC79A7",
+    "words_long": "#E69F00",
+    "words": "#F0E442",
+    "told": "#56B4E9",
     "control": "#999999",
 }
-SPARE = ("#E69F00", "#56B4E9", "#F0E442")
+SPARE = ("#882255", "#332288", "#44AA99")
 """Colours of groups that a user adds."""
 PAPER_NAME = "Venhoff et al., Gemma 2 2B"
 PANELS_FILE = "probe_panels.json"

@@ -1,33 +1,37 @@
 """What one probe runs: passes over held-out images.
 
 Pass 1, all images: a forward with the image, one of the same captions alone, and one for each group that
-fills the image's place with something else. At every probed layer a hook runs the SAE, adds to sums by
-image (token_stats.py) and hands the tokens to the metrics; no activation outlives its batch. Pass 2, the
-first `intervention_images`: one more forward whose residual streams are kept for the length of a batch, and
-what forwards the metrics branch off from it. Where the SAEs do not fit the device together, both passes are
-made for each chunk of layers in turn. What was kept then goes to `ProbeMetric.compute`.
+fills the image's place with something else, as far as the group's tokens reach. At every probed layer a
+hook runs the SAE, adds to sums by image (token_stats.py) and hands the tokens to the metrics; no activation
+outlives its batch. Pass 2, the first `intervention_images`: one more forward whose residual streams are
+kept for the length of a batch, and what forwards the metrics branch off from it. Where the SAEs do not fit
+the device together, both passes are made for each chunk of layers in turn. What was kept then goes to
+`ProbeMetric.compute`.
 
 Groups of tokens that are always measured:
 
     image    image positions                        caption  caption positions behind the image
     text     the same captions, without an image
 
-Never counted: the first position of a sequence (an attention sink in every LLM), and tokens whose norm
-at a layer is more than `outlier_factor` times the median of plain text there (sinks that form
-elsewhere). Their share is the metric ``outliers``.
+Never counted: the first position of a sequence (an attention sink in every LLM), the first token of a
+caption (without an image it is the same in all captions), and at each layer the tokens that point where the
+LLM's first position does (sinks that form elsewhere, see `sanity_check.counted`). The share of the latter
+is the metric ``outliers``. Where none of a group's tokens is left, its metrics are NaN.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -38,16 +42,18 @@ from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.explanations import Descriptions
 from lightning_limber.probe.intervention import Intervention, next_layer
 from lightning_limber.probe.metrics import Group, Measurement, ProbeMetric, Tokens
-from lightning_limber.probe.metrics.base import CAPTION, IMAGE, TEXT, Found, ImageInfo
+from lightning_limber.probe.metrics.base import CAPTION, IMAGE, TEXT, Found, ImageInfo, nan_like
 from lightning_limber.probe.palette import Panel
 from lightning_limber.probe.saes import chunks_on_device, hook_layer
-from lightning_limber.probe.sanity_check import TextStats
+from lightning_limber.probe.sanity_check import TextStats, counted
 from lightning_limber.probe.screened_encoder import make_encoder
 from lightning_limber.probe.tables import Row
 from lightning_limber.probe.token_stats import ImageStats, TokenStats
 
 Kept = dict[tuple[int, str, str], list[tuple[list[int], Any]]]
 """What metrics returned, by number of the metric, group and hook name: indices of the images, and items."""
+COUNTS = ("tokens", "outliers")
+"""Metrics that a group without a token has too."""
 INTERVENTIONS = ""
 """Stands for the group of what `intervene` returned."""
 
@@ -111,6 +117,8 @@ class Probe:
         self.encoders = {name: make_encoder(sae, model.device) for name, sae in self.saes.items()}
         given = descriptions or {}
         self.descriptions = {name: given[name] for name in self.saes if name in given}
+        sinks = {name: torch.tensor(text[name].sink, device=model.device) for name in self.saes}
+        self._sinks = {name: sink if len(sink) else None for name, sink in sinks.items()}
         self.context, self.gather = context, gather
         self.clock = Clock()
         self.metrics = config.make_metrics()
@@ -143,6 +151,7 @@ class Probe:
         intervention_batches: Iterable[Batch] = (),
         attributes: Callable[[Any], set[str] | None] = lambda scene: None,
         same_captions: bool = False,
+        start: Sequence[Row] = (),
     ) -> Report:
         """Measures everything.
 
@@ -153,6 +162,7 @@ class Probe:
             attributes: Truth of a scene in words, for the detectors.
             same_captions: The captions are the same at every call: what the LLM makes of them without an
                 image is then measured by the first alone, as neither LLM nor SAEs ever change.
+            start: Rows of the untrained adapter, a control; empty where they are not known.
         """
         self.clock.seconds.clear()
         training = self.model.training
@@ -186,10 +196,14 @@ class Probe:
                 {key: of_key for key, of_key in stats.items() if key[0] in alone},
                 {key: items for key, items in kept.items() if key[1] in alone},
             )
-        return self._report(stats, kept, images)
+        return self._report(stats, kept, images, start)
 
     def _report(
-        self, stats: dict[tuple[str, str], ImageStats], kept: Kept, images: dict[int, ImageInfo]
+        self,
+        stats: dict[tuple[str, str], ImageStats],
+        kept: Kept,
+        images: dict[int, ImageInfo],
+        start: Sequence[Row],
     ) -> Report:
         """Joins what all processes kept, and computes each metric."""
         joined: Kept = defaultdict(list)
@@ -201,7 +215,9 @@ class Probe:
             self,
             {key: stats[key] for key in order},
             sorted(self.gather(list(images.values())), key=lambda image: image.index),
+            start,
         )
+        empty = data.without_tokens
         for number, metric in enumerate(self.metrics):
 
             def items(group: str, name: str, number: int = number) -> list[tuple[list[int], Any]]:
@@ -212,7 +228,12 @@ class Probe:
                 {name: items("", name) for name in self.saes if (number, INTERVENTIONS, name) in joined},
             )
             with self.clock(metric.name):
-                data.estimates += list(metric.compute(data, found))
+                for estimate in metric.compute(data, found):
+                    known = (estimate.layer, estimate.group) not in empty or estimate.metric in COUNTS
+                    value = estimate.value if known else nan_like(estimate.value)
+                    data.estimates.append(estimate._replace(value=value))
+        for note in data.notes:
+            rank_zero_info(f"[probe] {note}")
         rows = [row for estimate in data.estimates for row in estimate.rows()]
         return Report(rows, data.tables, data.matrices, dict(self.clock.seconds))
 
@@ -260,8 +281,10 @@ class Probe:
             return latents, self.saes[hook].decode(latents)
 
     def keep(self, hook: str, x: Tensor) -> Tensor:
-        """[n] false at outliers among float32 tokens [n, D]."""
-        return x.norm(dim=-1) <= self.config.outlier_factor * self.text[hook].median_norm
+        """[n] false at sinks among float32 tokens [n, D], which are not counted."""
+        factor = self.config.outlier_factor
+        longest = math.inf if factor is None else factor * self.text[hook].median_norm
+        return counted(x, self._sinks[hook], longest)
 
     # -- passes -----------------------------------------------------------------------------------
 
@@ -283,9 +306,13 @@ class Probe:
                 elif fill is None:
                     self._forward(batch, batch, tokens, groups, accumulators, kept)
                 else:
+                    # No token sees what follows it: a group at image positions needs no captions.
+                    short = all(group.positions == "image" for group in groups)
+                    sequences = batch.without_captions if short else batch
                     with self.clock(groups[0].name):
-                        filled = fill(self.model, batch, tokens)
-                        self._forward(batch, batch, filled, groups, accumulators, kept)
+                        if sequences is not None:
+                            filled = fill(self.model, batch, tokens)
+                            self._forward(batch, sequences, filled, groups, accumulators, kept)
 
     def _forward(
         self,
@@ -303,7 +330,7 @@ class Probe:
         def read(name: str, residual: Tensor) -> None:
             for group in groups:
                 positions, image_rows = sequences.groups[group.positions]
-                with self.clock("sae"):
+                with self.clock("sae" if group.fill is None else group.name):
                     selected = residual.flatten(0, 1).index_select(0, positions)  # [n, D]
                     x = selected.float()
                     latents, reconstruction = self.encode(name, x)

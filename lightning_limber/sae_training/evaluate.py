@@ -17,7 +17,6 @@ take contexts of one length; and over their few batches more latents look dead.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +72,7 @@ def evaluate_release(
         stats = sanity_check.measure(llm, saes, prefix, context=lambda: activations.autocast(llm))
         for name, score in scores.items():
             # What the sanity check is to find again.
-            card["layers"][name] |= {"scores": _rounded(score), "gate": _rounded(asdict(stats[name]))}
+            card["layers"][name] |= {"scores": _rounded(score), "gate": _rounded(stats[name].for_card())}
         (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
 
 

@@ -21,6 +21,10 @@ RESERVE = 0.1
 """Share of a GPU's memory left to the CUDA context, workspaces, fragmentation and the probe's batches."""
 
 
+FILLS = frozenset(("noise", "words_long", "words", "told"))
+"""Metrics of the probe that put something in the image's place."""
+
+
 class GPU(NamedTuple):
     """Dense peaks (no sparsity) of NVIDIA's data sheets."""
 
@@ -114,14 +118,16 @@ def probe_flops(
         metrics: Names of the metrics, see `ProbeConfig`.
     """
     llm, text = rehearsal.model.llm, rehearsal.text_flops()
-    # The first position of a sequence is never counted.
+    # The first position of a sequence and the first token of a caption are never counted.
     image = rehearsal.image_tokens - (rehearsal.prefix_tokens == 0)
-    captions = rehearsal.captions_per_image * rehearsal.caption_tokens
+    captions = rehearsal.captions_per_image * (rehearsal.caption_tokens - 1)
     decode, head = flops["LLM forward"], flops["head"] / 2  # No gradient here.
     all_saes = sum(4 * llm.hidden_size * (sae.d_sae or 0) for sae in saes)  # One token through all of them.
-    noise = "noise" in metrics
-    clean = flops["vision forward"] + flops["adapter forward"] + decode * (1 + noise) + text
-    clean += all_saes * (image * (1 + noise) + 2 * captions)
+    fills = len(FILLS & metrics)
+    clean = flops["vision forward"] + flops["adapter forward"] + decode + text
+    clean += fills * rehearsal.opening_flops()
+    clean += all_saes * (image * (1 + fills) + 2 * captions)
+    clean += ("direction" in metrics) * all_saes * (image * (1 + fills) + captions)
     clean += ("lens_hit" in metrics) * len(saes) * image * 2 * llm.hidden_size * llm.vocab_size
     intervened = 0.0
     if metrics & {"loss_recovered", "cross_layer"}:
@@ -257,7 +263,7 @@ def _memory(
         layers = tensor_bytes(list(model.llm.layers.parameters()))
         llm += layers / count - layers + 2 * layers / len(model.llm.layers)
     # What the probe keeps of every image, group and layer: see `ImageStats`.
-    groups = 3 + ("noise" in probe.config.metrics)
+    groups = 3 + sum(name in probe.config.metrics for name in FILLS)
     sums = probe.num_images * groups * sum(8 * d_in + 2 * (sae.d_sae or 0) for sae in saes)
     return {
         "vision encoder": weights["vision"],

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_limber.data.collate import Batch
-from lightning_limber.data.layout import Parts, lay_out
+from lightning_limber.data.layout import Parts, Sequences, lay_out
 from lightning_limber.data.prompt import Prompt, Text
 from lightning_limber.models.build import BLANK_IMAGE, check_length
 from lightning_limber.models.limber import Limber
@@ -209,9 +209,15 @@ class Rehearsal:
 
     def text_flops(self) -> int:
         """Forward of the LLM over one image's captions without the image."""
-        laid = lay_out([Parts(-1, self._texts)], self._prefix_ids, 0)
+        return self._decode_flops(lay_out([Parts(-1, self._texts)], self._prefix_ids, 0))
+
+    def opening_flops(self) -> int:
+        """Forward of the LLM over one image without its captions."""
+        return self._decode_flops(lay_out([Parts(0, [])], self._prefix_ids, self.image_tokens))
+
+    def _decode_flops(self, laid: Sequences) -> int:
         with self.fake, torch.no_grad(), self._autocast():
-            embeds = self.model.embed_sequences(_made_fake(laid), None)
+            embeds = self.model.llm.embed(_made_fake(laid).input_ids)
             with FlopCounter() as counter:
                 self.model.llm.decode(embeds)
         return counter.total

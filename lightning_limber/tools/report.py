@@ -165,7 +165,7 @@ def read_probe(path: Path) -> dict[str, Any]:
         if row["layer"]:
             curve = curves[row["metric"]][row["group"]].setdefault(epoch, [None] * len(layers))
             curve[place[int(row["layer"])]] = interval(row)
-        elif row["metric"].startswith("convergence_layer/"):
+        elif row["metric"].startswith("convergence_layer/") and row["group"] == "image":
             convergence[row["metric"].partition("/")[2]][epoch] = interval(row)
     epochs = sorted({int(row["epoch"]) for row in rows})
     groups = list(dict.fromkeys(row["group"] for row in rows))

@@ -91,7 +91,7 @@ def test_charts_hold_a_metrics_layers_and_a_layers_groups(log):
     assert charts["training", "loss"] == {"train/loss", "val/loss", "val/loss_shuffled"}
     fvu = "fvu: unexplained variance"
     assert charts["image tokens, all layers", fvu] == {"fvu/image/layer_00", "fvu/image/layer_02"}
-    groups = ("image", "caption", "text", "noise")
+    groups = ("image", "caption", "text", "noise", "words_long")
     assert charts["layer 02, all groups", fvu] == {f"fvu/{group}/layer_02" for group in groups}
     assert {category.title for category in layout.category} >= {
         "layer 00, all groups",

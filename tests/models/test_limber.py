@@ -85,11 +85,18 @@ def test_groups_hold_image_and_caption_tokens_only(model):
     assert image.tolist() == [1, 2, 3, 4, *(width + i for i in (1, 2, 3, 4))]  # After BOS; a 2x2 grid.
     assert of_image.tolist() == [0] * 4 + [1] * 4
     words = len(batch.captions[0][0].replace(".", " .").split())
-    assert caption[of_caption == 0].tolist() == list(range(5, 5 + words))  # Without the end token.
+    # Without its first token, which is no datum where there is no image, and without the end token.
+    assert caption[of_caption == 0].tolist() == list(range(6, 5 + words))
     text = batch.without_image
     assert len(text.groups["image"][0]) == 0
     assert text.groups["caption"][1].tolist() == of_caption.tolist()
-    assert text.groups["caption"][0][:words].tolist() == list(range(1, 1 + words))
+    assert text.groups["caption"][0][: words - 1].tolist() == list(range(2, 1 + words))
+    opening = batch.without_captions
+    assert opening.input_ids.tolist() == batch.input_ids[:, :5].tolist()
+    assert opening.groups["image"][0].tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert opening.groups["image"][1].tolist() == of_image.tolist()
+    assert opening.image_rows.tolist() == batch.image_rows.tolist()
+    assert not len(opening.labels)
 
 
 def test_an_image_with_several_captions_counts_once(model):
@@ -98,6 +105,8 @@ def test_an_image_with_several_captions_counts_once(model):
     batch = model.collator()(records, chosen, for_probe=True)
     assert batch.groups["image"][1].tolist() == [0] * 4 + [1] * 4
     assert batch.groups["image_copies"][1].tolist() == [0] * 8 + [1] * 4
+    assert batch.groups["caption"][1].tolist() == [0] * 3  # Of each caption all but the first word.
+    assert batch.without_captions.input_ids.shape == (2, 5)
 
 
 def test_the_first_position_is_never_counted(models):

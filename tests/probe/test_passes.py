@@ -32,8 +32,8 @@ def events(folder: str | Path):
 
 
 METRICS = (
-    "fvu fvu_text mse rel_error cosine norm_ratio norm l0 sparsity alive shared outliers tokens".split()
-)
+    "fvu fvu_text mse rel_error cosine norm_ratio norm l0 sparsity alive norm_p50 shared outliers tokens"
+).split()
 
 
 def values(cli, epoch: int, group: str, metric: str) -> list[float]:
@@ -69,7 +69,7 @@ def run(models, tmp_path_factory) -> Path:
 def test_every_metric_by_layer_group_and_epoch_is_in_the_event_file(run):
     log = events(run)
     for metric in METRICS:
-        for group in ("image", "caption", "text", "noise"):
+        for group in ("image", "caption", "text", "noise", "words_long"):
             for layer in (0, 2):
                 steps = [e.step for e in log.Scalars(f"{metric}/{group}/layer_{layer:02d}")]
                 assert steps == [0, 4, 8]  # The untrained adapter, then each epoch.
@@ -143,16 +143,17 @@ def test_against_a_second_computation(fit, models):
             prefix, text = (model.llm.embed(torch.tensor(x)) for x in (prompt.prefix_ids, ids))
             rows = residuals(torch.cat([prefix, image, text]), hook_name)
             tokens["image"].append(rows[1:5])
-            tokens["caption"].append(rows[5:][torch.tensor(is_caption)])
+            tokens["caption"].append(rows[5:][torch.tensor(is_caption)][1:])
             tokens["text"].append(
-                residuals(torch.cat([prefix, text]), hook_name)[1:][torch.tensor(is_caption)]
+                residuals(torch.cat([prefix, text]), hook_name)[1:][torch.tensor(is_caption)][1:]
             )
+            sink = rows[0]
         text = probe.probe.text[hook_name]
-        limit = 10 * text.median_norm
+        torch.testing.assert_close(torch.tensor(text.sink), sink / sink.norm(), rtol=1e-4, atol=1e-5)
         fired = {}
         for group, rows in tokens.items():
             x = torch.cat(rows)
-            keep = x.norm(dim=-1) <= limit
+            keep = torch.cosine_similarity(x, sink[None]) <= 0.8
             x = x[keep]
             latents = sae.encode(x)
             reconstruction = sae.decode(latents).double()
@@ -167,6 +168,7 @@ def test_against_a_second_computation(fit, models):
                 "cosine": torch.cosine_similarity(x, reconstruction).mean(),
                 "norm_ratio": (reconstruction.norm(dim=-1) / x.norm(dim=-1)).mean(),
                 "norm": x.norm(dim=-1).mean(),
+                **{f"norm_p{p}": x.norm(dim=-1).quantile(p / 100) for p in (10, 50, 90)},
                 "l0": (latents > 0).sum(1).double().mean(),
                 "sparsity": (latents > 0).double().mean(),
                 "alive": fired[group].double().mean(),
@@ -180,6 +182,10 @@ def test_against_a_second_computation(fit, models):
             both = (fired[group] & fired["text"]).sum() / (fired[group] | fired["text"]).sum()
             got = values(cli, 1, group, "shared")[(0, 2).index(layer)]
             assert got == pytest.approx(float(both), abs=0.01)
+            if group != "text":
+                a, b = (float(fired[name].double().mean()) for name in (group, "text"))
+                chance = values(cli, 1, group, "shared_chance")[(0, 2).index(layer)]
+                assert chance == pytest.approx(a * b / (a + b - a * b), abs=0.01)
 
 
 def test_does_not_depend_on_the_batch(probed, monkeypatch):
@@ -288,12 +294,38 @@ def test_the_probe_can_be_rare_or_off(fit):
     assert not sae_probe(fit("--probe.every_n_epochs=0")).history
 
 
-def test_tokens_far_from_text_are_left_out_as_outliers(fit):
-    """A probe must not be swamped by attention sinks: tokens over 10 median norms are only counted."""
+def test_tokens_far_from_text_are_left_out_as_outliers(fit, monkeypatch):
+    """By their norm where that is asked for. Where none is left nothing is made up: every metric is NaN."""
+    said: list[str] = []
+    monkeypatch.setattr("lightning_limber.probe.passes.rank_zero_info", said.append)
     cli = fit("--trainer.max_steps=1", "--probe.outlier_factor=0.001", probe=True)
     assert values(cli, 0, "image", "outliers") == [1.0, 1.0]
     assert values(cli, 0, "image", "tokens") == [0.0, 0.0]
-    assert all(math.isnan(value) for value in values(cli, 0, "image", "fvu"))  # Not a number made up.
+    rows = cli.trainer.callbacks[0].history[0]
+    others = [row for row in rows if row.layer is not None and row.metric not in ("tokens", "outliers")]
+    assert {"fvu", "shared", "alive", "lens_hit", "knn_p"} <= {row.metric for row in others}
+    assert all(math.isnan(row.value) for row in others)
+    assert any("All tokens of group 'image' at layers 0, 2 are attention sinks" in note for note in said)
+
+
+def test_tokens_that_point_as_the_first_position_are_sinks(probed, monkeypatch):
+    """At any length. Planted at layer 0 as half of the image tokens: they are left out, and counted."""
+    model, probe = probed.model, probed.trainer.callbacks[0].probe
+    sinks = {name: torch.tensor(stats.sink) for name, stats in probe.text.items()}
+    name = "blocks.0.hook_resid_post"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 32, generator=generator)
+    x -= (x @ sinks[name])[:, None] * sinks[name]
+    x /= x.norm(dim=-1, keepdim=True)
+    for scale in (1e-3, 1.0, 1e3):
+        for cosine, kept in ((0.79, True), (0.81, False), (-1.0, True)):
+            tokens = scale * (cosine * sinks[name] + (1 - cosine**2) ** 0.5 * x)
+            assert probe.keep(name, tokens).tolist() == [kept] * 6
+    bos = model.llm.embed(torch.tensor([[1, 1]]))
+    found = {}
+    with torch.no_grad(), model.llm.residual_hooks({name: partial(found.__setitem__, name)}):
+        model.llm.decode(bos)
+    assert not probe.keep(name, found[name][0]).any()  # Twice the first token: two sinks.
 
 
 @pytest.mark.parametrize(("metrics", "activation_sums"), [("noise", 0), ("noise,detectors", 2)])
@@ -322,8 +354,9 @@ def test_memory_by_image(fit, metrics, activation_sums):
         return first.bytes
 
     by_image = (live_bytes(64) - live_bytes(8)) / 56
-    # D = 32, K = 64, 2 layers: sums of 8, total (float64) and index in 4 groups; bfloat16 by latent.
-    kept = ((8 * 8 + 32 * 8 + 8) * 4 + 64 * 2 * activation_sums) * 2
+    # D = 32, K = 64, 2 layers: sums of 8, total (float64) and index in 4 groups; bfloat16 by latent; the
+    # norm of each token: 4 of an image and of noise, about 8 of a caption, behind the image and without it.
+    kept = ((8 * 8 + 32 * 8 + 8) * 4 + 64 * 2 * activation_sums + 4 * (2 * 4 + 2 * 8)) * 2
     assert by_image == pytest.approx(kept, rel=0.05)
 
 
@@ -450,7 +483,10 @@ def test_the_diagonal_of_the_cross_layer_matrix_is_the_probe(probed, monkeypatch
 
 
 def test_planted_caption_embeddings_look_like_text(probed, monkeypatch):
-    """Image tokens that ARE the caption's first embeddings give the `text` curve, within the interval."""
+    """Image tokens that ARE the caption's first embeddings give the `text` curve, within the interval.
+
+    All but the first of them, which does not count as text.
+    """
     cli = probed
     model, callback = cli.model, sae_probe(cli)
     first = len(model.collator().prompt.prefix_ids)
@@ -462,11 +498,14 @@ def test_planted_caption_embeddings_look_like_text(probed, monkeypatch):
 
     def batches():
         for batch in probe_batches(cli, 60):
-            # The text group: the same four tokens.
+            # The text group: the same tokens.
             alone = batch.without_image
             positions, rows = alone.groups["caption"]
             kept = alone.position_ids.flatten()[positions] < first + 4
             alone.groups["caption"] = positions[kept], rows[kept]
+            positions, rows = batch.groups["image"]
+            kept = batch.position_ids.flatten()[positions] > first
+            batch.groups["image"] = positions[kept], rows[kept]
             yield batch
 
     rows = callback.probe.run(batches()).rows
@@ -666,7 +705,7 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
     moved = move_data_to_device(batch, torch.device("meta"))
     moved.held_out = False  # Features are copied to the host once a run, when they are first kept.
     assert moved.pixel_values.is_meta
-    names, groups = list(saes), ("image", "caption", "text", "noise")
+    names, groups = list(saes), ("image", "caption", "text", "noise", "words_long")
     stats = {}
     for name in names:  # As pass 1 leaves them: on the host.
         of_image = TokenStats()
@@ -682,8 +721,20 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
     shapes = {}
     for (number, group, name), [(index, item)] in kept.items():
         assert index == batch.index
-        shapes[probe.metrics[number].name, group, name] = tuple(item.shape)
+        shape = (
+            {k: tuple(v.shape) for k, v in item.items()} if isinstance(item, dict) else tuple(item.shape)
+        )
+        shapes[probe.metrics[number].name, group, name] = shape
+    tokens = dict.fromkeys(groups, 16) | dict.fromkeys(("caption", "text"), len(batch.groups["caption"][0]))
+    direction = {"direction_l0": (4, 2), "direction_fvu": (4, 2)}
     assert shapes == {
+        **{("geometry", group, name): (n,) for group, n in tokens.items() for name in names},
+        **{
+            ("direction", group, name): direction
+            for group in groups
+            if group != "caption"
+            for name in names
+        },
         **{("lens_hit", "image", name): (16, 5) for name in names},  # 4 tokens of each image.
         **{("loss_recovered", "", name): (4, 3) for name in names},
         **{("cross_layer", "", name): (2, 3) for name in names},

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -29,14 +28,33 @@ def text(tmp_path, monkeypatch):
     return lines
 
 
+def tokens(llm: LLM, lines: list[str], name: str) -> torch.Tensor:
+    """[1 + n, D] residual stream of BOS, then of all words: one sequence at a time."""
+    rows = []
+    with torch.no_grad(), llm.residual_hooks({name: lambda x: rows.append(x[0])}):
+        for line in lines:
+            llm.decode(llm.embed(torch.tensor([[1, *llm.tokenizer(line)["input_ids"]]])))
+    return torch.cat([rows[0][:1], *(row[1:] for row in rows)])
+
+
 @pytest.fixture
 def suite(models, text, tmp_path):
-    """The tiny SAEs with a card, as `suite evaluate --write true` writes it."""
+    """SAEs of each layer's own 16 principal directions, with a card as `evaluate` writes it."""
     folder = tmp_path / "suite"
     shutil.copytree(models / "saes", folder)
     llm = LLM(str(models / "llm")).load()
+    saes = load_saes(str(folder), "layer_{layer}", None, llm)
+    for name, sae in saes.items():
+        x = tokens(llm, text, name)[1:]
+        main = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:16]  # [16, D]
+        for weight in (sae.W_enc, sae.W_dec, sae.b_enc):
+            weight.data.zero_()
+        sae.W_enc.data[:, :32] = torch.cat([main, -main]).T
+        sae.W_dec.data[:32] = torch.cat([main, -main])
+        sae.b_dec.data = x.mean(0)
+        sae.save_model(folder / f"layer_{name.split('.')[1]}")
     measured = gate.measure(llm, load_saes(str(folder), "layer_{layer}", None, llm), [1])
-    layers = {name: {"gate": asdict(stats)} for name, stats in measured.items()}
+    layers = {name: {"gate": stats.for_card()} for name, stats in measured.items()}
     (folder / "card.json").write_text(json.dumps({"layers": layers}))
     return folder
 
@@ -49,26 +67,74 @@ def check(llm: LLM, folder, prefix_ids=(1,), policy="stop") -> None:
 
 
 def test_against_a_second_computation(models, text):
-    """One sequence at a time, tokens gathered, two passes over them."""
+    """One sequence at a time, tokens gathered, two passes over them; sinks by their angle in degrees."""
     llm = LLM(str(models / "llm")).load()
     saes = load_saes(str(models / "saes"), "layer_{layer}", None, llm)
-    for factor in (1e9, 1.1):
+
+    def second(name: str, sae, factor: float) -> tuple[torch.Tensor, tuple[float, ...]]:
+        bos, x = (found := tokens(llm, text, name))[:1], found[1:]
+        median = x.norm(dim=-1).median()
+        angle = torch.rad2deg(torch.acos(torch.cosine_similarity(x, bos).clamp(-1, 1)))
+        sinks = angle < 36.8699
+        assert sinks.double().mean() < 0.1
+        x = x[~sinks & (x.norm(dim=-1) <= factor * median)]
+        latents = sae.encode(x)
+        variance = (x - x.mean(0)).double().pow(2).sum() / len(x)
+        fvu = (x - sae.decode(latents)).double().pow(2).sum() / len(x) / variance
+        l0 = (latents > 0).sum(1).double().mean()
+        return bos[0] / bos.norm(), tuple(map(float, (median, variance, fvu, l0)))
+
+    for factor in (None, 1.1):
         measured = gate.measure(llm, saes, [1], outlier_factor=factor)
         for name, sae in saes.items():
-            rows = []
-            with torch.no_grad(), llm.residual_hooks({name: lambda x, r=rows: r.append(x[0, 1:])}):
-                for line in text:
-                    llm.decode(llm.embed(torch.tensor([[1, *llm.tokenizer(line)["input_ids"]]])))
-            x = torch.cat(rows)
-            median = x.norm(dim=-1).median()
-            x = x[x.norm(dim=-1) <= factor * median]
-            latents = sae.encode(x)
-            variance = (x - x.mean(0)).double().pow(2).sum() / len(x)
-            fvu = (x - sae.decode(latents)).double().pow(2).sum() / len(x) / variance
-            expected = gate.TextStats(
-                float(median), float(variance), float(fvu), float((latents > 0).sum(1).double().mean())
+            found = measured[name]
+            sink, numbers = second(name, sae, factor or 1e9)
+            assert (found.median_norm, found.variance, found.fvu, found.l0) == pytest.approx(
+                numbers, rel=1e-4
             )
-            assert asdict(measured[name]) == pytest.approx(asdict(expected), rel=1e-4)
+            torch.testing.assert_close(torch.tensor(found.sink), sink, rtol=1e-4, atol=1e-5)
+            near = {0: [1], 2: [1]}[int(name.split(".")[1])]
+            beside = [f"blocks.{layer}.hook_resid_post" for layer in near]
+            assert list(found.fvu_beside) == beside
+            for other in beside:
+                fvu = second(other, sae, factor or 1e9)[1][2]
+                assert found.fvu_beside[other] == pytest.approx(fvu, rel=1e-4)
+
+
+def test_sinks_are_left_out_at_any_length():
+    sink = torch.tensor([1.0, 0, 0])
+    x = torch.tensor([[9.0, 1, 0], [0.009, 0.001, 0], [0.5, 1, 0], [-9, 0, 0], [0, 0, 0]])
+    assert gate.counted(x, sink).tolist() == [False, False, True, True, True]
+    assert gate.counted(x, sink, longest=1).tolist() == [False, False, False, False, True]
+    assert gate.counted(x, None).tolist() == [True] * 5
+
+
+def test_a_direction_of_all_text_tells_no_sinks(models, text):
+    """As where an LLM writes one large vector everywhere."""
+    llm = LLM(str(models / "llm")).load()
+    saes = load_saes(str(models / "saes"), "layer_{layer}", None, llm)
+    with torch.no_grad():
+        llm.embedding.weight += 1000 * llm.embedding.weight.std()
+    stats = gate.measure(llm, saes, [1])["blocks.0.hook_resid_post"]
+    assert stats.sink == []
+    assert stats.variance > 0
+
+
+def test_an_sae_that_explains_another_layer_better_is_named():
+    stats = gate.TextStats(1, 1, 0.2, 9, fvu_beside={"blocks.2.hook_resid_post": 0.3, "c": 0.15})
+    assert gate.complaints({"a": stats}, {"a": {}}) == ["a: fvu 0.2 there, and lower at c: 0.15"]
+
+
+def test_a_card_of_another_version_is_not_compared(models, suite, monkeypatch):
+    """Under another rule of what is counted its numbers are of other tokens."""
+    card = json.loads((suite / "card.json").read_text())
+    for layer in card["layers"].values():
+        layer["gate"] |= {"version": 1, "l0": 1e6}
+    (suite / "card.json").write_text(json.dumps(card))
+    said: list[str] = []
+    monkeypatch.setattr(gate, "rank_zero_info", said.append)
+    check(LLM(str(models / "llm")).load(), suite)
+    assert "was scored by another version" in said[0]
 
 
 def test_the_suite_as_it_was_scored_passes(models, suite):
@@ -193,7 +259,7 @@ def test_the_shipped_suite_on_the_real_model():
 
     assert stops(saes, bos) == []
     lines = stops(saes, [])
-    assert len(lines) == 2  # Layers 3 and 6; deeper ones hardly need BOS.
+    assert len(lines) == 3
     assert all("fvu" in line for line in lines)
     known |= {f"blocks.{i + 1}.hook_resid_post": known[f"blocks.{i}.hook_resid_post"] for i in (3, 6, 18)}
     shifted = {f"blocks.{int(name.split('.')[1]) + 1}.hook_resid_post": sae for name, sae in saes.items()}

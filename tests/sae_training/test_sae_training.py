@@ -490,6 +490,6 @@ def test_commands_score_and_describe_a_release(release: Path, text: Path, tmp_pa
     assert f"| {HOOKS[0]} |" in output
     assert re.search(r"latent \d+, density", output)
     for name, layer in json.loads((copy / "card.json").read_text())["layers"].items():
-        assert set(layer["gate"]) == {"median_norm", "variance", "fvu", "l0"}
+        assert set(layer["gate"]) == {"median_norm", "variance", "fvu", "l0", "version"}
         rows = read_explanations(copy / "descriptions" / name)
         assert layer["descriptions"]["described"] == len(rows) > 0

@@ -19,6 +19,7 @@ from lightning_limber.models.adapters import MLP, Adapter, Linear, PixelShuffle
 from lightning_limber.models.adapters.spec import adapter_from_spec
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.vision import VisionConfig
+from lightning_limber.probe.metrics import DEFAULT_METRICS
 from lightning_limber.tools.plan import probe_flops, sae_sizes, width_in_name
 from lightning_limber.tools.rehearsal import Rehearsal
 from lightning_limber.utils.flops import CPU_ATTENTION
@@ -206,13 +207,12 @@ def test_probe_flops_are_those_of_a_real_probe(models, fit, monkeypatch):
     # Captions are cut to one length, which it would refuse.
     monkeypatch.setattr(Limber, "_calibrate", lambda self: None)
     flags = ["--model.max_caption_tokens=8", "--trainer.max_steps=1"]  # Every scene's caption is longer.
-    flags += ["--probe.outlier_factor=1e9"]  # Tokens that are left out pass no SAE.
     cli = fit(*flags, probe=True)
     settings = cli.config["fit"].model
     model = Limber(VisionConfig(**settings.vision.as_dict()), settings.llm, max_caption_tokens=8)
     planned = Rehearsal(model, "32-true", 8)
     saes = sae_sizes(str(models / "saes"), "layer_{layer}", None, model.llm)
-    metrics = {"noise", "match", "lens_hit", "knn", "detectors", "loss_recovered", "cross_layer"}
+    metrics = set(DEFAULT_METRICS)
     of_image = probe_flops(planned, planned.step(1).flops, saes, metrics)
     assert of_image["every image"] == pytest.approx(spent["_clean_pass"][0], rel=0.02)
     assert of_image["images of interventions"] == pytest.approx(spent["_intervention_pass"][0], rel=0.02)

@@ -440,11 +440,17 @@ def test_probe_is_the_runs_own(run):
     assert list(table.columns) == ["layer", "group", "metric", "value", "low", "high"]
     expected = pd.read_csv(run / "probe.csv").astype({"layer": "Int64"})
     expected = expected[expected.epoch == expected.epoch.max()].drop(columns=["run", "epoch"])
-    # What is true of a scene is not in its picture, and noise is drawn by an image's name.
+    # What is true of a scene is not in its picture, and controls are drawn by an image's name.
     expected = expected[~expected.metric.str.startswith("detectors")]
     assert len(table) == len(expected) > 100
-    assert set(table.group) == {"image", "caption", "text", "noise"}
-    table, expected = (rows[rows.group != "noise"] for rows in (table, expected))
+    assert set(table.group) == {"image", "caption", "text", "noise", "words_long"}
+    table, expected = (
+        rows[
+            ~rows.group.isin(["noise", "words_long"])
+            & ~rows.metric.str.contains("excess|gap_closed|convergence_layer")
+        ]
+        for rows in (table, expected)
+    )
     key = ["layer", "group", "metric"]
     both = expected.merge(table, on=key, suffixes=("", "_here"), how="outer", validate="1:1")
     for column in ("value", "low", "high"):

@@ -19,6 +19,8 @@ from lightning_limber.probe.metrics.base import (
 from lightning_limber.probe.metrics.convergence import Convergence
 from lightning_limber.probe.metrics.cross_layer import CrossLayer
 from lightning_limber.probe.metrics.detectors import Detectors
+from lightning_limber.probe.metrics.direction import Direction
+from lightning_limber.probe.metrics.excess import Excess
 from lightning_limber.probe.metrics.geometry import Geometry
 from lightning_limber.probe.metrics.knn import KNN
 from lightning_limber.probe.metrics.lens_hit import LensHit
@@ -26,6 +28,7 @@ from lightning_limber.probe.metrics.loss_recovered import LossRecovered
 from lightning_limber.probe.metrics.match import Match
 from lightning_limber.probe.metrics.noise import Noise
 from lightning_limber.probe.metrics.shared import Shared
+from lightning_limber.probe.metrics.word_groups import Told, Words, WordsLong
 from lightning_limber.probe.palette import Panel
 
 __all__ = [
@@ -48,12 +51,15 @@ MetricSpec = str | dict[str, Any]
 REGISTRY: dict[str, type[ProbeMetric]] = {
     metric.name: metric
     for metric in (
-        *(Geometry, Shared, Noise, Match, LensHit, KNN, Detectors, LossRecovered, CrossLayer),
-        Convergence,
+        *(Geometry, Shared, Direction, Noise, WordsLong, Words, Told),
+        *(Match, LensHit, KNN, Detectors, LossRecovered, CrossLayer, Excess, Convergence),
     )
 }
 """The metrics that ship, by name."""
-DEFAULT_METRICS = ("noise", "match", "lens_hit", "knn", "detectors", "loss_recovered", "cross_layer")
+DEFAULT_METRICS = (
+    *("direction", "noise", "words_long"),
+    *("match", "lens_hit", "knn", "detectors", "loss_recovered", "cross_layer"),
+)
 
 
 def resolve_metric(spec: MetricSpec) -> ProbeMetric:
@@ -95,11 +101,11 @@ def resolve_metric(spec: MetricSpec) -> ProbeMetric:
 def resolve_metrics(specs: Sequence[MetricSpec]) -> list[ProbeMetric]:
     """Metrics in the order in which they are computed.
 
-    Geometry and shared come first and convergence last, whether they are named or not.
+    Geometry and shared come first, and excess and convergence last, whether they are named or not.
     """
     metrics = [resolve_metric(spec) for spec in specs]
 
     def missing(*kinds: type[ProbeMetric]) -> list[ProbeMetric]:
         return [kind() for kind in kinds if not any(type(metric) is kind for metric in metrics)]
 
-    return [*missing(Geometry, Shared), *metrics, *missing(Convergence)]
+    return [*missing(Geometry, Shared), *metrics, *missing(Excess, Convergence)]

@@ -8,7 +8,8 @@ all, D the LLM's width, K latents, R bootstrap samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from lightning_limber.probe.passes import Probe
 
 NAN = float("nan")
+CONTROLS = ("noise", "words_long")
+"""Groups of the image tokens' norms that say nothing: what is no better than they shows length alone."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Tokens:
         latents: [n, K] of the layer's SAE, dense or sparse COO.
         reconstruction: [n, D] by the SAE.
         image_rows: [n] image of each token, 0 to B - 1.
-        keep: [n] false at outliers, which are not to be counted.
+        keep: [n] false at attention sinks, which are not to be counted.
     """
 
     group: str
@@ -121,6 +124,15 @@ class ImageInfo:
     attributes: set[str] | None
 
 
+def nan_like(
+    value: float | tuple[float, float, float] | Tensor | Comparison,
+) -> float | Tensor | Comparison:
+    """NaN in the form of an estimate's value."""
+    if isinstance(value, Comparison):
+        return Comparison(*[NAN] * 7)
+    return torch.full_like(value, NAN) if isinstance(value, Tensor) else NAN
+
+
 Items = list[tuple[list[int], Any]]
 """What a metric returned for each batch, with the indices of the batch's images, in their order."""
 
@@ -140,17 +152,21 @@ class Measurement:
         probe: The probe: its config, layers by hook name, yardsticks of text, descriptions and model.
         stats: Sums by (group, hook name).
         images: The I images, by index.
+        start: Rows of the untrained adapter; empty where they are not known.
         estimates: Those of the metrics before this one.
         tables: Rows by name; ``name`` is written to ``name_epoch_{n}.csv``.
         matrices: Of each metric, tables [layer of the tokens][layer of the SAE] by name, which are drawn.
+        notes: Sentences to print: why a number is NaN.
     """
 
     probe: Probe
     stats: dict[tuple[str, str], ImageStats]
     images: list[ImageInfo]
+    start: Sequence[Row] = ()
     estimates: list[Estimate] = field(default_factory=list)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     matrices: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def groups(self) -> list[str]:
@@ -161,6 +177,30 @@ class Measurement:
     def layers(self) -> dict[str, int]:
         """Layers by hook name, in the order of the residual stream."""
         return self.probe.layers
+
+    @property
+    def controls(self) -> list[str]:
+        """Names of the groups that stand in the image's place without its content (`CONTROLS`)."""
+        return [name for name in CONTROLS if name in self.groups]
+
+    @property
+    def image_groups(self) -> list[str]:
+        """Names of the groups at image positions: image tokens, and what is put in their place."""
+        return [name for name in self.groups if self.probe.groups[name].positions == "image"]
+
+    @cached_property
+    def without_tokens(self) -> set[tuple[int, str]]:
+        """(layer, group) where no token is counted; a note says which."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for (group, hook), stats in self.stats.items():
+            if not stats.sums[:, 0].any():
+                found[group].append(self.layers[hook])
+        self.notes += [
+            f"All tokens of group '{group}' at layers {', '.join(map(str, layers))} are attention sinks, "
+            "or there are none: its metrics there are NaN."
+            for group, layers in found.items()
+        ]
+        return {(layer, group) for group, layers in found.items() for layer in layers}
 
     @cached_property
     def weights(self) -> Tensor:

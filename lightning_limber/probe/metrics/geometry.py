@@ -10,27 +10,31 @@ scale), with latents [n, K]:
     rel_error   sum |x - x'|^2 / sum |x|^2
     cosine      mean of cos(x, x')
     norm_ratio  mean of |x'| / |x|
-    norm        mean of |x|
+    norm        mean of |x|; norm_p10, norm_p50 and norm_p90 are quantiles over all tokens
     variance    mean of |x - mean|^2
     l0          mean number of active latents per token; sparsity is l0 / K
     alive       share of latents that fire on at least one token of the group
-    outliers    share of tokens left out because their norm is an outlier's (attention sinks)
+    outliers    share of tokens left out as attention sinks
     tokens      number of tokens counted
 
 `alive` has no interval: it counts latents that fire at least once, and a bootstrap sample, which holds two
-thirds of the images, has fewer.
+thirds of the images, has fewer. Nor have the quantiles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_limber.probe.metrics.base import Estimate, Found, Measurement, ProbeMetric
+from lightning_limber.probe.metrics.base import Estimate, Found, Measurement, ProbeMetric, Tokens
 from lightning_limber.probe.palette import Panel
 from lightning_limber.probe.token_stats import ImageStats
+
+QUANTILES = (10, 50, 90)
+"""Of the norm, in percent."""
 
 
 def reconstruction_metrics(
@@ -84,9 +88,18 @@ class Geometry(ProbeMetric):
         Panel("l0", "l0: active latents per token", log=True),
     )
 
+    def update(self, tokens: Tokens) -> Tensor:
+        """[n] norms; NaN at tokens that are not counted."""
+        return tokens.x.norm(dim=-1).masked_fill(~tokens.keep, torch.nan)
+
     def compute(self, data: Measurement, found: Found) -> Iterable[Estimate]:
         for (group, hook), stats in data.stats.items():
             metrics = reconstruction_metrics(stats, data.weights, data.probe.text[hook].variance)
             for metric, samples in metrics.items():
                 value = float(samples[0]) if metric == "alive" else samples
                 yield Estimate(data.layers[hook], group, metric, value)
+            norms = torch.cat([norm for _, norm in found.updates[group, hook]])
+            counted = norms[~norms.isnan()].double().numpy()
+            for percent in QUANTILES if len(counted) else ():
+                value = float(np.percentile(counted, percent))
+                yield Estimate(data.layers[hook], group, f"norm_p{percent}", value)

@@ -1,6 +1,7 @@
 """The control group `noise`: Gaussian vectors of the image tokens' norms in the image's place.
 
-Every metric that measures all groups measures it too.
+Every metric that measures all groups measures it too. It costs a forward of the image positions, and their
+SAEs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def gaussian_like(tokens: Tensor, ids: list[str]) -> Tensor:
 
 
 def _fill(model: Limber, batch: Batch, image_tokens: Tensor) -> Tensor:
-    return gaussian_like(image_tokens, batch.ids)
+    return gaussian_like(image_tokens, batch.image_ids)
 
 
 class Noise(ProbeMetric):

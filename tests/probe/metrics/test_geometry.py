@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_limber.probe.metrics.geometry import reconstruction_metrics
-from lightning_limber.probe.metrics.shared import jaccard
+from lightning_limber.probe.metrics.shared import jaccard, jaccard_of_independent
 from lightning_limber.probe.statistics import bootstrap_weights, interval
 from lightning_limber.probe.token_stats import ImageStats, TokenStats
 
@@ -124,6 +124,15 @@ def test_jaccard():
     torch.testing.assert_close(jaccard(a, b), torch.tensor([2 / 4, 1, torch.nan]).double(), equal_nan=True)
 
 
+def test_jaccard_of_independent_sets():
+    """Of shares 1/2 and 1/4 one in eight is in both, and five in eight in either; and of drawn sets."""
+    a, b = torch.arange(8) < 4, torch.arange(8) < 2
+    assert float(jaccard_of_independent(a, b)) == 0.125 / 0.625
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(20_000, generator=generator) < share for share in (0.3, 0.7))
+    assert float(jaccard_of_independent(a, b)) == pytest.approx(float(jaccard(a, b)), abs=0.01)
+
+
 def test_what_is_kept_of_an_image():
     """Its mean token, and how strongly each latent fired; both without outliers."""
     images = make(outliers=True)
@@ -196,7 +205,9 @@ def test_left_out_tokens_may_be_infinite():
 
 def test_an_empty_group_is_nan():
     values = measure(make((0, 0, 0)))
-    assert values.pop("tokens") == values.pop("alive") == 0
+    assert (
+        values.pop("tokens") == values.pop("alive") == 0
+    )  # Which the probe makes NaN, see `Probe._report`.
     assert all(np.isnan(value) for value in values.values()), values
 
 

@@ -101,7 +101,7 @@ def test_rows_with_intervals_are_in_the_table(run):
         table[table.metric == metric].drop(columns="metric").reset_index(drop=True)
         for metric in ("l0_strong", "l0")
     )
-    assert len(found) == 3 * 2 * 4  # Epochs, layers, groups.
+    assert len(found) == 3 * 2 * 5  # Epochs, layers, groups.
     order = ["epoch", "layer", "group"]
     found, expected = (t.sort_values(order).reset_index(drop=True) for t in (found, expected))
     pd.testing.assert_frame_equal(found, expected, rtol=1e-12)
@@ -249,9 +249,9 @@ def test_everything_that_a_metric_can_ask_for(fit, tmp_path, monkeypatch):
 
 def test_shipped_metrics_come_by_name_and_some_always():
     names = [metric.name for metric in resolve_metrics(DEFAULT_METRICS)]
-    assert names == ["geometry", "shared", *DEFAULT_METRICS, "convergence"]
+    assert names == ["geometry", "shared", *DEFAULT_METRICS, "excess", "convergence"]
     assert [metric.name for metric in resolve_metrics(["convergence", "knn"])] == [
-        *("geometry", "shared", "convergence", "knn"),
+        *("geometry", "shared", "convergence", "knn", "excess"),
     ]
 
 
