@@ -13,7 +13,7 @@ from lightning_limber.probe.metrics.geometry import reconstruction_metrics
 from lightning_limber.probe.statistics import bootstrap_weights, interval
 from lightning_limber.probe.token_stats import ImageStats, TokenStats
 
-D, K, IMAGES, TOKENS = 16, 64, 48, 6
+D, K, IMAGES, TOKENS = 16, 64, 128, 6
 
 
 def test_against_numpy():
@@ -91,8 +91,9 @@ def test_random_words_at_the_images_norms_have_no_excess():
 
 @pytest.mark.slow
 def test_intervals_of_no_excess_cover_it():
+    # Of 200 at 0.95: three standard errors.
     for share in coverage(range(200)).values():
-        assert 0.91 <= share <= 0.985
+        assert 0.904 <= share <= 0.99
 
 
 def test_controls_of_the_default_probe(fit):

@@ -205,9 +205,8 @@ def test_left_out_tokens_may_be_infinite():
 
 def test_an_empty_group_is_nan():
     values = measure(make((0, 0, 0)))
-    assert (
-        values.pop("tokens") == values.pop("alive") == 0
-    )  # Which the probe makes NaN, see `Probe._report`.
+    # The probe makes NaN of `alive` too.
+    assert values.pop("tokens") == values.pop("alive") == 0
     assert all(np.isnan(value) for value in values.values()), values
 
 
