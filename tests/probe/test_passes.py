@@ -301,7 +301,7 @@ def test_tokens_far_from_text_are_left_out_as_outliers(fit, monkeypatch):
     cli = fit("--trainer.max_steps=1", "--probe.outlier_factor=0.001", probe=True)
     assert values(cli, 0, "image", "outliers") == [1.0, 1.0]
     assert values(cli, 0, "image", "tokens") == [0.0, 0.0]
-    rows = cli.trainer.callbacks[0].history[0]
+    rows = sae_probe(cli).history[0]
     others = [row for row in rows if row.layer is not None and row.metric not in ("tokens", "outliers")]
     assert {"fvu", "shared", "alive", "lens_hit", "knn_p"} <= {row.metric for row in others}
     assert all(math.isnan(row.value) for row in others)
@@ -310,7 +310,7 @@ def test_tokens_far_from_text_are_left_out_as_outliers(fit, monkeypatch):
 
 def test_tokens_that_point_as_the_first_position_are_sinks(probed, monkeypatch):
     """At any length. Planted at layer 0 as half of the image tokens: they are left out, and counted."""
-    model, probe = probed.model, probed.trainer.callbacks[0].probe
+    model, probe = probed.model, sae_probe(probed).probe
     sinks = {name: torch.tensor(stats.sink) for name, stats in probe.text.items()}
     name = "blocks.0.hook_resid_post"
     generator = torch.Generator().manual_seed(0)

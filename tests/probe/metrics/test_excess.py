@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from parts import probe_batches, sae_probe
 
 from lightning_limber.probe.metrics.excess import LOGARITHM, excess
 from lightning_limber.probe.metrics.geometry import reconstruction_metrics
@@ -99,7 +100,7 @@ def test_intervals_of_no_excess_cover_it():
 def test_controls_of_the_default_probe(fit):
     """Rows of image tokens over both controls, of a control over the other; direction alone, too."""
     cli = fit("--trainer.max_steps=1", "--probe.metrics=[direction,noise,words_long,told]", probe=True)
-    callback = cli.trainer.callbacks[0]
+    callback = sae_probe(cli)
     rows = {(r.layer, r.group, r.metric): r for r in callback.history[0]}
     found = {(group, metric) for layer, group, metric in rows if metric.startswith("excess")}
     controls = {"noise", "words_long"}
@@ -120,11 +121,11 @@ def test_controls_of_the_default_probe(fit):
 def test_direction_against_a_second_computation(fit):
     """Image tokens one by one, scaled to text's median norm, through the SAE's own encode; numpy sums."""
     cli = fit("--trainer.max_steps=1", "--probe.metrics=[direction]", probe=True)
-    callback, model = cli.trainer.callbacks[0], cli.model
+    callback, model = sae_probe(cli), cli.model
     probe = callback.probe
     kept: dict[str, list[torch.Tensor]] = {name: [] for name in probe.saes}
     with torch.no_grad():
-        for batch in callback._batches(cli.trainer, 10, ""):
+        for batch in probe_batches(cli, 10):
             embeds = model.embed_sequences(batch, model.image_tokens(batch))
             hooks = {name: lambda x, n=name: kept[n].append(x[:, 1:5].flatten(0, 1)) for name in probe.saes}
             with model.llm.residual_hooks(hooks):
