@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -19,48 +20,47 @@ from lightning_limber import load
 from lightning_limber.data.scenes import SceneSet
 from lightning_limber.probe.palette import COLOURS
 
-PANELS = {
-    "l0": "Sparsity: active latents a token",
-    "loss_recovered": "Use: share of the mean's harm that the SAE undoes",
-    "lens_hit": "Meaning: the logit lens says a caption word",
-}
+EXCESS = {"excess_cosine_over_words_long": "cosine", "excess_l0_over_words_long": "l0"}
 
 
-def curve(table: pd.DataFrame, epoch: int, group: str, metric: str) -> pd.DataFrame:
-    rows = table[(table.epoch == epoch) & (table.group == group) & (table.metric == metric)]
+def curve(table: pd.DataFrame, group: str, metric: str) -> pd.DataFrame:
+    rows = table[(table.epoch == table.epoch.max()) & (table.group == group) & (table.metric == metric)]
     return rows[rows.layer.notna() & rows.value.notna()]
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    last = table.epoch.max()
-    figure = Figure(figsize=(13, 3.9))
-    figure.subplots_adjust(left=0.045, right=0.99, top=0.86, bottom=0.24, wspace=0.16)
-    for axis, (metric, title) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
-        lines = [(last, group, metric, group, "-") for group in ("image", "noise", "text")]
-        lines.append((0, "image", metric, "image, untrained adapter", "--"))
-        lines.append((last, "image", f"{metric}_chance", "chance: other images' captions", ":"))
-        for epoch, group, name, label, style in lines:
-            rows = curve(table, epoch, group, name)
-            if rows.empty or (metric == "loss_recovered" and epoch == 0):
-                continue
-            colour = COLOURS["control"] if style == "--" else COLOURS[group]
-            axis.plot(rows.layer, rows.value, style, color=colour, marker="o", ms=3, label=label)
-            axis.fill_between(rows.layer, rows.low, rows.high, color=colour, alpha=0.18, linewidth=0)
-        if metric == "l0":
-            axis.set_yscale("log")
-            axis.set_yticks([50, 100, 200, 500], ["50", "100", "200", "500"])
-            axis.minorticks_off()
-        else:
-            axis.set_ylim(-0.02, 1.02)
+    figure = Figure(figsize=(13, 3.7))
+    figure.subplots_adjust(left=0.04, right=0.99, top=0.88, bottom=0.14, wspace=0.14)
+    sparsity, excess, words = figure.subplots(1, 3)
+    for group, name in (("image", "image"), ("noise", "noise of its length"), ("text", "text"),
+                        ("words_long", "random words of its length")):  # fmt: skip
+        band(sparsity, curve(table, group, "l0"), COLOURS[group], name)
+    sparsity.set_yscale("log")
+    sparsity.set_yticks([50, 100, 200, 500], ["50", "100", "200", "500"])
+    sparsity.minorticks_off()
+    for metric, name in EXCESS.items():
+        colour = COLOURS["image" if name == "cosine" else "control"]
+        band(excess, curve(table, "image", metric), colour, f"image, {name}")
+    excess.axhline(0, color="black", lw=0.8)
+    excess.set_ylim(-0.2, 1.02)
+    band(words, curve(table, "image", "lens_hit"), COLOURS["image"], "image")
+    band(words, curve(table, "image", "lens_hit_chance"), COLOURS["image"], "other images' captions", ":")
+    titles = (
+        "Active latents a token: length, not language",
+        "0: as random words of its length; 1: as text",
+        "The logit lens says a word of the caption",
+    )
+    for axis, title in zip(figure.axes, titles, strict=True):
         axis.set_title(title, fontsize=11, loc="left")
         axis.set_xlabel("layer of the LLM")
         axis.grid(alpha=0.25)
-    labels: dict = {}
-    for axis in figure.axes:
-        handles, names = axis.get_legend_handles_labels()
-        labels = {**dict(zip(names, handles, strict=True)), **labels}
-    figure.legend(labels.values(), labels, loc="lower center", ncols=5, frameon=False)
+        axis.legend(frameon=False, fontsize=9)
     return figure
+
+
+def band(axis: Any, rows: pd.DataFrame, colour: str, label: str, style: str = "-") -> None:
+    axis.plot(rows.layer, rows.value, style, color=colour, marker="o", ms=3, label=label)
+    axis.fill_between(rows.layer, rows.low, rows.high, color=colour, alpha=0.18, linewidth=0)
 
 
 def draw_captions(trained: str, untrained: str, count: int = 3) -> Figure:
