@@ -31,7 +31,7 @@ from lightning_limber.utils.adapter_config import upgrade_config
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
 from lightning_limber.utils.commands import COMMANDS, program
 from lightning_limber.utils.config_files import config_dir, default_experiment, find_configs, split_exports
-from lightning_limber.utils.parser import Parser, classes_first
+from lightning_limber.utils.parser import Parser
 from lightning_limber.utils.trust import class_paths, read_config
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "export")
@@ -150,7 +150,7 @@ class LimberCLI(LightningCLI):
         itself decides which classes the file may name (trust.py); then the file's config goes below it.
         """
         command, given = sys.argv[1:2], sys.argv[2:]
-        own, exports = split_exports(classes_first(given))
+        own, exports = split_exports(given)
         carried = exports or any(arg.startswith("--ckpt_path") for arg in own)
         alone = [*default_experiment(own), *own] if command and command[0] in SUBCOMMANDS else own
         first = [arg for arg in alone if not (carried and arg.startswith("--print_config"))]
