@@ -20,3 +20,9 @@ def probe_batches(cli: Any, num_images: int) -> Any:
     from lightning_limber.callbacks.sae_probe import Batches
 
     return Batches(cli.trainer, num_images, "")
+
+
+def values(cli, epoch: int, group: str, metric: str) -> list[float]:
+    """One metric by layer, from the probe's history."""
+    rows = sae_probe(cli).history[epoch]
+    return [row.value for row in rows if (row.group, row.metric) == (group, metric)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from parts import probe_batches, sae_probe
+from parts import probe_batches, sae_probe, values
 from process import run_cli
 
 from lightning_limber.data.scenes import SceneSet
@@ -20,7 +20,7 @@ from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.metrics import ProbeMetric
 from lightning_limber.probe.passes import Probe
-from lightning_limber.probe.saes import chunks_on_device, load_saes
+from lightning_limber.probe.saes import load_saes
 
 
 def events(folder: str | Path):
@@ -34,27 +34,6 @@ def events(folder: str | Path):
 METRICS = (
     "fvu fvu_text mse rel_error cosine norm_ratio norm l0 sparsity alive norm_p50 shared outliers tokens"
 ).split()
-
-
-def values(cli, epoch: int, group: str, metric: str) -> list[float]:
-    """One metric by layer, from the probe's history."""
-    rows = sae_probe(cli).history[epoch]
-    return [row.value for row in rows if (row.group, row.metric) == (group, metric)]
-
-
-@pytest.fixture(scope="module")
-def probed(models, tmp_path_factory):
-    """The CLI object of a short run in this process, with its model, data and probe, to be asked more."""
-    from lightning_limber.cli import main
-
-    flags = [*tiny.arguments(models), "--trainer.max_steps=4", "--probe.outlier_factor=1e9"]
-    flags += ["--probe.intervention_images=10", "--probe.lens_top_k=2", "--probe.bootstrap_samples=200"]
-    flags += ["--data.val_size=60"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("probed"))
-        patch.setenv("LIGHTNING_LIMBER_TRACEBACK", "1")
-        patch.setattr("sys.argv", ["lightning_limber"])
-        return main(["fit", *flags])
 
 
 @pytest.fixture(scope="module")
@@ -381,194 +360,6 @@ def test_text_alone_is_measured_once_where_the_captions_stay(probed, monkeypatch
     assert found[0] == found[1] == found[2]
 
 
-class Identity(torch.nn.Module):
-    """An SAE that reconstructs perfectly, or (with a constant) always says the same."""
-
-    def __init__(self, sae, constant=None):
-        super().__init__()
-        self.cfg, self.constant = sae.cfg, constant
-
-    def encode(self, x):
-        self.x = x
-        return torch.zeros(len(x), self.cfg.d_sae)
-
-    def decode(self, latents):
-        return self.x if self.constant is None else self.constant.expand_as(self.x)
-
-
-def report(cli, saes, monkeypatch):
-    callback = sae_probe(cli)
-    monkeypatch.setattr(callback.probe, "saes", saes)
-    monkeypatch.setattr(callback.probe, "encoders", {name: sae.encode for name, sae in saes.items()})
-    return callback.probe.run(probe_batches(cli, 10), probe_batches(cli, 10))
-
-
-def test_loss_recovered_is_one_for_a_perfect_sae_and_zero_for_the_mean(probed, monkeypatch):
-    cli = probed
-    probe = sae_probe(cli).probe
-    real = probe.saes
-    perfect = report(cli, {name: Identity(sae) for name, sae in real.items()}, monkeypatch)
-    recovered = [row.value for row in perfect.rows if row.metric == "loss_recovered"]
-    # Behind the last layer hardly anything reads image tokens: no harm done, and nothing to recover.
-    assert recovered == pytest.approx([1, math.nan], abs=1e-4, nan_ok=True)
-    # The group's mean over all images, which is what the ablation puts there.
-    kept = {name: [] for name in real}
-    index = None
-    with torch.no_grad():
-        for batch in probe_batches(cli, 10):
-            embeds = cli.model.embed_sequences(batch, cli.model.image_tokens(batch))
-            index, _ = batch.groups["image"]
-            hooks = {name: lambda x, n=name, i=index: kept[n].append(x.flatten(0, 1)[i]) for name in real}
-            with cli.model.llm.residual_hooks(hooks):
-                cli.model.llm.decode(embeds)
-    means = {name: torch.cat(parts).double().mean(0).float() for name, parts in kept.items()}
-    blind = report(cli, {name: Identity(sae, means[name]) for name, sae in real.items()}, monkeypatch)
-    recovered = [row.value for row in blind.rows if row.metric == "loss_recovered"]
-    assert recovered == pytest.approx([0, math.nan], abs=1e-3, nan_ok=True)
-
-
-def test_loss_recovered_against_a_second_computation(probed, monkeypatch):
-    """Residual stream replaced by a hook in a whole forward, one image at a time."""
-    cli = probed
-    callback, model = sae_probe(cli), cli.model
-    probe = callback.probe
-    found = [row.value for row in callback.history[1] if row.metric == "loss_recovered"]
-    tokens = {name: [] for name in probe.saes}
-    batches = [b for b in probe_batches(cli, 10)]
-    data = model.trainer.datamodule
-    monkeypatch.setattr(data, "val_batch_size", 1)
-    single = list(data.probe_dataloader(10))
-    assert len(single) == 10
-
-    def loss(batch, hooks) -> float:
-        embeds = model.embed_sequences(batch, model.image_tokens(batch))
-        with model.llm.residual_hooks(hooks):
-            hidden = model.llm.decode(embeds)
-        return float(model.target_losses(batch, hidden)[0].double().sum())
-
-    with torch.no_grad():
-        for batch in batches:
-            for name in tokens:
-                loss(batch, {name: lambda x, n=name: tokens[n].append(x[:, 1:5].flatten(0, 1))})
-        for name, got in zip(probe.saes, found, strict=True):
-            mean, sae = torch.cat(tokens[name]).mean(0), probe.saes[name]
-
-            def replace(by):
-                def hook(x):
-                    x = x.clone()
-                    x[:, 1:5] = by(x[:, 1:5])
-                    return x
-
-                return hook
-
-            clean = spliced = ablated = 0.0
-            for batch in single:
-                clean += loss(batch, {})
-                spliced += loss(batch, {name: replace(lambda x, s=sae: s.decode(s.encode(x)))})
-                ablated += loss(batch, {name: replace(lambda x, m=mean: m.expand_as(x))})
-            if name == "blocks.0.hook_resid_post":
-                assert got == pytest.approx((ablated - spliced) / (ablated - clean), rel=1e-3, abs=1e-3)
-            else:
-                assert math.isnan(got)
-                assert ablated - clean < 0.01 * clean
-
-
-def test_the_diagonal_of_the_cross_layer_matrix_is_the_probe(probed, monkeypatch):
-    found = report(probed, sae_probe(probed).probe.saes, monkeypatch)
-    for metric in ("fvu", "l0"):
-        own = [row.value for row in found.rows if (row.group, row.metric) == ("image", metric)]
-        table = found.matrices["cross_layer"][metric]
-        assert [table[i][i] for i in range(2)] == pytest.approx(own, rel=1e-5)
-        assert table[0][1] != pytest.approx(table[0][0], rel=1e-3)
-
-
-def test_planted_caption_embeddings_look_like_text(probed, monkeypatch):
-    """Image tokens that ARE the caption's first embeddings give the `text` curve, within the interval.
-
-    All but the first of them, which does not count as text.
-    """
-    cli = probed
-    model, callback = cli.model, sae_probe(cli)
-    first = len(model.collator().prompt.prefix_ids)
-
-    def opening(sequences) -> torch.Tensor:
-        return sequences.input_ids[:, first : first + 4]
-
-    monkeypatch.setattr(model, "image_tokens", lambda batch: model.llm.embed(opening(batch.without_image)))
-
-    def batches():
-        for batch in probe_batches(cli, 60):
-            # The text group: the same tokens.
-            alone = batch.without_image
-            positions, rows = alone.groups["caption"]
-            kept = alone.position_ids.flatten()[positions] < first + 4
-            alone.groups["caption"] = positions[kept], rows[kept]
-            positions, rows = batch.groups["image"]
-            kept = batch.position_ids.flatten()[positions] > first
-            batch.groups["image"] = positions[kept], rows[kept]
-            yield batch
-
-    rows = callback.probe.run(batches()).rows
-    for metric in ("fvu", "mse", "cosine", "l0", "norm", "rel_error"):
-        image, text = (
-            [row for row in rows if (row.group, row.metric) == (group, metric)]
-            for group in ("image", "text")
-        )
-        for a, b in zip(image, text, strict=True):
-            assert a.value == pytest.approx(b.value, rel=1e-5), metric
-            assert a.low <= b.value <= a.high
-
-
-def test_planted_noise_gives_the_noise_curve(probed, monkeypatch):
-    """Ten other draws of the same noise: the control is one more of them, real image tokens are not."""
-    model, callback = probed.model, sae_probe(probed)
-    own = model.image_tokens
-    generator = torch.Generator().manual_seed(1)
-
-    def noise(batch):
-        tokens = own(batch)
-        random = torch.randn(tokens.shape, generator=generator)
-        return random * (tokens.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True))
-
-    def curves(group: str) -> torch.Tensor:
-        rows = callback.probe.run(probe_batches(probed, 60)).rows
-        metrics = ("fvu", "cosine", "l0", "rel_error")
-        return torch.tensor([row.value for row in rows if row.group == group and row.metric in metrics])
-
-    real, control = curves("image"), curves("noise")
-    monkeypatch.setattr(model, "image_tokens", noise)
-    draws = torch.stack([curves("image") for _ in range(10)])
-    assert ((control - draws.mean(0)).abs() < 4 * draws.std(0)).all()
-    assert ((real - draws.mean(0)).abs() > 4 * draws.std(0)).any()
-
-
-def test_lens_hit_against_a_second_computation(probed):
-    """A word of the caption among the top tokens at some image position, from the model's own parts."""
-    from lightning_limber.probe import words
-
-    cli = probed
-    model = cli.model
-    base = model.llm.model.base_model
-    hits = {0: [], 2: []}
-    with torch.no_grad():
-        for batch in probe_batches(cli, 10):
-            kept = {}
-            embeds = model.embed_sequences(batch, model.image_tokens(batch))
-            hooks = {f"blocks.{i}.hook_resid_post": partial(kept.__setitem__, i) for i in hits}
-            with model.llm.residual_hooks(hooks):
-                model.llm.decode(embeds)
-            for layer, found in hits.items():
-                logits = model.llm.model.lm_head(base.norm(kept[layer][:, 1:5]))
-                top = logits.topk(2, dim=-1).indices.flatten(1)
-                for ids, captions in zip(top, batch.captions, strict=True):
-                    said = {words.stem(t) for t in model.llm.tokenizer.convert_ids_to_tokens(ids.tolist())}
-                    wanted = {words.stem(w) for w in words.content_words(captions[0])}
-                    found.append(bool(said & wanted))
-    for layer, got in zip(hits, values(cli, 1, "image", "lens_hit"), strict=True):
-        assert got == sum(hits[layer]) / 10
-    assert any(hits[0] + hits[2])
-
-
 def test_tidy_table(run):
     import pandas as pd
 
@@ -623,61 +414,6 @@ def test_validate_probes_a_published_projector(fit, tmp_path):
     log = events(cli.trainer.log_dir)
     assert log.Scalars("fvu/image/layer_02")
     assert "probe/by_layer" in log.Tags()["images"]
-
-
-# -- SAEs by memory budget --------------------------------------------------------------------------
-
-
-def test_a_memory_budget_changes_no_number(fit, tmp_path):
-    """One, two or all of three layers at a time: every row and matrix is the same to the bit."""
-    tiny.write_saes(tmp_path / "saes", (0, 1, 2))
-    flags = ["--trainer.max_steps=4", f"--probe.sae_release={tmp_path / 'saes'}"]
-    cli = fit(*flags, probe=True)
-    callback, data = sae_probe(cli), cli.datamodule
-    probe = callback.probe
-    layer = sum(tensor.nbytes for tensor in probe.saes["blocks.0.hook_resid_post"].parameters()) / 1e9
-
-    def found(budget: float | None):
-        probe.config.sae_memory_gb = budget
-        parts = (probe_batches(cli, count) for count in (10, 6))
-        report = probe.run(*parts, data.attributes)
-        return str((report.rows, report.matrices, report.tables))  # As text: NaN is NaN.
-
-    resident = found(None)
-    assert "loss_recovered" in resident
-    assert "'fvu': [[" in resident
-    for layers in (1, 2, 3):
-        assert found(layers * layer) == resident
-    # And a whole run with it, sanity check included.
-    again = sae_probe(fit(*flags, f"--probe.sae_memory_gb={2 * layer}", probe=True))
-    assert str(again.history) == str(callback.history)
-    assert again.probe.text == probe.text
-
-
-def test_an_sae_over_the_budget_is_named(fit):
-    with pytest.raises(ValueError, match=r"blocks.0.hook_resid_post alone takes 1.677e-05 GB"):
-        fit("--probe.sae_memory_gb=1e-5", probe=True)
-
-
-def test_no_more_saes_are_on_the_device_than_fit():
-    """Chunks keep the order, hold as much as fits, and leave before the next one comes."""
-    there: set[str] = set()
-
-    class Counted(torch.nn.Linear):  # 40 bytes.
-        def __init__(self, name):
-            super().__init__(9, 1)
-            self.name = name
-
-        def to(self, device):
-            (there.add if str(device) == "cuda" else there.remove)(self.name)
-
-    saes = {name: Counted(name) for name in "abcde"}
-    seen = []
-    for chunk in chunks_on_device(saes, torch.device("cuda"), 99 / 1e9):
-        assert there == set(chunk)
-        seen.append("".join(chunk))
-    assert seen == ["ab", "cd", "e"]
-    assert not there
 
 
 def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
