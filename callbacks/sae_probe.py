@@ -35,17 +35,19 @@ NUM_PATCH_IMAGES = 4
 
 @dataclass
 class Batches:
-    """The first held-out images on the device, as often as they are iterated."""
+    """Held-out images on the device, always the same, as often as they are iterated."""
 
     trainer: pl.Trainer
     num_images: int
     label: str
+    interventions: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
         trainer = self.trainer
         hidden = not trainer.is_global_zero or not trainer.progress_bar_callback
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        for batch in tqdm(data.probe_dataloader(self.num_images), self.label, leave=False, disable=hidden):
+        loader = data.probe_dataloader(self.num_images, self.interventions)
+        for batch in tqdm(loader, self.label, leave=False, disable=hidden):
             yield trainer.strategy.batch_to_device(batch)
 
 
@@ -59,7 +61,7 @@ class SAEProbe(pl.Callback):
     the layer where `match` is highest.
 
     Args:
-        num_images: Held-out images to probe (the first ones, always the same).
+        num_images: Held-out images to probe, spread over them by a hash: always the same.
         every_n_epochs: Epochs between two probes; 0 switches the probe off.
         published_curves: Draw the curves of Venhoff et al. (Gemma 2 2B) beside the run's own, by
             relative depth.
@@ -145,9 +147,6 @@ class SAEProbe(pl.Callback):
         context = trainer.precision_plugin.val_step_context
         self._probe = build_probe(module, self.config, context, gather)
 
-    def _batches(self, trainer: pl.Trainer, num_images: int, label: str) -> Batches:
-        return Batches(trainer, num_images, label)
-
     def _run_and_log(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         # The first is counted: it alone reads the captions without an image.
@@ -155,8 +154,8 @@ class SAEProbe(pl.Callback):
         untrained = epoch > 0 and module.hparams["adapter_weights"] is None
         with counter or nullcontext():
             report = self.probe.run(
-                self._batches(trainer, self.num_images, "Probing"),
-                self._batches(trainer, self.intervention_images, "Probing layer by layer"),
+                Batches(trainer, self.num_images, "Probing"),
+                Batches(trainer, self.intervention_images, "Probing layer by layer", interventions=True),
                 data.attributes,
                 same_captions=trainer.state.fn == "fit",  # `validate` may be given other data.
                 start=self.history.get(0, ()) if untrained else (),
@@ -222,7 +221,7 @@ class SAEProbe(pl.Callback):
         layer = max(found, key=lambda at: found[at], default=None)
         if layer is None:
             return None
-        batch = next(iter(self._batches(trainer, NUM_PATCH_IMAGES * trainer.world_size, "Patches")))
+        batch = next(iter(Batches(trainer, NUM_PATCH_IMAGES * trainer.world_size, "Patches")))
         maps = patch_maps(self.probe, batch, layer)
         if maps is None:
             return None
