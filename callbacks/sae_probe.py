@@ -21,6 +21,7 @@ from lightning_limber.data.collate import Batch
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.figures import heatmap_figure, matrix_figure, patch_figure, probe_figure
+from lightning_limber.probe.finding import finding_figure, sentences
 from lightning_limber.probe.load import build_probe
 from lightning_limber.probe.palette import write_panels
 from lightning_limber.probe.passes import Probe, Report
@@ -187,9 +188,8 @@ class SAEProbe(pl.Callback):
                 figure.savefig(files / f"patches_epoch_{epoch}.jpg", dpi=70)
         parts = ", ".join(f"{name} {spent:.1f}" for name, spent in report.seconds.items() if spent >= 0.05)
         print(f"[probe] epoch {epoch}: {sum(report.seconds.values()):.1f} s ({parts})")
-        for group in ("image", "text"):
-            values = [row.value for row in report.rows if (row.group, row.metric) == (group, "fvu")]
-            print(f"[probe] fvu of {group:5} by layer: {' '.join(f'{value:.2f}' for value in values)}")
+        for sentence in sentences(report.rows):
+            print(f"[probe] {sentence}")
 
     def _log_figures(
         self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, report: Report
@@ -199,6 +199,7 @@ class SAEProbe(pl.Callback):
         control = "untrained adapter" if fresh else "adapter at the start"
         num_images, panels = min(self.num_images, len(data.val_set)), self.probe.panels
         title = f"SAE probe of {num_images} held-out images, epoch {epoch}"
+        log_figure(trainer, "probe/finding", finding_figure(report.rows, title))
         figure = probe_figure(self.history, epoch, panels, title, control, self.published_curves)
         log_figure(trainer, "probe/by_layer", figure)
         log_figure(trainer, "probe/by_epoch", heatmap_figure(self.history, panels, "Image tokens"))
