@@ -91,8 +91,13 @@ def _excess(rows: Sequence[Row], metric: str) -> str:
     beyond = [point.layer for point in excess if point.low > 0]
     where = at_layers(beyond, [point.layer for point in excess])
     best = max(excess, key=lambda point: point.value)
-    text = f"In {EXCESS[metric]} image tokens are nearer to text than random words of their length {where}"
-    return text + (f": by {_number(best)} of the way at layer {best.layer}." if beyond else ".")
+    words = "nearer to text than random words of their length"
+    if not beyond:
+        return f"In {EXCESS[metric]} image tokens are at no layer {words}."
+    return (
+        f"In {EXCESS[metric]} image tokens are {words} {where}: by {_number(best)} of the way at layer "
+        f"{best.layer}."
+    )
 
 
 def _words(rows: Sequence[Row]) -> str:

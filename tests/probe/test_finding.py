@@ -50,7 +50,7 @@ def test_each_finding_is_said_with_its_control():
         "layers 0 to 6, and less than half of that from layer 6 on.",
         "In reconstruction (cosine) image tokens are nearer to text than random words of their length at "
         "layers 3 to 9: by 0.35 [0.25, 0.45] of the way at layer 9.",
-        "In sparsity (l0) image tokens are nearer to text than random words of their length nowhere.",
+        "In sparsity (l0) image tokens are at no layer nearer to text than random words of their length.",
         # At layer 3 the control reaches 1.25.
         "The nearest words of image tokens are in the image's own captions 1.90 [1.80, 2.00] times as "
         "often as in other images' at layer 0 (noise 1.00, words_long 1.00); above chance and controls at "
