@@ -178,6 +178,18 @@ def test_a_shared_latent_is_found_among_many_that_tie_on_text():
     assert float(found.scores["same"].mean[0]) < 0.6
 
 
+def test_a_latent_is_shared_from_an_auroc_of_nine_tenths_on_text():
+    """Of ten without the attribute, two (AUROC .9) or three (.85) in each half fire on text as well."""
+    has = torch.arange(40) % 4 < 2
+    order = torch.arange(40) // 4
+    text = torch.stack([has, has | (order < 2), has | (order < 3)], dim=1).float()
+    image = torch.stack([order == 0, has | (order == 9), has], dim=1).float()
+    found = detect(image, text, attributes_of(has[None]))
+    assert found.latents == {"latent": [2], "text_latent": [0], "shared_latent": [1]}
+    scores = {name: float(found.scores[name].mean[0]) for name in KINDS}
+    assert scores == pytest.approx({"shared": 0.95, "image": 1, "same": 0.5, "text": 1, "shared_text": 0.9})
+
+
 def test_numbers_of_latents_do_not_matter():
     """Latents in another order: the same scores, ties and all."""
     image, text, labels = case(5, images=60, latents=40)
