@@ -49,17 +49,26 @@ class Intervention:
         return self.probe.keep(hook, x.float())
 
     @cached_property
+    def clean_label_losses(self) -> Tensor:
+        """[n] cross-entropy of every label, with nothing replaced."""
+        return self.probe.model.target_losses(self.batch, self.hidden)[0]
+
+    @cached_property
     def clean_losses(self) -> Tensor:
-        """[B] float64 cross-entropy summed over each image's targets, with nothing replaced."""
-        return self._losses(self.hidden)
+        """[B] float64 cross-entropy summed over each image's labels, with nothing replaced."""
+        return self._by_image(self.clean_label_losses)
+
+    def label_losses(self, hook: str, new: Tensor) -> Tensor:
+        """As `clean_label_losses`, with tokens [n, D] in place of `image_tokens` at this layer."""
+        residual, (positions, _) = self.residuals[hook], self.batch.groups["image_copies"]
+        spliced = residual.flatten(0, 1).index_copy(0, positions, new).view_as(residual)
+        hidden = self.probe.model.llm.decode(spliced, first_layer=next_layer(hook))
+        return self.probe.model.target_losses(self.batch, hidden)[0]
 
     def losses(self, hook: str, new: Tensor) -> Tensor:
         """As `clean_losses`, with tokens [n, D] in place of `image_tokens` at this layer."""
-        residual, (positions, _) = self.residuals[hook], self.batch.groups["image_copies"]
-        spliced = residual.flatten(0, 1).index_copy(0, positions, new).view_as(residual)
-        return self._losses(self.probe.model.llm.decode(spliced, first_layer=next_layer(hook)))
+        return self._by_image(self.label_losses(hook, new))
 
-    def _losses(self, hidden: Tensor) -> Tensor:
-        losses, _ = self.probe.model.target_losses(self.batch, hidden)
+    def _by_image(self, losses: Tensor) -> Tensor:
         sums = losses.new_zeros(len(self.batch.ids)).double()
         return sums.index_add_(0, self.batch.label_images, losses.double())

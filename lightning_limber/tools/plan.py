@@ -130,12 +130,14 @@ def probe_flops(
     clean += ("direction" in metrics) * all_saes * (image * (1 + fills) + captions)
     clean += ("lens_hit" in metrics) * len(saes) * image * 2 * llm.hidden_size * llm.vocab_size
     intervened = 0.0
-    if metrics & {"loss_recovered", "cross_layer"}:
+    if metrics & {"loss_recovered", "cross_layer", "object_patches"}:
         # The encoder's features are kept from the first pass.
         intervened += flops["adapter forward"] + decode
-    if "loss_recovered" in metrics:
+    # Three objects at most, each dropped and left.
+    if spliced := 2 * ("loss_recovered" in metrics) + 6 * ("object_patches" in metrics):
         onward = sum(decode * (1 - sae.next_layer / len(llm.layers)) + head for sae in saes)
-        intervened += head + 2 * onward + all_saes * rehearsal.image_tokens
+        intervened += head + spliced * onward
+    intervened += ("loss_recovered" in metrics) * all_saes * rehearsal.image_tokens
     if "cross_layer" in metrics:
         intervened += len(saes) * all_saes * image
     return {"every image": clean, "images of interventions": intervened}

@@ -28,6 +28,7 @@ from lightning_limber.probe.metrics.linear_probe import LinearProbe
 from lightning_limber.probe.metrics.loss_recovered import LossRecovered
 from lightning_limber.probe.metrics.match import Match
 from lightning_limber.probe.metrics.noise import Noise
+from lightning_limber.probe.metrics.object_patches import ObjectPatches
 from lightning_limber.probe.metrics.shared import Shared
 from lightning_limber.probe.metrics.word_groups import Told, Words, WordsLong
 from lightning_limber.probe.palette import Panel
@@ -53,7 +54,8 @@ REGISTRY: dict[str, type[ProbeMetric]] = {
     metric.name: metric
     for metric in (
         *(Geometry, Shared, Direction, Noise, WordsLong, Words, Told),
-        *(Match, LensHit, KNN, Detectors, LinearProbe, LossRecovered, CrossLayer, Excess, Convergence),
+        *(Match, LensHit, KNN, Detectors, LinearProbe, LossRecovered, CrossLayer),
+        *(ObjectPatches, Excess, Convergence),
     )
 }
 """The metrics that ship, by name."""
