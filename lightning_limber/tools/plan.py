@@ -133,10 +133,9 @@ def probe_flops(
     if metrics & {"loss_recovered", "cross_layer", "object_patches"}:
         # The encoder's features are kept from the first pass.
         intervened += flops["adapter forward"] + decode
-    # Three objects at most, each dropped and left.
-    if spliced := 2 * ("loss_recovered" in metrics) + 6 * ("object_patches" in metrics):
+    if spliced := metrics & {"loss_recovered", "object_patches"}:
         onward = sum(decode * (1 - sae.next_layer / len(llm.layers)) + head for sae in saes)
-        intervened += head + spliced * onward
+        intervened += head + 2 * len(spliced) * onward
     intervened += ("loss_recovered" in metrics) * all_saes * rehearsal.image_tokens
     if "cross_layer" in metrics:
         intervened += len(saes) * all_saes * image

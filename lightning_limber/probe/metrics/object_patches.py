@@ -1,7 +1,8 @@
 """`object_drop_own`: what it costs the words for an object when the object's patches are taken away.
 
-In scenes whose objects have boxes, the image tokens whose patches are centred in one object's box are
-replaced, at one layer, by tokens of background patches of the same image. In nats per token:
+In scenes whose objects have boxes, one object of each image is chosen by chance. The image tokens whose
+patches are centred in its box are replaced, at one layer, by tokens of background patches of the same
+image. In nats per token:
 
     object_drop_own     rise of the loss of the words for its colour and shape
     object_drop_other   rise of the loss of the words for the other objects' colours and shapes
@@ -11,7 +12,7 @@ replaced, at one layer, by tokens of background patches of the same image. In na
 So the picture of an object is read from its own place, from this layer on, as far as the first lies above
 the other two. Why other background tokens: the mean of tokens is shorter than any of them and does harm of
 its own, and another image's tokens at the same places often show an object, which the caption would then
-be wrong about. Off by default: up to six forwards for each layer. Attention sinks stay where they are.
+be wrong about. Off by default: two forwards for each layer. Attention sinks stay where they are.
 """
 
 from __future__ import annotations
@@ -100,6 +101,46 @@ def replacements(
     return dropped, replaced
 
 
+def plan(batch: Batch, model: Limber, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses an object of each image, by the image's name.
+
+    Args:
+        batch: Scenes with one caption each.
+        model: Its token grid is known.
+        tokens: Number of image tokens of the batch that are counted.
+
+    Returns:
+        [2, tokens] which token comes into the place of each, to drop the object and for the control;
+        [2, n] which labels say the object, and which say others.
+    """
+    grid, images = model.token_grid, len(batch.index)
+    assert grid is not None  # `ObjectPatches.setup`
+    by_image = tokens // images
+    before = by_image - math.prod(grid)  # Tokens before the grid's; -1: its first is never counted.
+    sources = np.tile(np.arange(tokens).reshape(images, by_image), (2, 1, 1))
+    said = np.zeros((2, len(batch.labels)), dtype=bool)
+    ends = np.cumsum(batch.label_counts)
+    for image, (scene, [caption], end) in enumerate(zip(batch.scenes, batch.captions, ends, strict=True)):
+        assert scene is not None  # `ObjectPatches.intervene`
+        centres = patch_centres(model.vision.transform, scene["image_size"], grid)
+        rng = random.Random(batch.image_ids[image])
+        found = [
+            (number, swaps)
+            for number in range(len(scene["objects"]))
+            if (swaps := replacements(scene, number, centres, max(0, -before), rng)) is not None
+        ]
+        if not found:
+            continue
+        chosen, swaps = rng.choice(found)
+        for table, cells in zip(sources, swaps, strict=True):
+            for place, source in cells.items():
+                table[image, before + place] = image * by_image + before + source
+        count = batch.label_counts[image]
+        objects = said_objects(model.collator().prompt, caption, scene, count)
+        said[:, end - count : end] = objects == chosen, (objects >= 0) & (objects != chosen)
+    return sources.reshape(2, tokens), said
+
+
 class ObjectPatches(ProbeMetric):
     """Harm of dropping an object's patches to its own words and to others', and of dropping background."""
 
@@ -123,61 +164,22 @@ class ObjectPatches(ProbeMetric):
             )
 
     def intervene(self, run: Intervention, hook: str) -> Tensor | None:
-        """[B, 5] of each image, summed over its objects: rise of the loss of own words, of others' and of
-        own with the background replaced; number of own and of others' tokens.
+        """[B, 5] sums over each image's tokens: rise of the loss of own words, of others' and of own with
+        the background replaced; number of own and of others' tokens.
         """
         batch, model = run.batch, run.probe.model
-        if any(scene is None or "image_size" not in scene for scene in batch.scenes):
+        if not batch.scenes or any(scene is None or "image_size" not in scene for scene in batch.scenes):
             return None
         x = run.image_tokens(hook)
         keep = run.keep(hook, x)[:, None]
-        sums = x.new_zeros(len(batch.index), 5, dtype=torch.float64)
-        objects = max(len(scene["objects"]) for scene in batch.scenes if scene)
-        for number in range(objects):
-            sources, said = (
-                torch.from_numpy(table).to(x.device) for table in self._plan(batch, model, number, len(x))
-            )
-            drop, control = (
-                run.label_losses(hook, torch.where(keep, x[index], x)) - run.clean_label_losses
-                for index in sources
-            )
-            own, other = said.double()
-            by_label = torch.stack([drop * own, drop * other, control * own, own, other], dim=-1)
-            sums += sum_by_image(by_label.double(), batch.label_images, len(batch.index))
-        return sums
-
-    def _plan(self, batch: Batch, model: Limber, number: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """What to do with one object of each image.
-
-        Returns:
-            [2, tokens] which token comes into the place of each, to drop the object and for the control;
-            [2, n] which labels say the object, and which say others.
-        """
-        grid, images = model.token_grid, len(batch.index)
-        assert grid is not None  # `setup`
-        by_image = tokens // images
-        before = by_image - math.prod(grid)  # Tokens before the grid's; -1: its first is never counted.
-        sources = np.tile(np.arange(tokens).reshape(images, by_image), (2, 1, 1))
-        said = np.zeros((2, len(batch.labels)), dtype=bool)
-        ends = np.cumsum(batch.label_counts)
-        for image, (scene, [caption], end) in enumerate(
-            zip(batch.scenes, batch.captions, ends, strict=True)
-        ):
-            if scene is None or number >= len(scene["objects"]):
-                continue
-            centres = patch_centres(model.vision.transform, scene["image_size"], grid)
-            rng = random.Random(f"{batch.image_ids[image]}/{number}")
-            found = replacements(scene, number, centres, max(0, -before), rng)
-            if found is None:
-                continue
-            for table, swaps in zip(sources, found, strict=True):
-                for place, source in swaps.items():
-                    table[image, before + place] = image * by_image + before + source
-            count = batch.label_counts[image]
-            objects = said_objects(model.collator().prompt, caption, scene, count)
-            said[0, end - count : end] = objects == number
-            said[1, end - count : end] = (objects >= 0) & (objects != number)
-        return sources.reshape(2, tokens), said
+        sources, said = (torch.from_numpy(table).to(x.device) for table in plan(batch, model, len(x)))
+        drop, control = (
+            run.label_losses(hook, torch.where(keep, x[index], x)).double() - run.clean_label_losses
+            for index in sources
+        )
+        own, other = said.double()
+        by_label = torch.stack([drop * own, drop * other, control * own, own, other], dim=-1)
+        return sum_by_image(by_label, batch.label_images, len(batch.index))
 
     def compute(self, data: Measurement, found: Found) -> Iterable[Estimate]:
         for hook, items in found.interventions.items():

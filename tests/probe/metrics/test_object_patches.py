@@ -17,6 +17,7 @@ from lightning_limber.models.vision import ImageTransform
 from lightning_limber.probe.metrics.object_patches import (
     ObjectPatches,
     patch_centres,
+    plan,
     replacements,
     said_objects,
 )
@@ -141,17 +142,53 @@ def test_a_reader_of_its_own_patches_is_told_from_one_of_any_patch(run):
     own, other, control, owned, others = table.sum(0).tolist()
     scenes = [SceneSet("val", 10, 112, 0)[i].scene for i in range(10)]
     assert max(len(scene["objects"]) for scene in scenes) > 1
-    assert 20 <= owned <= sum(2 * len(scene["objects"]) for scene in scenes)  # Two words an object.
-    assert others > 0
+    centres = patch_centres(run.model.vision.transform, 112, (4, 4)).tolist()
+    droppable = [
+        any(x0 <= x < x1 and y0 <= y < y1 for x, y in centres for x0, y0, x1, y1 in boxes)
+        for boxes in ([item["box"] for item in scene["objects"]] for scene in scenes)
+    ]
+    assert droppable.count(True) == 9  # One image has a small object between the centres.
+    assert owned == 2 * 9  # Two words an object.
+    assert others == 2 * sum(
+        len(scene["objects"]) - 1 for scene, yes in zip(scenes, droppable, strict=True) if yes
+    )
     assert own == pytest.approx(owned)
     assert other == pytest.approx(0.1 * others, rel=1e-4)
     assert 1e-3 * owned <= control <= 9e-3 * owned
 
 
+def test_another_object_is_chosen_in_another_image(run):
+    """Of scenes with several: not always the first; and the same one in whatever batch it comes."""
+    scene = {
+        "image_size": 112,
+        "objects": [
+            {"colour": "red", "shape": "circle", "box": [0, 0, 30, 30]},
+            {"colour": "blue", "shape": "star", "box": [60, 0, 80, 30]},
+        ],
+    }
+    captions = [["a small red circle left of a small blue star on a pink background."]] * 40
+    count = len(run.model.collator().prompt.text(captions[0][0]).ids)
+    many = SimpleNamespace(
+        **{"index": list(range(40)), "labels": torch.zeros(40 * count), "label_counts": [count] * 40},
+        **{"scenes": [scene] * 40, "captions": captions, "image_ids": [f"val/{i}" for i in range(40)]},
+    )
+    sources, said = plan(many, run.model, 40 * 16)
+    of_images = said.reshape(2, 40, count)
+    assert (of_images.sum(-1) == 2).all()
+    first = of_images[0].argmax(-1) < of_images[1].argmax(-1)
+    assert 10 < first.sum() < 30
+    alone = SimpleNamespace(
+        **{"index": [0], "labels": torch.zeros(count), "label_counts": [count], "scenes": [scene]},
+        **{"captions": captions[:1], "image_ids": ["val/7"]},
+    )
+    sources_alone, said_alone = plan(alone, run.model, 16)
+    assert (said_alone == of_images[:, 7]).all()
+    assert (sources_alone == sources.reshape(2, 40, 16)[:, 7] - 7 * 16).all()
+
+
 def test_rises_are_those_of_whole_forwards_with_tokens_replaced(run):
     """One image at a time, by a hook in a forward from the start; behind the last layer nothing is read."""
     probe, model = sae_probe(run).probe, run.model
-    metric = next(one for one in probe.metrics if one.name == "object_patches")
     rows = {(row.layer, row.metric): row for row in sae_probe(run).history[1]}
     assert {(layer, name) for layer in (0, 2) for name in METRICS} <= rows.keys()
     totals = torch.zeros(5, dtype=torch.float64)
@@ -167,25 +204,22 @@ def test_rises_are_those_of_whole_forwards_with_tokens_replaced(run):
                 return model.target_losses(batch, hidden)[0].double()  # noqa: B023
 
             clean = losses(lambda x: None)
-            for number in range(len(batch.scenes[0]["objects"])):
-                sources, said = (
-                    torch.from_numpy(table) for table in metric._plan(batch, model, number, 16)
-                )
+            sources, said = (torch.from_numpy(table) for table in plan(batch, model, 16))
 
-                def replaced(index):
-                    def hook(x):
-                        keep = probe.keep("blocks.0.hook_resid_post", x[0, 1:17])[:, None]
-                        x = x.clone()
-                        x[0, 1:17] = torch.where(keep, x[0, 1:17][index], x[0, 1:17])
-                        return x
+            def replaced(index):
+                def hook(x):
+                    keep = probe.keep("blocks.0.hook_resid_post", x[0, 1:17])[:, None]
+                    x = x.clone()
+                    x[0, 1:17] = torch.where(keep, x[0, 1:17][index], x[0, 1:17])
+                    return x
 
-                    return losses(hook) - clean  # noqa: B023
+                return losses(hook) - clean  # noqa: B023
 
-                drop, control = map(replaced, sources)
-                own, other = said
-                totals += torch.stack(
-                    [drop[own].sum(), drop[other].sum(), control[own].sum(), own.sum(), other.sum()]
-                )
+            drop, control = map(replaced, sources)
+            own, other = said
+            totals += torch.stack(
+                [drop[own].sum(), drop[other].sum(), control[own].sum(), own.sum(), other.sum()]
+            )
     expected = (totals[:3] / totals[[3, 4, 3]]).tolist()
     for name, value in zip(METRICS, expected, strict=True):
         assert value != 0
@@ -200,7 +234,8 @@ def test_what_it_cannot_measure_is_said(fit, monkeypatch):
     with pytest.raises(ValueError, match="object_patches needs image tokens that are places in the image"):
         fit(*flags, "--model.adapter=my_parts.Resampler", "--model.adapter.queries=4", probe=True)
     metric, notes = ObjectPatches(), []
-    batch = SimpleNamespace(scenes=[None], index=[0])
-    assert metric.intervene(SimpleNamespace(batch=batch, probe=SimpleNamespace(model=None)), "hook") is None
+    for scenes in ([None], []):
+        batch, probe = SimpleNamespace(scenes=scenes), SimpleNamespace(model=None)
+        assert metric.intervene(SimpleNamespace(batch=batch, probe=probe), "hook") is None
     assert not list(metric.compute(SimpleNamespace(notes=notes), SimpleNamespace(interventions={})))
     assert "these data know no boxes" in notes[0]
