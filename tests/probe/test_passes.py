@@ -386,17 +386,35 @@ def test_metrics_can_be_left_out(fit):
 
 def test_detectors_of_scenes(models, fit):
     """Attributes of the truth; a random tiny LLM has text latents for words, and the table says which."""
-    flags = ["--trainer.max_steps=1", "--data.val_size=60", "--probe.metrics=[detectors]"]
+    flags = ["--trainer.max_steps=1", "--data.val_size=60", "--probe.metrics=[detectors,linear_probe]"]
     cli = fit(*flags, "--probe.num_images=60", "--captions.num_images=0", probe=True)
-    for group in ("image", "text"):
-        assert all(0 <= value <= 1 for value in values(cli, 0, group, "detectors"))
+    rows = {(row.layer, row.group, row.metric): row for row in sae_probe(cli).history[0]}
+    for metric in ("detectors", "detectors_shared", "detectors_same", "linear_probe"):
+        by_layer = [rows[layer, "image", f"{metric}_auroc"] for layer in (0, 2)]
+        assert all(0 <= row.low <= row.value <= row.high <= 1 for row in by_layer)
+        best = max(by_layer, key=lambda row: row.value)
+        found = rows[None, "image", f"{metric}_auroc_max"]
+        assert (found.value, found.low, found.high) == (best.value, best.low, best.high)
+        chance = [rows[layer, "image", f"{metric}_auroc_chance"] for layer in (0, 2)]
+        assert all(0.4 < row.low < row.value < row.high < 0.6 for row in chance)
+        highest = rows[None, "image", f"{metric}_auroc_max_chance"].value
+        assert max(row.value for row in chance) <= highest < 0.6
+        assert 0 < rows[None, "image", f"{metric}_auroc_max_p"].value <= 1
+    assert all(
+        0 <= value <= 1 for group in ("image", "text") for value in values(cli, 0, group, "detectors")
+    )
     # A colour's embedding alone tells which captions have it.
-    assert values(cli, 0, "text", "detectors_auroc")[0] > values(cli, 0, "image", "detectors_auroc")[0]
+    for metric in ("detectors_shared_text_auroc", "detectors_auroc"):
+        row = rows[0, "text" if metric == "detectors_auroc" else "image", metric]
+        assert row.low > rows[0, "image", "detectors_auroc"].high
     import pandas as pd
 
     table = pd.read_csv(Path(cli.trainer.log_dir) / "detectors_epoch_0.csv")
     assert {"red", "circle", "small", "pink background"} & set(table.attribute)
     assert set(table.layer) == {0, 2}
+    for column, metric in (("shared_latent_auroc_image", "detectors_shared"), ("auroc_image", "detectors")):
+        mean = table[table.layer == 0][column].mean()
+        assert mean == pytest.approx(rows[0, "image", f"{metric}_auroc"].value)
 
 
 def test_validate_probes_a_published_projector(fit, tmp_path):
