@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from lightning_limber.utils.flops import FlopCounter
 from .run_record import log_figure, log_layout
 
 NUM_PATCH_IMAGES = 4
+NUM_TRAINING_RECORDS = 256
+"""Whose captions metrics may compare with."""
 
 
 @dataclass
@@ -143,7 +146,9 @@ class SAEProbe(pl.Callback):
             return [item for part in parts for item in part]
 
         context = trainer.precision_plugin.val_step_context
-        self._probe = build_probe(module, self.config, context, gather)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        texts = partial(data.training_captions, NUM_TRAINING_RECORDS)
+        self._probe = build_probe(module, self.config, context, gather, texts)
 
     def _batches(self, trainer: pl.Trainer, num_images: int, label: str) -> Batches:
         return Batches(trainer, num_images, label)

@@ -21,9 +21,9 @@ class ProbeConfig:
         sae_id: Id of each layer's SAE, with ``{layer}``.
         layers: Layers to probe; null takes every layer that has an SAE.
         metrics: Metrics beside reconstruction and sparsity, each of which costs its own time (printed
-            after every probe): direction, noise, words_long, match, lens_hit, knn, detectors,
-            loss_recovered, cross_layer by default; words and told besides. A class of your own is named
-            by its path, or as {class_path: ..., init_args: {...}}.
+            after every probe): direction, noise, words_long, match, neighbours, lens_hit, knn,
+            detectors, loss_recovered, cross_layer by default; words and told besides. A class of your own
+            is named by its path, or as {class_path: ..., init_args: {...}}.
         sanity_check: What to do when the SAEs do not behave on plain text as is known of them (see
             sanity_check.py): ``stop``, ``warn`` or ``off``.
         sae_memory_gb: Most memory that the SAEs' weights may take on the device, in 1e9 bytes; null keeps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -21,6 +21,7 @@ def build_probe(
     config: ProbeConfig,
     context: Callable[[], AbstractContextManager] = nullcontext,
     gather: Callable[[list], list] = lambda items: items,
+    texts: Callable[[], Iterable[str]] = tuple,
 ) -> Probe:
     """Loads the SAEs, checks them on plain text, and reads the descriptions of their latents.
 
@@ -29,6 +30,7 @@ def build_probe(
         config: Settings.
         context: See `Probe`.
         gather: See `Probe`.
+        texts: See `Probe`.
 
     Raises:
         FileNotFoundError: see `load_saes`.
@@ -56,4 +58,4 @@ def build_probe(
             name: Descriptions.read(pattern.format(hook=name, layer=name.split(".")[1]), sae.cfg.d_sae)
             for name, sae in saes.items()
         }
-    return Probe(model, saes, text, config, descriptions, context, gather)
+    return Probe(model, saes, text, config, descriptions, context, gather, texts)

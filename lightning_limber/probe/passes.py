@@ -98,6 +98,8 @@ class Probe:
         descriptions: By hook name, for `match`; layers without any have no match.
         context: Makes the context of each forward (autocast).
         gather: All-gathers a list across processes (order unspecified).
+        texts: Gives captions of the training part, the same in every process, for metrics that compare with
+            text; none where there is no training part.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Probe:
         descriptions: dict[str, Descriptions] | None = None,
         context: Callable[[], AbstractContextManager] = nullcontext,
         gather: Callable[[list], list] = lambda items: items,
+        texts: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         self.model, self.text, self.config = model, text, config
         # In the order in which the residual stream passes them.
@@ -119,7 +122,7 @@ class Probe:
         self.descriptions = {name: given[name] for name in self.saes if name in given}
         sinks = {name: torch.tensor(text[name].sink, device=model.device) for name in self.saes}
         self._sinks = {name: sink if len(sink) else None for name, sink in sinks.items()}
-        self.context, self.gather = context, gather
+        self.context, self.gather, self.texts = context, gather, texts
         self.clock = Clock()
         self.metrics = config.make_metrics()
         needed = [group for metric in self.metrics for group in metric.groups]
@@ -131,7 +134,8 @@ class Probe:
                     f"probe.metrics: two metrics define a group '{group.name}', and not alike."
                 )
         for metric in self.metrics:
-            metric.setup(self)
+            with self.clock(metric.name):  # Part of the first run's seconds.
+                metric.setup(self)
         self._known_text: tuple[dict[tuple[str, str], ImageStats], Kept] = {}, {}
 
     @property
@@ -164,7 +168,6 @@ class Probe:
                 image is then measured by the first alone, as neither LLM nor SAEs ever change.
             start: Rows of the untrained adapter, a control; empty where they are not known.
         """
-        self.clock.seconds.clear()
         training = self.model.training
         self.model.eval()
         stats, kept = self._known_text if same_captions else ({}, {})
@@ -235,7 +238,9 @@ class Probe:
         for note in data.notes:
             rank_zero_info(f"[probe] {note}")
         rows = [row for estimate in data.estimates for row in estimate.rows()]
-        return Report(rows, data.tables, data.matrices, dict(self.clock.seconds))
+        seconds = dict(self.clock.seconds)
+        self.clock.seconds.clear()
+        return Report(rows, data.tables, data.matrices, seconds)
 
     @torch.no_grad()
     def latents(

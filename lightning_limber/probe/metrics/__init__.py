@@ -26,6 +26,7 @@ from lightning_limber.probe.metrics.knn import KNN
 from lightning_limber.probe.metrics.lens_hit import LensHit
 from lightning_limber.probe.metrics.loss_recovered import LossRecovered
 from lightning_limber.probe.metrics.match import Match
+from lightning_limber.probe.metrics.neighbours import Neighbours
 from lightning_limber.probe.metrics.noise import Noise
 from lightning_limber.probe.metrics.shared import Shared
 from lightning_limber.probe.metrics.word_groups import Told, Words, WordsLong
@@ -52,13 +53,13 @@ REGISTRY: dict[str, type[ProbeMetric]] = {
     metric.name: metric
     for metric in (
         *(Geometry, Shared, Direction, Noise, WordsLong, Words, Told),
-        *(Match, LensHit, KNN, Detectors, LossRecovered, CrossLayer, Excess, Convergence),
+        *(Match, Neighbours, LensHit, KNN, Detectors, LossRecovered, CrossLayer, Excess, Convergence),
     )
 }
 """The metrics that ship, by name."""
 DEFAULT_METRICS = (
     *("direction", "noise", "words_long"),
-    *("match", "lens_hit", "knn", "detectors", "loss_recovered", "cross_layer"),
+    *("match", "neighbours", "lens_hit", "knn", "detectors", "loss_recovered", "cross_layer"),
 )
 
 
