@@ -437,7 +437,8 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
     saes = load_saes(str(models / "saes"), "layer_{layer}", None, there.llm)
     there.to("meta")
     saes = {name: sae.to("meta") for name, sae in saes.items()}
-    probe = Probe(there, saes, callback.probe.text, ProbeConfig())
+    texts = partial(cli.datamodule.training_captions, 4)
+    probe = Probe(there, saes, callback.probe.text, ProbeConfig(), texts=texts)
     moved = move_data_to_device(batch, torch.device("meta"))
     moved.held_out = False  # Features are copied to the host once a run, when they are first kept.
     assert moved.pixel_values.is_meta
@@ -472,6 +473,7 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
             for name in names
         },
         **{("lens_hit", "image", name): (16, 5) for name in names},  # 4 tokens of each image.
+        **{("neighbours", group, name): (16,) for group, n in tokens.items() if n == 16 for name in names},
         **{("loss_recovered", "", name): (4, 3) for name in names},
         **{("cross_layer", "", name): (2, 3) for name in names},
     }
