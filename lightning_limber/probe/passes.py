@@ -177,7 +177,8 @@ class Probe:
         for chunk in chunks_on_device(self.saes, self.model.device, self.config.sae_memory_gb):
             accumulators = {
                 (group, name): TokenStats(
-                    any(group in metric.activation_sums for metric in self.metrics)
+                    any(group in metric.activation_sums for metric in self.metrics),
+                    any(group in metric.activation_maxima for metric in self.metrics),
                 ).to(self.model.device)
                 for group in self.groups
                 for name in chunk

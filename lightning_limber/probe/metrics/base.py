@@ -230,12 +230,14 @@ class ProbeMetric:
         name: Name under which its time is logged; the class' name unless it is given.
         groups: Groups that it needs beside image, caption and text.
         activation_sums: Groups of which it needs the activation sum of each latent by image.
+        activation_maxima: Groups of which it needs the largest activation of each latent by image.
         panels: How its metrics are drawn.
     """
 
     name: str
     groups: tuple[Group, ...] = ()
     activation_sums: tuple[str, ...] = ()
+    activation_maxima: tuple[str, ...] = ()
     panels: tuple[Panel, ...] = ()
 
     def __init_subclass__(cls) -> None:
