@@ -11,7 +11,7 @@ the device together, both passes are made for each chunk of layers in turn. What
 Groups of tokens that are always measured:
 
     image    image positions                        caption  caption positions behind the image
-    text     the same captions, without an image
+    text     the same captions, without an image (with `text_tokens` ``prompt``: all of these sequences)
 
 Never counted: the first position of a sequence (an attention sink in every LLM), the first token of a
 caption (without an image it is the same in all captions), and at each layer the tokens that point where the
@@ -26,7 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -128,7 +128,8 @@ class Probe:
         needed = [group for metric in self.metrics for group in metric.groups]
         self.groups: dict[str, Group] = {}
         """By name."""
-        for group in (IMAGE, CAPTION, TEXT, *needed):
+        text_group = replace(TEXT, positions=config.text_tokens)
+        for group in (IMAGE, CAPTION, text_group, *needed):
             if self.groups.setdefault(group.name, group) != group:
                 raise ValueError(
                     f"probe.metrics: two metrics define a group '{group.name}', and not alike."

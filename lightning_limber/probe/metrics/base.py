@@ -40,7 +40,7 @@ class Group:
 
     Attributes:
         name: Name in tables and figures.
-        positions: ``image`` or ``caption``: which tokens of a sequence.
+        positions: ``image``, ``caption`` or ``prompt``: which tokens of a sequence (`Sequences.groups`).
         fill: Makes what stands at the image positions [B, P, D] of the model, the batch and its image
             tokens [B, P, D]; None leaves the image tokens there. Each function costs a forward of its own.
         with_image: Whether the sequences have image positions at all.

@@ -309,6 +309,20 @@ def test_old_names_of_settings_still_work(fit):
     assert (config.metrics, config.intervention_images) == (["knn"], 2)
 
 
+def test_a_shipped_metric_with_settings_is_kept(fit):
+    """By its name: a file that carries its config may choose it, and its name alone adds no other."""
+    spec = "{class_path: match, init_args: {strength: max}}"
+    cli = fit(f"--probe.metrics=[knn,{spec}]", "--trainer.max_steps=1")
+    path = f"--ckpt_path={cli.trainer.log_dir}/checkpoints/last.ckpt"
+    again = fit(path, "--probe.metrics+=match", command="validate", base=False)
+    config = sae_probe(again).config
+    names = [metric.name for metric in config.make_metrics()]
+    assert names == ["geometry", "shared", "knn", "match", "excess", "convergence"]
+    assert config.make_metrics()[3].strength == "max"
+    with pytest.raises(ValueError, match=r"init_args of 'match'.*'power'.*strength"):
+        resolve_metric({"class_path": "match", "init_args": {"power": 2}})
+
+
 def test_a_subclass_has_its_class_name():
     class Mine(ProbeMetric):
         pass
