@@ -162,12 +162,14 @@ def make_bank(probe: Probe, texts: Sequence[str]) -> Bank | None:
     hooks = spread(list(probe.layers), MAX_LAYERS)
     found: dict[str, list[Tensor]] = {name: [] for name in hooks}
     order: list[Place] = []
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        rows = [opening + of_text for of_text in ids[start : start + TEXTS_AT_ONCE]]
+    read_texts = sorted({place.text for place in places})  # Others need no forward.
+    for start in range(0, len(read_texts), TEXTS_AT_ONCE):
+        row_of = {text: row for row, text in enumerate(read_texts[start : start + TEXTS_AT_ONCE])}
+        rows = [opening + ids[text] for text in row_of]
         width = max(map(len, rows))
-        here = [place for place in places if start <= place.text < start + TEXTS_AT_ONCE]
+        here = [place for place in places if place.text in row_of]
         order += here
-        flat = [(place.text - start) * width + len(opening) + place.token for place in here]
+        flat = [row_of[place.text] * width + len(opening) + place.token for place in here]
         positions = torch.tensor(flat, dtype=torch.long, device=device)
 
         def read(name: str, residual: Tensor, positions: Tensor = positions) -> None:
