@@ -158,6 +158,14 @@ def test_figures_take_any_number_of_panels(count):
     assert not any(a.overlaps(b) for i, a in enumerate(extents) for b in extents[:i])
 
 
+def test_published_curves_say_which_tokens_they_are_of():
+    rows = [Row(layer, group, "l0", 1, 1, 1) for layer in (0, 2) for group in ("image", "text")]
+    figure = probe_figure({0: rows}, 0, [Panel("l0", "l0")], "title", "control", published=True)
+    labels = {line.get_label() for line in figure.axes[0].lines}
+    paper = "Venhoff et al., Gemma 2 2B"
+    assert labels == {"image", "text", f"image, {paper}", f"text (whole prompts), {paper}"}
+
+
 def test_the_report_draws_it(run, tmp_path):
     report([str(run), "-o", str(tmp_path / "out.html")])
     page = (tmp_path / "out.html").read_text()
