@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from lightning_limber.utils.flops import FlopCounter
 from .run_record import log_figure, log_layout
 
 NUM_PATCH_IMAGES = 4
+NUM_TRAINING_RECORDS = 256
+"""Whose captions metrics may compare with."""
 
 
 @dataclass
@@ -146,7 +149,9 @@ class SAEProbe(pl.Callback):
             return [item for part in parts for item in part]
 
         context = trainer.precision_plugin.val_step_context
-        self._probe = build_probe(module, self.config, context, gather)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        texts = partial(data.training_captions, NUM_TRAINING_RECORDS)
+        self._probe = build_probe(module, self.config, context, gather, texts)
 
     def _run_and_log(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]

@@ -66,7 +66,7 @@ def render(runs: list[dict[str, Any]]) -> str:
             "panels": {panel["metric"]: panel for run in reversed(runs) for panel in run["panels"]},
             "paper": palette.PAPER_NAME,
         },
-        "paper": {key: paper[key] for key in ("layers", "curves", "convergence_layer")},
+        "paper": {key: paper[key] for key in ("layers", "curves", "legend", "convergence_layer")},
         "runs": runs,
         "differences": [differences(run, runs[0]) for run in runs[1:]],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections import defaultdict
 from contextlib import nullcontext
@@ -240,8 +241,11 @@ def test_resid_pre_saes_read_the_stream_before_the_layer(fit, models, tmp_path):
     for place in ("post", "pre"):
         flags = [f"--probe.sae_release={tmp_path / place}", "--captions.num_images=0"]
         results.append(sae_probe(fit(*flags, "--trainer.max_steps=1", probe=True)).history[0])
-    # All but the layer's number, which convergence_layer has for its value.
-    post, pre = ([row[1:] for row in rows if row.layer is not None] for rows in results)
+    # All but the layer's number, which convergence_layer and neighbour_layer have for their values.
+    post, pre = (
+        [row[1:] for row in rows if row.layer is not None and row.metric != "neighbour_layer"]
+        for rows in results
+    )
     assert str(pre) == str(post)  # As text: NaN is NaN.
 
 
@@ -455,11 +459,11 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
     saes = load_saes(str(models / "saes"), "layer_{layer}", None, there.llm)
     there.to("meta")
     saes = {name: sae.to("meta") for name, sae in saes.items()}
-    probe = Probe(there, saes, callback.probe.text, ProbeConfig())
+    texts = partial(cli.datamodule.training_captions, 4)
+    probe = Probe(there, saes, callback.probe.text, ProbeConfig(), texts=texts)
     moved = move_data_to_device(batch, torch.device("meta"))
-    moved.held_out = moved.other.held_out = (
-        False  # Features are copied to the host once a run, when they are first kept.
-    )
+    # Features are copied to the host once a run, when they are first kept.
+    moved.held_out = moved.other.held_out = False
     assert moved.pixel_values.is_meta
     names, groups = list(saes), ("image", "caption", "text", "noise", "words_long")
     sums = {(group, name): TokenStats().to("meta") for group in groups for name in names}
@@ -489,4 +493,63 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
         **{("use", "", name): (4, 3) for name in names},
         **{("loss_recovered", "", name): (4, 6) for name in names},
         **{("cross_layer", "", name): (2, 2, 3) for name in names},
+        **{("neighbours", group, name): (16,) for group, n in tokens.items() if n == 16 for name in names},
     }
+
+
+def test_text_may_be_whole_prompts(fit):
+    """All positions of the sequences without an image but the first, one by one; other groups stay."""
+    flags = [
+        "--trainer.max_steps=1",
+        "--probe.metrics=[knn]",
+        "--model.prompt={bos}{image}a cat {caption}{eos}",
+    ]
+    whole, caption = (
+        fit(*flags, f"--probe.text_tokens={which}", probe=True) for which in ("prompt", "caption")
+    )
+    model, probe = whole.model, sae_probe(whole).probe
+    norms: dict[str, list[torch.Tensor]] = {name: [] for name in probe.saes}
+    scenes = SceneSet("val", 10, 112, 0)
+    for i in range(10):
+        words = scenes[i].captions[0].replace(".", " .").split()
+        ids = model.llm.tokenizer.convert_tokens_to_ids(["<bos>", "a", "cat", *words, "<eos>"])
+        kept: dict[str, torch.Tensor] = {}
+        hooks = {name: partial(kept.__setitem__, name) for name in probe.saes}
+        with torch.no_grad(), model.llm.residual_hooks(hooks):
+            model.llm.decode(model.llm.embed(torch.tensor([ids])))
+        for name, x in kept.items():
+            x = x[0, 1:]
+            norms[name].append(x.norm(dim=-1)[probe.keep(name, x)])
+    for got, tokens, found in zip(
+        values(whole, 0, "text", "norm"), values(whole, 0, "text", "tokens"), norms.values(), strict=True
+    ):
+        assert tokens == sum(map(len, found))
+        assert got == pytest.approx(float(torch.cat(found).mean()), rel=1e-5)
+    assert values(whole, 0, "text", "tokens") != values(caption, 0, "text", "tokens")
+    for group in ("image", "caption"):
+        assert values(whole, 0, group, "fvu") == values(caption, 0, group, "fvu")
+
+
+def test_filters_of_match_without_descriptions_are_said(fit, monkeypatch, tmp_path):
+    said: list[str] = []
+    monkeypatch.setattr("lightning_limber.probe.load.rank_zero_info", said.append)
+    flags = ["--trainer.max_steps=1", "--captions.num_images=0"]
+    flags += ["--probe.max_image_share=0.05", "--probe.max_text_density=0.005"]
+
+    def warnings(*more: str) -> list[str]:
+        said.clear()
+        fit(*flags, *more, probe=True)
+        return [note for note in said if note.startswith("[warning]")]
+
+    [note] = warnings("--probe.max_image_share=0.3", "--probe.top_latents=2", "--probe.metrics=[match]")
+    assert "probe.top_latents, probe.max_image_share: set, but no layer has descriptions" in note
+    assert not warnings("--probe.metrics=[match]")
+    assert not warnings("--probe.max_image_share=0.3", "--probe.metrics=[knn]")
+    rows = [{"layer": "0", "index": k, "description": "cats"} for k in range(9)]
+    for layer in (0, 2):
+        (tmp_path / f"d{layer}").mkdir()
+        (tmp_path / f"d{layer}/batch-0.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    [note] = warnings(f"--probe.descriptions={tmp_path}/d{{layer}}", "--probe.max_image_share=0.3")
+    assert "no densities at layers 0, 2" in note
+    with pytest.raises(FileNotFoundError, match="cannot read .*/e0: .*null leaves `match` out"):
+        fit(f"--probe.descriptions={tmp_path}/e{{layer}}", probe=True)

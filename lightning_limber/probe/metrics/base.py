@@ -40,7 +40,7 @@ class Group:
 
     Attributes:
         name: Name in tables and figures.
-        positions: ``image`` or ``caption``: which tokens of a sequence.
+        positions: ``image``, ``caption`` or ``prompt``: which tokens of a sequence (`Sequences.groups`).
         fill: Makes what stands at the image positions [B, P, D] of the model, the batch and its image
             tokens [B, P, D]; None leaves the image tokens there. Each function costs a forward of its own.
         with_image: Whether the sequences have image positions at all.
@@ -230,12 +230,14 @@ class ProbeMetric:
         name: Name under which its time is logged; the class' name unless it is given.
         groups: Groups that it needs beside image, caption and text.
         activation_sums: Groups of which it needs the activation sum of each latent by image.
+        activation_maxima: Groups of which it needs the largest activation of each latent by image.
         panels: How its metrics are drawn.
     """
 
     name: str
     groups: tuple[Group, ...] = ()
     activation_sums: tuple[str, ...] = ()
+    activation_maxima: tuple[str, ...] = ()
     panels: tuple[Panel, ...] = ()
 
     def __init_subclass__(cls) -> None:

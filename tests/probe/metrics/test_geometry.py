@@ -141,6 +141,23 @@ def test_what_is_kept_of_an_image():
         torch.testing.assert_close(sums.means[i], x[keep].mean(0), rtol=1e-12, atol=0, equal_nan=True)
         torch.testing.assert_close(sums.activation_sum[i].double(), z[keep].sum(0), rtol=2**-8, atol=0)
         assert torch.equal(sums.activation_sum[i] > 0, (z[keep] > 0).any(0))
+    assert sums.activation_max.shape == (5, 0)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_largest_activation_of_an_image(sparse):
+    """Kept where it is asked for; without outliers, and 0 for an image without tokens."""
+    images = make(outliers=True)
+    metric = TokenStats(keep_activation_sum=False, keep_activation_max=True)
+    for i, (x, y, z, keep) in enumerate(images):
+        z = z.to_sparse() if sparse else z
+        metric.update(x, y, z, torch.zeros(len(x), dtype=torch.long), [i], keep)
+    found = metric.compute()
+    assert found.activation_sum.shape == (5, 0)
+    for of_image, (_, _, z, keep) in zip(found.activation_max, images, strict=True):
+        expected = z[keep].amax(0) if keep.any() else torch.zeros(K)
+        torch.testing.assert_close(of_image, expected.bfloat16(), rtol=0, atol=0)
+    assert torch.equal(found.fires, sums_of(images).fires)
 
 
 # -- streaming ------------------------------------------------------------------------------------
