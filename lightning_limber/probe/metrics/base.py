@@ -117,9 +117,10 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """A probed image: its index in the held-out set, its captions, and its attributes where known."""
+    """A probed image: its index in the held-out set, its name, captions, and attributes where known."""
 
     index: int
+    name: str
     captions: list[str]
     attributes: set[str] | None
 
@@ -157,6 +158,8 @@ class Measurement:
         tables: Rows by name; ``name`` is written to ``name_epoch_{n}.csv``.
         matrices: Of each metric, tables [layer of the tokens][layer of the SAE] by name, which are drawn.
         notes: Sentences to print: why a number is NaN.
+        by_image: Numerator and denominator [I, 2] float32 by (metric, group, layer) of metrics that are
+            ratios of sums over images, to pair epochs and runs over them; 0, 0 at images without a part.
     """
 
     probe: Probe
@@ -167,6 +170,7 @@ class Measurement:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     matrices: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    by_image: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[str]:
@@ -286,5 +290,6 @@ class TokenMean(ProbeMetric):
             order = torch.tensor([i for index, _ in items for i in index]).argsort()
             for metric in items[0][1]:
                 sums = torch.cat([sums[metric] for _, sums in items])[order]  # [I, 2]
+                data.by_image[metric, group, data.layers[hook]] = sums.float()
                 total, tokens = (data.weights @ sums).unbind(-1)
                 yield Estimate(data.layers[hook], group, metric, total / tokens)

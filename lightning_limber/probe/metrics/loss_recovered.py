@@ -43,6 +43,9 @@ class LossRecovered(ProbeMetric):
             table = torch.cat([losses for _, losses in items])[order]  # [I, 3]
             clean, spliced, ablated = (data.bootstrap_weights(len(table)) @ table).unbind(-1)
             value = (ablated - spliced) / (ablated - clean)
+            by_image = torch.zeros(len(data.images), 2)
+            by_image[: len(table)] = (table[:, 2:] - table[:, [1, 0]]).float()  # The first images.
+            data.by_image["loss_recovered", "image", data.layers[hook]] = by_image
             if interval(ablated - clean)[1] <= 0:
                 value = torch.full_like(value, torch.nan)
             yield Estimate(data.layers[hook], "image", "loss_recovered", value)
