@@ -49,11 +49,12 @@ def bootstrap_weights(images: int) -> np.ndarray:
 
 def ratio(sums: np.ndarray) -> np.ndarray:
     """The metric [...] of sums over images [..., C]: C is 2 for a ratio, 10 for `scores.bleu`'s counts."""
-    if sums.shape[-1] == 2:
-        return sums[..., 0] / sums[..., 1]
-    right, count, (length, reference) = sums[..., :4], sums[..., 4:8], np.moveaxis(sums[..., 8:], -1, 0)
-    precision = np.exp(np.log(right / np.maximum(count, 1)).mean(-1))
-    return precision * np.exp(np.minimum(1 - reference / length, 0))
+    with np.errstate(divide="ignore", invalid="ignore"):  # A sample without tokens, or a right 4-gram.
+        if sums.shape[-1] == 2:
+            return sums[..., 0] / sums[..., 1]
+        right, count, (length, reference) = sums[..., :4], sums[..., 4:8], np.moveaxis(sums[..., 8:], -1, 0)
+        precision = np.exp(np.log(right / np.maximum(count, 1)).mean(-1))
+        return precision * np.exp(np.minimum(1 - reference / length, 0))
 
 
 def two_level(ours: np.ndarray, base: np.ndarray | None = None) -> Interval:
@@ -73,8 +74,7 @@ def two_level(ours: np.ndarray, base: np.ndarray | None = None) -> Interval:
     # An image without any token (or part in an intervention) is not of the sample.
     used = np.concatenate(groups).any((0, 2))
     weights = bootstrap_weights(int(used.sum()))
-    with np.errstate(divide="ignore", invalid="ignore"):  # A sample without a right 4-gram; NaN metrics.
-        by_seed = [ratio(weights @ group[:, used]) for group in groups]  # [S, 1 + R] each
+    by_seed = [ratio(weights @ group[:, used]) for group in groups]  # [S, 1 + R] each
     samples = by_seed[0].mean(0) - (by_seed[1].mean(0) if base is not None else 0.0)
     value, (low, high) = float(samples[0]), np.nanpercentile(samples[1:], [2.5, 97.5])
     seeds = seeds_part([values[:, 0] for values in by_seed])
