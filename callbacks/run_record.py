@@ -161,7 +161,7 @@ class RunRecord(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "validation": {
+            "history": {
                 step: [epoch, {name: list(score) for name, score in scores.items()}]
                 for step, (epoch, scores) in self.history.items()
             }
@@ -170,7 +170,7 @@ class RunRecord(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = {
             step: (epoch, {name: (value, low, high) for name, (value, low, high) in scores.items()})
-            for step, (epoch, scores) in state_dict["validation"].items()
+            for step, (epoch, scores) in state_dict["history"].items()
         }
 
     def _write(self, folder: Path, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
