@@ -206,6 +206,10 @@ class Measurement:
         ]
         return {(layer, group) for group, layers in found.items() for layer in layers}
 
+    def add_hits(self, metric: str, group: str, layer: int, hits: Tensor) -> None:
+        """Keeps hits [I], whose mean is the metric, in `by_image`."""
+        self.by_image[metric, group, layer] = torch.stack([hits, torch.ones_like(hits)], dim=-1).float()
+
     @cached_property
     def weights(self) -> Tensor:
         """[1 + R, I] bootstrap weights over the images."""
