@@ -8,6 +8,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -279,6 +280,11 @@ def test_the_report_of_a_real_run(folder, cli):
             pairs = zip(shown, (row.value, row.low, row.high), strict=True)
             assert all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in pairs)
     assert {"cider_d", "bleu_4", "rouge_l", "slots/all"} <= set(run["scores"][1])
+    with np.load(folder / "images_epoch_1.npz") as file:
+        hits, groups = file["probe/match"], file["probe/groups"].tolist()
+    assert hits[groups.index("image"), :, :, 0].mean(-1).tolist() == pytest.approx(
+        [value[0] for value in run["curves"]["match"]["image"][1]]
+    )
     assert set(run["baselines"]) == {"most_frequent", "no_image"}
     assert len(run["gallery"][1]) == 4
     assert run["gallery"][1][0]["references"]
