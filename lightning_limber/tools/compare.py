@@ -172,9 +172,10 @@ def estimate(runs: Sequence[Run], key: Key, which: int = -1) -> Interval | None:
         return None
     if len(runs) == 1:
         return values[0]
-    if sums := same_images([runs], [which], key):
-        return two_level(*sums)
     value, low, high = np.array(values).mean(0).tolist()
+    # A table has NaN where a ratio would mean nothing.
+    if not math.isnan(value) and (sums := same_images([runs], [which], key)):
+        return two_level(*sums)
     seeds = seeds_part([np.array(values)[:, 0]])
     return value, value - math.hypot(value - low, seeds), value + math.hypot(high - value, seeds)
 
@@ -184,10 +185,9 @@ def contrast(
 ) -> Contrast | None:
     """`ours` minus `base`, at the last (-1) or first (0) epoch of each; None where one has no number."""
     a, b = (estimate(runs, key, at) for runs, at in zip((ours, base), which, strict=True))
-    if a is None or b is None:
+    if a is None or b is None or math.isnan(a[0] - b[0]):
         return None
-    # A table has NaN where a ratio would mean nothing.
-    if not math.isnan(a[0] - b[0]) and (sums := same_images((ours, base), which, key)):
+    if sums := same_images((ours, base), which, key):
         both = min(len(ours), len(base)) > 1
         return Contrast(two_level(*sums), PAIRED_SEEDS if both else PAIRED)
     return Contrast(independent(a, b), INDEPENDENT)

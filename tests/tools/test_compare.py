@@ -279,3 +279,23 @@ def test_only_seeds_make_a_group(tmp_path):
     assert [[run["name"] for run in group] for group in by_seed(runs)] == [["a/0", "a/1"], ["b/0"], ["c/0"]]
     assert "seeds" in comparison(runs)
     assert "seeds" not in comparison(runs[2:])
+
+
+def test_what_a_table_calls_nan_stays_nan(tmp_path):
+    """Sums by image have a quotient where the metric says that it means nothing."""
+    sums = draw(10, 20, runs=3)
+    folders = [write_run(tmp_path / f"a/{i}", everywhere(sums[i]), seed=i) for i in range(2)]
+    folders.append(write_run(tmp_path / "b/2", everywhere(sums[2]), lr=0.2))
+    table = folders[0] / "probe.csv"
+    lines = table.read_text().splitlines()
+    lines = [
+        line if ",9,image," not in line else ",".join([*line.split(",")[:5], "", "", ""]) for line in lines
+    ]
+    table.write_text("\n".join(lines) + "\n")
+    runs = [read_run(folder) for folder in folders]
+    assert np.isnan(compare.estimate(runs[:2], ("probe", "l0", 9))[0])
+    assert contrast(runs[2:], runs[:2], ("probe", "l0", 9)) is None
+    assert contrast(runs[2:], runs[:2], ("probe", "l0", 0)).over == PAIRED  # Of two seeds, and one.
+    found = differences(runs[2:], runs[:2])
+    assert [row[0] for row in found["metrics"]["l0"]] == [0]
+    assert found["over"]["metrics/l0"] == PAIRED
