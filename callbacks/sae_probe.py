@@ -22,6 +22,7 @@ from lightning_limber.data.collate import Batch
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.figures import heatmap_figure, matrix_figure, patch_figure, probe_figure
+from lightning_limber.probe.finding import finding_figure, sentences
 from lightning_limber.probe.load import build_probe
 from lightning_limber.probe.palette import write_panels
 from lightning_limber.probe.passes import Probe, Report
@@ -37,17 +38,19 @@ NUM_PATCH_IMAGES = 4
 
 @dataclass
 class Batches:
-    """The first held-out images on the device, as often as they are iterated."""
+    """Held-out images on the device, always the same, as often as they are iterated."""
 
     trainer: pl.Trainer
     num_images: int
     label: str
+    interventions: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
         trainer = self.trainer
         hidden = not trainer.is_global_zero or not trainer.progress_bar_callback
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        for batch in tqdm(data.probe_dataloader(self.num_images), self.label, leave=False, disable=hidden):
+        loader = data.probe_dataloader(self.num_images, self.interventions)
+        for batch in tqdm(loader, self.label, leave=False, disable=hidden):
             yield trainer.strategy.batch_to_device(batch)
 
 
@@ -62,7 +65,7 @@ class SAEProbe(pl.Callback):
     the layer where `match` is highest.
 
     Args:
-        num_images: Held-out images to probe (the first ones, always the same).
+        num_images: Held-out images to probe, spread over them by a hash: always the same.
         every_n_epochs: Epochs between two probes; 0 switches the probe off.
         published_curves: Draw the curves of Venhoff et al. (Gemma 2 2B) beside the run's own, by
             relative depth.
@@ -140,9 +143,6 @@ class SAEProbe(pl.Callback):
         context = trainer.precision_plugin.val_step_context
         self._probe = build_probe(module, self.config, context, partial(gather, trainer))
 
-    def _batches(self, trainer: pl.Trainer, num_images: int, label: str) -> Batches:
-        return Batches(trainer, num_images, label)
-
     def _run_and_log(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         # The first is counted: it alone reads the captions without an image.
@@ -150,8 +150,8 @@ class SAEProbe(pl.Callback):
         untrained = epoch > 0 and module.hparams["adapter_weights"] is None
         with counter or nullcontext():
             report = self.probe.run(
-                self._batches(trainer, self.num_images, "Probing"),
-                self._batches(trainer, self.intervention_images, "Probing layer by layer"),
+                Batches(trainer, self.num_images, "Probing"),
+                Batches(trainer, self.intervention_images, "Probing layer by layer", interventions=True),
                 data.attributes,
                 same_captions=trainer.state.fn == "fit",  # `validate` may be given other data.
                 start=self.history.get(0, ()) if untrained else (),
@@ -185,9 +185,8 @@ class SAEProbe(pl.Callback):
                 figure.savefig(files / f"patches_epoch_{epoch}.jpg", dpi=70)
         parts = ", ".join(f"{name} {spent:.1f}" for name, spent in report.seconds.items() if spent >= 0.05)
         print(f"[probe] epoch {epoch}: {sum(report.seconds.values()):.1f} s ({parts})")
-        for group in ("image", "text"):
-            values = [row.value for row in report.rows if (row.group, row.metric) == (group, "fvu")]
-            print(f"[probe] fvu of {group:5} by layer: {' '.join(f'{value:.2f}' for value in values)}")
+        for sentence in sentences(report.rows):
+            print(f"[probe] {sentence}")
 
     def _log_figures(
         self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, report: Report
@@ -197,6 +196,7 @@ class SAEProbe(pl.Callback):
         control = "untrained adapter" if fresh else "adapter at the start"
         num_images, panels = min(self.num_images, len(data.val_set)), self.probe.panels
         title = f"SAE probe of {num_images} held-out images, epoch {epoch}"
+        log_figure(trainer, "probe/finding", finding_figure(report.rows, title))
         figure = probe_figure(self.history, epoch, panels, title, control, self.published_curves)
         log_figure(trainer, "probe/by_layer", figure)
         log_figure(trainer, "probe/by_epoch", heatmap_figure(self.history, panels, "Image tokens"))
@@ -219,7 +219,7 @@ class SAEProbe(pl.Callback):
         layer = max(found, key=lambda at: found[at], default=None)
         if layer is None:
             return None
-        batch = next(iter(self._batches(trainer, NUM_PATCH_IMAGES * trainer.world_size, "Patches")))
+        batch = next(iter(Batches(trainer, NUM_PATCH_IMAGES * trainer.world_size, "Patches")))
         maps = patch_maps(self.probe, batch, layer)
         if maps is None:
             return None

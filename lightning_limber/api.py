@@ -25,6 +25,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_limber.data.collate import Batch
+from lightning_limber.data.held_out import spread, stand_in
 from lightning_limber.data.image_folder import open_image
 from lightning_limber.data.prompt import CAPTION_QUESTION
 from lightning_limber.data.records import Record, Turns
@@ -179,7 +180,8 @@ class TrainedModel:
         texts = [[text] if isinstance(text, str) else list(text) for text in captions]
         batches = partial(_Batches, self.model, images, texts, batch_size)
         intervention_images = min(self._probe.config.intervention_images, len(images))
-        return frame(self._probe.run(batches(len(images)), batches(intervention_images)).rows)
+        found = self._probe.run(batches(len(images)), batches(intervention_images, interventions=True))
+        return frame(found.rows)
 
     def features(self, image: Image | str | Path, layer: int, top: int = 3) -> pd.DataFrame:
         """The SAE latents that are strongest at each image token, at one layer.
@@ -241,25 +243,37 @@ class TrainedModel:
 
 @dataclass
 class _Batches:
-    """The first `count` images with their captions, as often as they are iterated."""
+    """`count` of the images with their captions (`held_out.spread`), as often as they are iterated."""
 
     model: Limber
     images: Sequence[Image | str | Path]
     captions: list[list[str]]
     size: int
     count: int
+    interventions: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
         collate = self.model.collator()
+        chosen = spread(len(self.images), self.count)
         for start in range(0, self.count, self.size):
-            places = range(start, min(start + self.size, self.count))
-            records = [Record(str(i), _picture(self.images[i]), self.captions[i]) for i in places]
+            places = chosen[start : start + self.size]
+            records = [self._read(i) for i in places]
+            others = []
+            if self.interventions:
+                count = len(self.images)
+                others = [
+                    stand_in(record, i, count, self._read)
+                    for i, record in zip(places, records, strict=True)
+                ]
             # Read after the first caption; all of an image's captions are its words.
             texts: list[list[str | Turns]] = [[record.captions[0]] for record in records]
             if collate.prompt.is_conversation:
                 texts = [[[(CAPTION_QUESTION, record.captions[0])]] for record in records]
-            batch = collate(records, texts, places, for_probe=True)
+            batch = collate(records, texts, places, others=others, for_probe=True)
             yield apply_to_collection(batch, Tensor, lambda tensor: tensor.to(self.model.device))
+
+    def _read(self, index: int) -> Record:
+        return Record(str(index), _picture(self.images[index]), self.captions[index])
 
 
 def _picture(image: Image | str | Path) -> Image:

@@ -47,6 +47,8 @@ class Batch(Sequences):
     """The same captions without their images; for the probe."""
     without_captions: Sequences | None = None
     """The same images without captions, a sequence each; for the probe."""
+    other: Batch | None = None
+    """Another image for each, with other captions, laid out without captions; for interventions."""
     held_out: bool = False
     """Whether the images are of a fixed set that comes again: their features are worth keeping."""
     skipped: list[tuple[int, str]] = field(default_factory=list)
@@ -92,6 +94,7 @@ class Collator:
         *,
         share_prefix: bool = False,
         other_captions: Sequence[Sequence[str | Turns]] = (),
+        others: Sequence[Record] = (),
         for_probe: bool = False,
     ) -> Batch:
         """Makes the batch.
@@ -103,6 +106,7 @@ class Collator:
             skipped: Passed on to the batch.
             share_prefix: Put all captions of a record into one sequence instead of one each.
             other_captions: Also make sequences of these captions of other images, behind the others.
+            others: Another image for each record, for the batch's `other`.
             for_probe: Give each sequence a row of its own, name its groups of tokens, and lay out the
                 captions without their images too, and the images without their captions.
         """
@@ -142,6 +146,7 @@ class Collator:
             own_labels=sum(laid.label_counts[:own]),
             without_image=alone,
             without_captions=openings,
+            other=self(others, [[]] * len(others), for_probe=True) if others else None,
             skipped=list(skipped),
         )
 

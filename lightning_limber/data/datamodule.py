@@ -143,12 +143,17 @@ class CaptionData(pl.LightningDataModule):
     def predict_dataloader(self) -> Any:
         return self._loader(self.val_set, "prediction")
 
-    def probe_dataloader(self, num_images: int) -> BatchLoader:
-        """The first `num_images` held-out records, in this process' share, laid out for the probe."""
-        return self._loader(self.val_set, "probe", num_images)
+    def probe_dataloader(self, num_images: int, interventions: bool = False) -> BatchLoader:
+        """`num_images` held-out records (`held_out.spread`), in this process' share, for the probe.
+
+        Args:
+            num_images: Fewer are always among more.
+            interventions: Also read another image for each.
+        """
+        return self._loader(self.val_set, "interventions" if interventions else "probe", num_images)
 
     def caption_dataloader(self, num_images: int, records: RecordSet) -> BatchLoader:
-        """The first `num_images` of `records`, in this process' share."""
+        """`num_images` of `records` (`held_out.spread`), in this process' share."""
         return self._loader(records, "captions", num_images)
 
     def training_captions(self, limit: int = 4096) -> Iterator[str]:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_limber.data.collate import Batch, choose_captions
+from lightning_limber.data.held_out import spread, stand_in
 from lightning_limber.data.records import Record, Turns
 
 
@@ -74,8 +75,10 @@ class PackedList(Sequence):
         return json.loads(self.bytes[start : self.ends[index]].tobytes())
 
 
-Purpose = Literal["training", "validation", "probe", "captions", "prediction"]
-"""What a batch is for: validation adds the captions of other images, the probe its groups of tokens."""
+Purpose = Literal["training", "validation", "probe", "interventions", "captions", "prediction"]
+"""What a batch is for: validation adds the captions of other images, the probe its groups of tokens, its
+interventions the other images.
+"""
 
 
 class BatchSource:
@@ -107,35 +110,35 @@ class BatchSource:
             # A picture that cannot be read: left out, counted, and too many stop the run (BatchLoader).
             except (OSError, SyntaxError) as error:
                 skipped.append((index, str(error)))
-        captions = [self._choose(record, epoch, i) for i, record in zip(indices, records, strict=True)]
-        others: list[Sequence[str | Turns]] = []
-        if self.purpose == "validation":  # The control: every image with the captions of the next one.
-            others = [self._choose(self._next(i), epoch, i) for i in indices]
+        others: list[Record] = []
+        if self.purpose in ("validation", "interventions"):  # The control.
+            count = len(self.records)
+            read = self.records.__getitem__
+            others = [stand_in(r, i, count, read) for i, r in zip(indices, records, strict=True)]
         batch = self.collate(
             records,
-            captions,
+            self._chosen(records, epoch, indices),
             indices,
             skipped,
             share_prefix=self.share_prefix and self.purpose == "training",
-            other_captions=others,
-            for_probe=self.purpose == "probe",
+            other_captions=self._chosen(others, epoch, indices) if self.purpose == "validation" else (),
+            others=others if self.purpose == "interventions" else (),
+            for_probe=self.purpose in ("probe", "interventions"),
         )
-        batch.held_out = self.purpose in ("validation", "probe", "captions")
+        held_out = self.purpose in ("validation", "probe", "interventions", "captions")
+        for made in filter(None, (batch, batch.other)):
+            made.held_out = held_out
         return batch
 
-    def _choose(self, record: Record, epoch: int, index: int) -> Sequence[str | Turns]:
-        return choose_captions(record, self.captions_per_image, (self.seed, epoch, index))
+    def _chosen(self, records: list[Record], epoch: int, indices: list[int]) -> list[Sequence[str | Turns]]:
+        count = self.captions_per_image
+        return [
+            choose_captions(record, count, (self.seed, epoch, index))
+            for index, record in zip(indices, records, strict=True)
+        ]
 
     def _read(self, index: int, row: Any) -> Record:
         return self.records[index] if row is None else self.records.decode(row)
-
-    def _next(self, index: int) -> Record:
-        for step in range(1, len(self.records)):
-            try:
-                return self.records[(index + step) % len(self.records)]
-            except (OSError, SyntaxError):
-                continue
-        return self.records[index]
 
 
 class BatchLoader:
@@ -157,7 +160,7 @@ class BatchLoader:
         num_workers: Loader processes.
         rank: Rank of this process.
         world_size: Number of processes.
-        limit: Only the first records.
+        limit: Only so many records, spread by a hash (`held_out.spread`); not of a stream.
         length_window: Sort the records of this many consecutive batches by length before they are cut
             into batches; 0 does not.
         max_bad_share: More unreadable records than this stop the run.
@@ -233,7 +236,7 @@ class BatchLoader:
         if isinstance(records, RecordStream):
             yield from enumerate(islice(records.rows(epoch), self.count))
         elif not self.shuffle:
-            yield from ((i, None) for i in range(self.count))
+            yield from ((i, None) for i in spread(len(records), self.count))
         else:
             for part in shuffled_order(self.count, getattr(records, "blocks", None), generator):
                 yield from ((i, None) for i in part.tolist())

@@ -1,15 +1,17 @@
-"""Forwards that go on from a layer with something else in the place of image tokens."""
+"""Forwards that go on from a layer with something else in the place of tokens."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lightning_limber.data.collate import Batch
+from lightning_limber.data.layout import Sequences
 from lightning_limber.probe.saes import hook_layer
-from lightning_limber.probe.token_stats import ImageStats
 
 if TYPE_CHECKING:
     from lightning_limber.probe.passes import Probe
@@ -20,46 +22,129 @@ def next_layer(hook: str) -> int:
     return hook_layer(hook) + hook.endswith("post")
 
 
+@dataclass(frozen=True)
+class _Forward:
+    """A forward in which nothing is replaced."""
+
+    sequences: Sequences
+    residuals: dict[str, Tensor]
+    """[R, W, D] by hook name."""
+    hidden: Tensor
+    """[R, W, D] last hidden states."""
+
+
 class Intervention:
     """One batch's clean forward, whose residual streams are kept, and forwards that branch off from it.
 
+    Losses are cross-entropy in nats, summed over each image's targets: [B] float64.
+
     Args:
         probe: The probe.
-        batch: B images.
-        stats: Sums by (group, hook name) over all probed images, of the layers at hand.
+        batch: B images, with `Batch.other`.
+        known_text: The captions are the same at every probe: see `Probe.run`.
     """
 
-    def __init__(self, probe: Probe, batch: Batch, stats: dict[tuple[str, str], ImageStats]) -> None:
-        self.probe, self.batch, self.stats = probe, batch, stats
-        self.residuals: dict[str, Tensor] = {}
-        """[R, W, D] by hook name."""
-        model = probe.model
-        embeds = model.embed_sequences(batch, model.image_tokens(batch))
-        keep = self.residuals.__setitem__
-        with model.llm.residual_hooks({name: partial(keep, name) for name in probe.saes}):
-            self.hidden = model.llm.decode(embeds)
+    def __init__(self, probe: Probe, batch: Batch, known_text: bool = False) -> None:
+        self.probe, self.batch, self.known_text = probe, batch, known_text
+        self._swapped: dict[str, Tensor] = {}
+        self._filled: dict[str, dict[str, Tensor]] = {}
+        self._clean = self._forward(batch, probe.model.image_tokens(batch))
 
     def image_tokens(self, hook: str, once: bool = False) -> Tensor:
         """[n, D] residual stream at all image positions, or at those of each image's first sequence."""
         positions, _ = self.batch.groups["image" if once else "image_copies"]
-        return self.residuals[hook].flatten(0, 1).index_select(0, positions)
+        return self._clean.residuals[hook].flatten(0, 1).index_select(0, positions)
 
     def keep(self, hook: str, x: Tensor) -> Tensor:
         """[n] false at outliers among tokens [n, D]."""
         return self.probe.keep(hook, x.float())
 
+    def splice(self, hook: str, x: Tensor) -> Tensor:
+        """What the layer's SAE makes of tokens [n, D]."""
+        return self.probe.encode(hook, x.float())[1].to(x)
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """[B] float64 number of each image's targets."""
+        return self._sum(self.batch, torch.ones_like(self.batch.labels, dtype=torch.float64))
+
     @cached_property
     def clean_losses(self) -> Tensor:
-        """[B] float64 cross-entropy summed over each image's targets, with nothing replaced."""
-        return self._losses(self.hidden)
+        """Losses with nothing replaced."""
+        return self._losses(self.batch, self._clean.hidden)
 
     def losses(self, hook: str, new: Tensor) -> Tensor:
-        """As `clean_losses`, with tokens [n, D] in place of `image_tokens` at this layer."""
-        residual, (positions, _) = self.residuals[hook], self.batch.groups["image_copies"]
-        spliced = residual.flatten(0, 1).index_copy(0, positions, new).view_as(residual)
-        return self._losses(self.probe.model.llm.decode(spliced, first_layer=next_layer(hook)))
+        """Losses with tokens [n, D] in place of `image_tokens` at this layer."""
+        return self._branch(self._clean, hook, self.batch.groups["image_copies"][0], new)
 
-    def _losses(self, hidden: Tensor) -> Tensor:
-        losses, _ = self.probe.model.target_losses(self.batch, hidden)
-        sums = losses.new_zeros(len(self.batch.ids)).double()
-        return sums.index_add_(0, self.batch.label_images, losses.double())
+    def swapped_losses(self, hook: str) -> Tensor:
+        """Losses with another image's residual stream in place of `image_tokens` at this layer."""
+        if hook not in self._swapped:
+            _, images = self.batch.groups["image_copies"]
+            # [B, p, D]; an image that stands in several sequences is replaced in all of them.
+            other = self._others[hook].unflatten(0, (len(self.batch.index), -1))
+            copies = images.view(-1, other.shape[1])[:, 0]
+            self._swapped[hook] = self.losses(hook, other.index_select(0, copies).flatten(0, 1))
+        return self._swapped[hook]
+
+    def spliced_text_losses(self, hook: str) -> Tensor:
+        """[B, 2] losses of the captions without an image: clean, and with caption tokens spliced."""
+        text = self._text
+        positions, _ = text.sequences.groups["caption"]
+        x = text.residuals[hook].flatten(0, 1).index_select(0, positions)
+        spliced = self._branch(text, hook, positions, self.splice(hook, x))
+        return torch.stack([self._losses(text.sequences, text.hidden), spliced], dim=-1)
+
+    def filled(self, group: str) -> dict[str, Tensor]:
+        """[n, D] by hook name: what the LLM makes of a group that stands in the image's place."""
+        if group not in self._filled:
+            fill, model = self.probe.groups[group].fill, self.probe.model
+            assert fill is not None
+            tokens = fill(model, self.batch, model.image_tokens(self.batch))
+            self._filled[group] = self._read(self.batch, tokens)
+        return self._filled[group]
+
+    @cached_property
+    def _others(self) -> dict[str, Tensor]:
+        assert self.batch.other is not None
+        return self._read(self.batch.other, self.probe.model.image_tokens(self.batch.other))
+
+    @cached_property
+    def _text(self) -> _Forward:
+        assert self.batch.without_image is not None
+        return self._forward(self.batch.without_image, None)
+
+    def _read(self, batch: Batch, tokens: Tensor) -> dict[str, Tensor]:
+        """[n, D] at image positions by hook name. No token sees what follows it: captions are left out."""
+        sequences, found = batch.without_captions, {}
+        assert sequences is not None
+        positions, _ = sequences.groups["image"]
+
+        def keep(name: str, residual: Tensor) -> None:
+            found[name] = residual.flatten(0, 1).index_select(0, positions)
+
+        model = self.probe.model
+        with model.llm.residual_hooks({name: partial(keep, name) for name in self.probe.saes}):
+            model.llm.decode(model.embed_sequences(sequences, tokens))
+        return found
+
+    def _forward(self, sequences: Sequences, tokens: Tensor | None) -> _Forward:
+        model = self.probe.model
+        residuals: dict[str, Tensor] = {}
+        keep = residuals.__setitem__
+        with model.llm.residual_hooks({name: partial(keep, name) for name in self.probe.saes}):
+            hidden = model.llm.decode(model.embed_sequences(sequences, tokens))
+        return _Forward(sequences, residuals, hidden)
+
+    def _branch(self, clean: _Forward, hook: str, positions: Tensor, new: Tensor) -> Tensor:
+        residual = clean.residuals[hook]
+        spliced = residual.flatten(0, 1).index_copy(0, positions, new).view_as(residual)
+        hidden = self.probe.model.llm.decode(spliced, first_layer=next_layer(hook))
+        return self._losses(clean.sequences, hidden)
+
+    def _losses(self, sequences: Sequences, hidden: Tensor) -> Tensor:
+        return self._sum(sequences, self.probe.model.target_losses(sequences, hidden)[0].double())
+
+    def _sum(self, sequences: Sequences, values: Tensor) -> Tensor:
+        """Sums values [n] of the targets by image: [B]."""
+        return values.new_zeros(len(self.batch.ids)).index_add_(0, sequences.label_images, values)

@@ -192,7 +192,7 @@ class Probe:
             # One by one: parts are freed when their whole is made.
             stats |= {key: accumulators.pop(key).compute() for key in list(accumulators)}
             for batch in intervention_batches if self.intervenes else ():
-                self._intervention_pass(batch, list(chunk), stats, kept)
+                self._intervention_pass(batch, list(chunk), kept, same_captions)
         self.model.train(training)
         kept = apply_to_collection(dict(kept), Tensor, lambda tensor: tensor.cpu())
         if same_captions:
@@ -357,12 +357,14 @@ class Probe:
             self.model.llm.decode(embeds)
 
     def _intervention_pass(
-        self, batch: Batch, names: list[str], stats: dict[tuple[str, str], ImageStats], kept: Kept
+        self, batch: Batch, names: list[str], kept: Kept, same_captions: bool = False
     ) -> None:
         """Lets metrics branch off from a batch's forward at each named layer."""
+        if not batch.index:  # No image could be read.
+            return
         with self.context():
             with self.clock("forward"):
-                run = Intervention(self, batch, stats)
+                run = Intervention(self, batch, same_captions)
             for number, metric in enumerate(self.metrics):
                 for name in names if _intervenes(metric) else ():
                     with self.clock(metric.name):

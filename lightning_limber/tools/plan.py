@@ -130,14 +130,18 @@ def probe_flops(
     clean += ("direction" in metrics) * all_saes * (image * (1 + fills) + captions)
     clean += ("lens_hit" in metrics) * len(saes) * image * 2 * llm.hidden_size * llm.vocab_size
     intervened = 0.0
-    if metrics & {"loss_recovered", "cross_layer"}:
+    if metrics & {"use", "loss_recovered", "cross_layer"}:
         # The encoder's features are kept from the first pass.
         intervened += flops["adapter forward"] + decode
+    onward = sum(decode * (1 - sae.next_layer / len(llm.layers)) + head for sae in saes)
+    if metrics & {"use", "loss_recovered"}:
+        intervened += head + onward + flops["adapter forward"] + rehearsal.opening_flops()
     if "loss_recovered" in metrics:
-        onward = sum(decode * (1 - sae.next_layer / len(llm.layers)) + head for sae in saes)
-        intervened += head + 2 * onward + all_saes * rehearsal.image_tokens
+        intervened += onward + all_saes * image
     if "cross_layer" in metrics:
-        intervened += len(saes) * all_saes * image
+        controls = "noise" in metrics
+        intervened += len(saes) * all_saes * image * (1 + controls)
+        intervened += controls * (flops["adapter forward"] + rehearsal.opening_flops())
     return {"every image": clean, "images of interventions": intervened}
 
 

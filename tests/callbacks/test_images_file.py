@@ -10,6 +10,7 @@ import pytest
 import torch
 from parts import callback
 
+from lightning_limber.data.held_out import spread, stand_in
 from lightning_limber.models import limber
 from lightning_limber.tools.compare import PAIRED, differences, ratio
 from lightning_limber.tools.report import read_run
@@ -29,14 +30,14 @@ def test_sums_are_those_behind_the_tables(fit, monkeypatch):
     cli = fit(*FLAGS, probe=True)
     folder = Path(cli.trainer.log_dir)
     found = arrays(folder / "images_epoch_1.npz")
-    names = [f"val/{i:06d}" for i in range(12)]
-    for part, count in {"held_out": 12, "captions": 4, "probe": 11}.items():
-        assert found[f"{part}/names"].tolist() == names[:count]
+    indices = {"held_out": range(12), "captions": spread(12, 4), "probe": sorted(spread(12, 11))}
+    for part, chosen in indices.items():
+        assert found[f"{part}/names"].tolist() == [f"val/{i:06d}" for i in chosen]
     table = pd.read_csv(folder / "probe.csv").query("epoch == 1")
     groups, layers = found["probe/groups"].tolist(), found["probe/layers"].tolist()
     assert groups == ["image", "caption", "text", "noise", "words_long"]
     metrics = "fvu fvu_text mse rel_error cosine norm_ratio norm variance l0 outliers".split()
-    metrics += ["direction_l0", "lens_hit"]
+    metrics += ["direction_l0", "lens_hit", "use", "harm_splice"]
     checked = set()
     for row in table.itertuples():
         key = f"probe/{row.metric}"
@@ -80,13 +81,14 @@ def test_sums_are_those_behind_the_tables(fit, monkeypatch):
 
 
 def test_held_out_loss_by_image_is_the_models_own(fit):
-    """One image at a time, with its caption and with the next one's."""
+    """One image at a time, with its caption and with another's."""
     cli = fit(*FLAGS, "--captions.num_images=0")
     found = arrays(Path(cli.trainer.log_dir) / "images_epoch_1.npz")
     records = [cli.datamodule.val_set[i] for i in range(12)]
     cli.model.eval()
     for i, record in enumerate(records):
-        for name, other in (("loss", record), ("loss_shuffled", records[(i + 1) % 12])):
+        another = stand_in(record, i, 12, records.__getitem__)
+        for name, other in (("loss", record), ("loss_shuffled", another)):
             with torch.no_grad():
                 _, losses, correct = cli.model(cli.model.collator()([record], [other.captions[:1]]))
             expected = [float(losses.double().sum()), len(losses)]

@@ -156,7 +156,8 @@ def test_flops_are_those_of_the_first_batch_and_the_first_probe(log, cli):
     sparse = {torch.ops.aten.mm: product, torch.ops.aten.sparse_sampled_addmm: sampled}
     cli.model.setup("fit")  # Forgets the features that it keeps, as at the start of a run.
     with FlopCounterMode(display=False, custom_mapping={**CPU_ATTENTION, **sparse}) as counter:
-        probe.run(data.probe_dataloader(60), data.probe_dataloader(6), data.attributes)
+        batches = data.probe_dataloader(60), data.probe_dataloader(6, interventions=True)
+        probe.run(*batches, data.attributes)
     assert found["flops/probe"] == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
@@ -244,7 +245,7 @@ def test_patch_maps_against_a_second_computation(cli):
     maps = matching_latents(probe.descriptions[hook], latents, batch.captions, 0.1)
     model.eval()
     for i in range(4):
-        record, kept = SceneSet("val", 60, 112, 0)[i], []
+        record, kept = SceneSet("val", 60, 112, 0)[batch.index[i]], []
         assert record.captions == batch.captions[i]
         with torch.no_grad(), model.llm.residual_hooks({hook: kept.append}):
             image = model.adapter(model.vision(model.vision.transform(record.image)[None]))[0]

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from lightning_limber.data import CaptionData, ImageFolder, Scenes
+from lightning_limber.data.held_out import spread, stand_in
 from lightning_limber.data.image_folder import hash_share, open_image
 from lightning_limber.data.loader import BatchLoader, BatchSource
 from lightning_limber.data.records import Record
@@ -50,6 +51,7 @@ class Drawn:
     captions: list[list[str]]
     other_captions: list[list[str]]
     skipped: tuple = ()
+    other: None = None
     held_out: bool = False
 
 
@@ -85,7 +87,8 @@ def test_training_order_changes_with_the_epoch_only():
 def test_held_out_order_is_fixed_and_complete():
     batches = ids(loader(shuffle=False))
     assert [i for batch in batches for i in batch] == list(range(22))
-    assert [i for batch in ids(loader(shuffle=False, limit=6)) for i in batch] == list(range(6))
+    chosen = [i for batch in ids(loader(shuffle=False, limit=6)) for i in batch]
+    assert chosen == spread(22, 6)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -123,18 +126,44 @@ def test_captions_are_drawn_anew_each_epoch():
     assert len({epoch[i] for i in chosen[0] for epoch in chosen if i in epoch}) > 1
 
 
-def test_shuffled_captions_are_the_next_images_in_any_batch():
-    expected = [f"{(i + 1) % 22}" for i in range(22)]
+def test_shuffled_captions_are_another_images_in_any_batch():
+    found = []
     for size in (4, 7):
         a = loader(shuffle=False, purpose="validation")
         a.batch_size = size
-        for name, whose in (("captions", range(22)), ("other_captions", map(int, expected))):
-            drawn = [
-                (i, int(caption[0][:-1]))
-                for batch in a
-                for i, caption in zip(batch.ids, getattr(batch, name), strict=True)
-            ]
-            assert drawn == list(enumerate(whose))
+        drawn: dict[str, list[int]] = {"captions": [], "other_captions": []}
+        for batch in a:
+            for name, whose in drawn.items():
+                whose += [int(caption[0][:-1]) for caption in getattr(batch, name)]
+        assert drawn["captions"] == list(range(22))
+        assert all(own != other for own, other in enumerate(drawn["other_captions"]))
+        found.append(drawn["other_captions"])
+    assert found[0] == found[1]
+    assert len({other - own for own, other in enumerate(found[0])}) > 5  # Not the neighbour's.
+
+
+def test_the_images_looked_at_are_spread_and_fewer_are_among_more():
+    def chosen(limit: int, purpose: str) -> list[int]:
+        a = loader(shuffle=False, purpose=purpose, limit=limit)
+        return [int(i) for batch in a for i in batch.ids]
+
+    few, more = chosen(5, "captions"), chosen(9, "captions")
+    assert more[:5] == few
+    assert sorted(few) != list(range(5))
+    assert chosen(22, "captions") == list(range(22))
+
+
+def test_a_stand_in_has_other_captions_and_can_be_read():
+    said = ["a dog", "a dog", "a cat", "a dog"]
+
+    def read(index: int) -> Record:
+        if index == 3:
+            raise OSError("truncated")
+        return Record(str(index), None, [said[index]])
+
+    assert [stand_in(read(i), i, 4, read).id for i in range(3)][:2] == ["2", "2"]
+    assert stand_in(read(2), 2, 4, read).captions == ["a dog"]
+    assert stand_in(read(0), 0, 1, read).id == "0"
 
 
 # -- scenes -----------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ def sae_probe(cli: Any) -> Any:
     return callback(cli, "SAEProbe")
 
 
-def probe_batches(cli: Any, num_images: int) -> Any:
+def probe_batches(cli: Any, num_images: int, interventions: bool = False) -> Any:
     """Held-out batches as the probe reads them."""
     from lightning_limber.callbacks.sae_probe import Batches
 
-    return Batches(cli.trainer, num_images, "")
+    return Batches(cli.trainer, num_images, "", interventions)
 
 
 def values(cli, epoch: int, group: str, metric: str) -> list[float]:

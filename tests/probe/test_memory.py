@@ -21,7 +21,7 @@ def test_a_memory_budget_changes_no_number(fit, tmp_path):
 
     def found(budget: float | None):
         probe.config.sae_memory_gb = budget
-        parts = (probe_batches(cli, count) for count in (10, 6))
+        parts = probe_batches(cli, 10), probe_batches(cli, 6, interventions=True)
         report = probe.run(*parts, data.attributes)
         return str((report.rows, report.matrices, report.tables))  # As text: NaN is NaN.
 

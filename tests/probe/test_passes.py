@@ -16,6 +16,7 @@ import torch
 from parts import probe_batches, sae_probe, values
 from process import run_cli
 
+from lightning_limber.data.held_out import spread
 from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig
@@ -174,10 +175,10 @@ def test_does_not_depend_on_the_batch(probed, monkeypatch):
     found = []
     for size in (1, 4, 10):
         monkeypatch.setattr(data, "val_batch_size", size)
-        batches = (probe_batches(probed, count) for count in (20, 6))
+        batches = probe_batches(probed, 20), probe_batches(probed, 6, interventions=True)
         found.append(callback.probe.run(*batches, data.attributes))
     for other in found[1:]:
-        assert other.images == found[0].images == [f"val/{i:06d}" for i in range(20)]
+        assert other.images == found[0].images == [f"val/{i:06d}" for i in sorted(spread(60, 20))]
         assert other.by_image.keys() == found[0].by_image.keys()
         for key, sums in found[0].by_image.items():
             assert sums.shape == (20, 2)
@@ -447,7 +448,7 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
     from lightning_limber.probe.token_stats import TokenStats
 
     callback, cli = sae_probe(probed), probed
-    batch = next(iter(probe_batches(cli, 4)))
+    batch = next(iter(probe_batches(cli, 4, interventions=True)))
     there = Limber(**cli.model.hparams)
     there.configure_model()
     saes = load_saes(str(models / "saes"), "layer_{layer}", None, there.llm)
@@ -455,20 +456,16 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
     saes = {name: sae.to("meta") for name, sae in saes.items()}
     probe = Probe(there, saes, callback.probe.text, ProbeConfig())
     moved = move_data_to_device(batch, torch.device("meta"))
-    moved.held_out = False  # Features are copied to the host once a run, when they are first kept.
+    moved.held_out = moved.other.held_out = (
+        False  # Features are copied to the host once a run, when they are first kept.
+    )
     assert moved.pixel_values.is_meta
     names, groups = list(saes), ("image", "caption", "text", "noise", "words_long")
-    stats = {}
-    for name in names:  # As pass 1 leaves them: on the host.
-        of_image = TokenStats()
-        x, reconstruction, latents = (torch.rand(4, width) for width in (32, 32, 64))
-        of_image.update(x, reconstruction, latents, torch.arange(4), range(4))
-        stats["image", name] = of_image.compute()
     sums = {(group, name): TokenStats().to("meta") for group in groups for name in names}
     kept = defaultdict(list)
     with torch.no_grad():
         probe._clean_pass(moved, sums, kept)
-        probe._intervention_pass(moved, names, stats, kept)
+        probe._intervention_pass(moved, names, kept)
     assert all(of_group.activation_sum[0].shape == (4, 64) for of_group in sums.values())
     shapes = {}
     for (number, group, name), [(index, item)] in kept.items():
@@ -488,6 +485,7 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
             for name in names
         },
         **{("lens_hit", "image", name): (16, 5) for name in names},  # 4 tokens of each image.
-        **{("loss_recovered", "", name): (4, 3) for name in names},
-        **{("cross_layer", "", name): (2, 3) for name in names},
+        **{("use", "", name): (4, 3) for name in names},
+        **{("loss_recovered", "", name): (4, 6) for name in names},
+        **{("cross_layer", "", name): (2, 2, 3) for name in names},
     }

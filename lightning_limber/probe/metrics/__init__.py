@@ -28,6 +28,7 @@ from lightning_limber.probe.metrics.loss_recovered import LossRecovered
 from lightning_limber.probe.metrics.match import Match
 from lightning_limber.probe.metrics.noise import Noise
 from lightning_limber.probe.metrics.shared import Shared
+from lightning_limber.probe.metrics.use import Use
 from lightning_limber.probe.metrics.word_groups import Told, Words, WordsLong
 from lightning_limber.probe.palette import Panel
 
@@ -52,13 +53,13 @@ REGISTRY: dict[str, type[ProbeMetric]] = {
     metric.name: metric
     for metric in (
         *(Geometry, Shared, Direction, Noise, WordsLong, Words, Told),
-        *(Match, LensHit, KNN, Detectors, LossRecovered, CrossLayer, Excess, Convergence),
+        *(Match, LensHit, KNN, Detectors, Use, LossRecovered, CrossLayer, Excess, Convergence),
     )
 }
 """The metrics that ship, by name."""
 DEFAULT_METRICS = (
     *("direction", "noise", "words_long"),
-    *("match", "lens_hit", "knn", "detectors", "loss_recovered", "cross_layer"),
+    *("match", "lens_hit", "knn", "detectors", "use", "loss_recovered", "cross_layer"),
 )
 
 

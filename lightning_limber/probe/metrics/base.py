@@ -206,9 +206,22 @@ class Measurement:
         ]
         return {(layer, group) for group, layers in found.items() for layer in layers}
 
-    def add_hits(self, metric: str, group: str, layer: int, hits: Tensor) -> None:
-        """Keeps hits [I], whose mean is the metric, in `by_image`."""
-        self.by_image[metric, group, layer] = torch.stack([hits, torch.ones_like(hits)], dim=-1).float()
+    def add_ratio(
+        self, metric: str, group: str, layer: int, over: Tensor, under: Tensor, items: Items | None = None
+    ) -> None:
+        """Keeps a metric's numerator and denominator of each image in `by_image`.
+
+        Args:
+            metric, group, layer: Where the table has it.
+            over: [n] numerators; of all images, or of those of `items`, in the order of the images.
+            under: [n] denominators.
+            items: Names n of the images: the others have no part.
+        """
+        ratio = torch.zeros(len(self.images), 2)
+        chosen = None if items is None else {i for index, _ in items for i in index}
+        rows = [row for row, image in enumerate(self.images) if chosen is None or image.index in chosen]
+        ratio[rows] = torch.stack([over, under], dim=-1).float()
+        self.by_image[metric, group, layer] = ratio
 
     @cached_property
     def weights(self) -> Tensor:
@@ -294,6 +307,6 @@ class TokenMean(ProbeMetric):
             order = torch.tensor([i for index, _ in items for i in index]).argsort()
             for metric in items[0][1]:
                 sums = torch.cat([sums[metric] for _, sums in items])[order]  # [I, 2]
-                data.by_image[metric, group, data.layers[hook]] = sums.float()
+                data.add_ratio(metric, group, data.layers[hook], sums[:, 0], sums[:, 1])
                 total, tokens = (data.weights @ sums).unbind(-1)
                 yield Estimate(data.layers[hook], group, metric, total / tokens)

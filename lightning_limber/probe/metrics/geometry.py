@@ -75,8 +75,10 @@ def reconstruction_metrics(
     }
 
 
-def ratios_by_image(stats: ImageStats, text_variance: float = float("nan")) -> dict[str, Tensor]:
-    """Numerator and denominator [I, 2] float64 by metric; their sums' quotient is the metric above.
+def ratios_by_image(
+    stats: ImageStats, text_variance: float = float("nan")
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Numerator and denominator [I] float64 by metric; their sums' quotient is the metric above.
 
     The mean of `fvu` and `variance` is held fixed, at that of all images: bootstrap samples by
     `reconstruction_metrics` have each their own, which makes a variance smaller by 1 / I or so.
@@ -84,7 +86,7 @@ def ratios_by_image(stats: ImageStats, text_variance: float = float("nan")) -> d
     sums = dict(zip(SUMS, stats.sums.unbind(-1), strict=True))  # [I] each
     tokens, errors, mean = sums["tokens"], sums["errors"], stats.mean
     deviations = sums["squares"] - 2 * stats.total @ mean + tokens * mean.dot(mean)
-    ratios = {
+    return {
         "fvu": (errors, deviations),
         "fvu_text": (errors / text_variance, tokens),
         "mse": (errors / len(mean), tokens),
@@ -96,7 +98,6 @@ def ratios_by_image(stats: ImageStats, text_variance: float = float("nan")) -> d
         "l0": (sums["actives"], tokens),
         "outliers": (sums["outliers"], tokens + sums["outliers"]),
     }
-    return {metric: torch.stack(ratio, dim=-1) for metric, ratio in ratios.items()}
 
 
 class Geometry(ProbeMetric):
@@ -120,7 +121,7 @@ class Geometry(ProbeMetric):
         for (group, hook), stats in data.stats.items():
             layer, variance = data.layers[hook], data.probe.text[hook].variance
             for metric, ratio in ratios_by_image(stats, variance).items():
-                data.by_image[metric, group, layer] = ratio.float()
+                data.add_ratio(metric, group, layer, *ratio)
             metrics = reconstruction_metrics(stats, data.weights, variance)
             for metric, samples in metrics.items():
                 value = float(samples[0]) if metric == "alive" else samples

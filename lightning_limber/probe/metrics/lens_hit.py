@@ -45,7 +45,8 @@ class LensHit(ProbeMetric):
         row_of = {image.index: row for row, image in enumerate(data.images)}
         for (group, hook), items in found.updates.items():
             hits = words.word_hits(self._words(items, row_of, vocabulary), captions)
-            data.add_hits("lens_hit", group, data.layers[hook], hits.diagonal())
+            own = hits.diagonal()
+            data.add_ratio("lens_hit", group, data.layers[hook], own, torch.ones_like(own))
             comparison = compare_hits(hits, data.weights, data.permutations())
             yield Estimate(data.layers[hook], group, "lens_hit", comparison)
 

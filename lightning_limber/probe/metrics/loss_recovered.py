@@ -1,9 +1,11 @@
-"""`loss_recovered`: how much of what captions need passes through the SAE of a layer.
+"""`loss_recovered`: how much of what captions read in the picture passes through the SAE of a layer.
 
-    (ablated - spliced) / (ablated - clean), in nats
+    (swapped - spliced) / (swapped - clean)
 
-of the captions' cross-entropy, with image tokens replaced by the SAE's x' (spliced) or by the group's mean
-(ablated) at that layer. NaN where the mean does no certain harm: there is nothing to recover.
+of the captions' cross-entropy, with the image tokens of a layer replaced by the SAE's x' (spliced) or by
+another image's (swapped, see `use`). NaN where there is nothing to recover: where another image does less
+than 0.1 nat of harm, or no certain harm. `harm_splice` is spliced - clean in nats per caption token; that
+of group `text` splices the tokens of captions without an image: what the SAEs cost text.
 """
 
 from __future__ import annotations
@@ -15,37 +17,65 @@ import torch
 from torch import Tensor
 
 from lightning_limber.probe.metrics.base import Estimate, Found, Measurement, ProbeMetric
+from lightning_limber.probe.metrics.use import by_image
 from lightning_limber.probe.palette import Panel
 from lightning_limber.probe.statistics import interval
 
 if TYPE_CHECKING:
     from lightning_limber.probe.intervention import Intervention
 
+MIN_USE = 0.1
+"""Nats per token: below it, a quotient of two small differences says nothing."""
+
 
 class LossRecovered(ProbeMetric):
-    """Loss recovered by the SAE's reconstruction, against the mean in place of image tokens."""
+    """Harm of the SAE's reconstruction of image tokens, and its quotient with that of another image."""
 
     name = "loss_recovered"
-    # Where ablation does little harm, the quotient runs away.
-    panels = (Panel("loss_recovered", "loss recovered by the SAE's x'", limits=(-0.5, 1.1), by_epoch=True),)
+    panels = (
+        Panel(
+            "loss_recovered",
+            "loss recovered by the SAE's x', against another picture",
+            limits=(-1, 1.1),
+            by_epoch=True,
+        ),
+        Panel("harm_splice", "harm of the SAE's x' (nats a token)", by_epoch=True),
+    )
+
+    def __init__(self) -> None:
+        self._text: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        """Losses of text by hook name and images, where they are the same at every probe."""
 
     def intervene(self, run: Intervention, hook: str) -> Tensor:
-        """[B, 3] loss of each image: clean, spliced and ablated."""
-        x = run.image_tokens(hook)
-        losses = [run.clean_losses]
-        for new in (run.probe.encode(hook, x.float())[1].to(x), run.stats["image", hook].mean.to(x)):
-            losses.append(run.losses(hook, torch.where(run.keep(hook, x)[:, None], new, x)))
-        return torch.stack(losses, dim=-1)
+        """[B, 6] losses of each image, clean, spliced and swapped, its number of targets, and losses of its
+        captions without an image, clean and spliced.
+        """
+        key = hook, tuple(run.batch.index)
+        text = self._text.get(key) if run.known_text else None
+        if text is None:
+            text = run.spliced_text_losses(hook)
+        if run.known_text:
+            self._text[key] = text
+        spliced = run.losses(hook, run.splice(hook, run.image_tokens(hook)))
+        losses = [run.clean_losses, spliced, run.swapped_losses(hook), run.targets]
+        return torch.cat([torch.stack(losses, dim=-1), text], dim=-1)
 
     def compute(self, data: Measurement, found: Found) -> Iterable[Estimate]:
         for hook, items in found.interventions.items():
-            order = torch.tensor([i for index, _ in items for i in index]).argsort()
-            table = torch.cat([losses for _, losses in items])[order]  # [I, 3]
-            clean, spliced, ablated = (data.bootstrap_weights(len(table)) @ table).unbind(-1)
-            value = (ablated - spliced) / (ablated - clean)
-            by_image = torch.zeros(len(data.images), 2)
-            by_image[: len(table)] = (table[:, 2:] - table[:, [1, 0]]).float()  # The first images.
-            data.by_image["loss_recovered", "image", data.layers[hook]] = by_image
-            if interval(ablated - clean)[1] <= 0:
+            layer, sums = data.layers[hook], by_image(items)
+            clean, spliced, swapped, targets, text, spliced_text = sums.unbind(-1)
+            for metric, group, ratio in (
+                ("harm_splice", "image", (spliced - clean, targets)),
+                ("harm_splice", "text", (spliced_text - text, targets)),
+                ("loss_recovered", "image", (swapped - spliced, swapped - clean)),
+            ):
+                data.add_ratio(metric, group, layer, *ratio, items)
+            clean, spliced, swapped, targets, text, spliced_text = (
+                data.bootstrap_weights(len(sums)) @ sums
+            ).unbind(-1)
+            yield Estimate(layer, "image", "harm_splice", (spliced - clean) / targets)
+            yield Estimate(layer, "text", "harm_splice", (spliced_text - text) / targets)
+            value, use = (swapped - spliced) / (swapped - clean), interval((swapped - clean) / targets)
+            if use[0] < MIN_USE or use[1] <= 0:
                 value = torch.full_like(value, torch.nan)
-            yield Estimate(data.layers[hook], "image", "loss_recovered", value)
+            yield Estimate(layer, "image", "loss_recovered", value)

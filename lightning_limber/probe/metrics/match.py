@@ -69,6 +69,7 @@ class Match(ProbeMetric):
                     config.max_text_density,
                 )
                 hits = words.word_hits(top.float() @ agrees.float() > 0, captions)
-                data.add_hits("match", group, data.layers[hook], hits.diagonal())
+                own = hits.diagonal()
+                data.add_ratio("match", group, data.layers[hook], own, torch.ones_like(own))
                 comparison = compare_hits(hits, data.weights, data.permutations())
                 yield Estimate(data.layers[hook], group, "match", comparison)

@@ -1,0 +1,181 @@
+"""What a probe found, in sentences and in one figure of three panels; no number without its control.
+
+    1. Where is the picture read?                   `use`, against 0
+    2. Are image tokens nearer to text than         `excess_*_over_words_long`, against 0
+       random words of their length?
+    3. What do they say?                            `neighbour_lift`, against that of noise and words_long
+
+Imports no torch: the report makes the same sentences of a run's table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from lightning_limber.probe.palette import COLOURS
+from lightning_limber.probe.tables import Row
+from lightning_limber.utils.figures import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CONTROLS = ("noise", "words_long")
+EXCESS = {"cosine": "reconstruction (cosine)", "l0": "sparsity (l0)"}
+
+
+class Point(NamedTuple):
+    """A number at a layer, with its interval."""
+
+    layer: int
+    value: float
+    low: float
+    high: float
+
+
+def points(rows: Iterable[Row], group: str, metric: str) -> list[Point]:
+    """One metric of one group by layer, without NaN."""
+    return [
+        Point(row.layer, row.value, row.low, row.high)
+        for row in rows
+        if (row.group, row.metric) == (group, metric) and row.layer is not None and row.value == row.value
+    ]
+
+
+def at_layers(layers: Sequence[int], probed: Sequence[int]) -> str:
+    """Probed layers in words: ``at layers 0 to 9 and 21``, ``at all layers``, ``nowhere``."""
+    if not layers:
+        return "nowhere"
+    if len(layers) == len(probed) > 1:
+        return "at all layers"
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and list(probed).index(layer) == list(probed).index(runs[-1][-1]) + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    texts: list[str] = []
+    for run in runs:
+        texts += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run)
+    text = " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
+    return f"at layer{'s' if len(layers) > 1 else ''} {text}"
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """What beats its control, and what does not; of the metrics that were measured."""
+    found = [_use(rows), *(_excess(rows, metric) for metric in EXCESS), _words(rows)]
+    return [sentence for sentence in found if sentence]
+
+
+def _use(rows: Sequence[Row]) -> str:
+    use = points(rows, "image", "use")
+    if not use:
+        return ""
+    probed, read = [point.layer for point in use], [point.layer for point in use if point.low > 0]
+    if not read:
+        return "Nothing is read from the picture: another picture does no certain harm at any layer."
+    first = use[0]
+    text = (
+        f"Another picture from layer {first.layer} on costs {_number(first)} nats a token; it does certain "
+        f"harm {at_layers(read, probed)}"
+    )
+    half = [point.layer for point in use if point.value < first.value / 2]
+    return text + (f", and less than half of that from layer {half[0]} on." if half else ".")
+
+
+def _excess(rows: Sequence[Row], metric: str) -> str:
+    excess = points(rows, "image", f"excess_{metric}_over_words_long")
+    if not excess:
+        return ""
+    beyond = [point.layer for point in excess if point.low > 0]
+    where = at_layers(beyond, [point.layer for point in excess])
+    best = max(excess, key=lambda point: point.value)
+    words = "nearer to text than random words of their length"
+    if not beyond:
+        return f"In {EXCESS[metric]} image tokens are at no layer {words}."
+    return (
+        f"In {EXCESS[metric]} image tokens are {words} {where}: by {_number(best)} of the way at layer "
+        f"{best.layer}."
+    )
+
+
+def _words(rows: Sequence[Row]) -> str:
+    lift = points(rows, "image", "neighbour_lift")
+    if not lift:
+        return ""
+    controls = [points(rows, group, "neighbour_lift") for group in CONTROLS]
+    limit: dict[int, float] = {}
+    for point in (point for of_group in controls for point in of_group):
+        limit[point.layer] = max(limit.get(point.layer, 1.0), point.high)
+    above = [point.layer for point in lift if point.low > limit.get(point.layer, 1.0)]
+    where = at_layers(above, [point.layer for point in lift])
+    best = max(lift, key=lambda point: point.value)
+    beside = {
+        group: next((point for point in of_group if point.layer == best.layer), None)
+        for group, of_group in zip(CONTROLS, controls, strict=True)
+    }
+    controlled = ", ".join(f"{group} {point.value:.2f}" for group, point in beside.items() if point)
+    return (
+        f"The nearest words of image tokens are in the image's own captions {_number(best)} times as "
+        f"often as in other images' at layer {best.layer}{f' ({controlled})' if controlled else ''}; above "
+        f"chance and controls {where}."
+    )
+
+
+def _number(point: Point) -> str:
+    if math.isnan(point.low):
+        return f"{point.value:.2f}"
+    return f"{point.value:.2f} [{point.low:.2f}, {point.high:.2f}]"
+
+
+def finding_figure(rows: Sequence[Row], title: str = "") -> Figure:
+    """Three panels by layer: where the picture is read, direction against controls, words."""
+    figure = new_figure(13, 4.0 if title else 3.7)
+    figure.subplots_adjust(left=0.04, right=0.99, top=0.82 if title else 0.88, bottom=0.13, wspace=0.14)
+    read, excess, words = figure.subplots(1, 3)
+    _band(read, points(rows, "image", "use"), COLOURS["image"], "another picture in its place")
+    _band(
+        read,
+        points(rows, "image", "harm_splice"),
+        COLOURS["image"],
+        "its SAE reconstruction in its place",
+        ":",
+    )
+    _band(read, points(rows, "text", "harm_splice"), COLOURS["text"], "text: SAE reconstruction", ":")
+    for (metric, name), style in zip(EXCESS.items(), ("-", ":"), strict=True):
+        found = points(rows, "image", f"excess_{metric}_over_words_long")
+        _band(excess, found, COLOURS["image"], f"image tokens, {name}", style)
+    excess.axhline(0, color=COLOURS["words_long"], lw=1.5, label="random words of their length")
+    excess.axhline(1, color=COLOURS["text"], lw=1.5, label="text")
+    lens = "neighbour_lift" if points(rows, "image", "neighbour_lift") else "lens_hit"
+    for group in ("image", *CONTROLS):
+        _band(words, points(rows, group, lens), COLOURS[group], group.replace("_", " "))
+    if lens == "lens_hit":
+        _band(words, points(rows, "image", "lens_hit_chance"), COLOURS["control"], "other captions", ":")
+    else:
+        words.axhline(1, color=COLOURS["control"], lw=1.5, label="other images' captions")
+    titles = (
+        "Where the picture is read: nats lost a token",
+        "Beyond length: 0 random words, 1 text",
+        "Nearest words in own captions, times chance"
+        if lens == "neighbour_lift"
+        else "The logit lens says a word of the caption",
+    )
+    for axis, text in zip(figure.axes, titles, strict=True):
+        axis.set_title(text, fontsize=11, loc="left")
+        axis.set_xlabel("layer of the LLM")
+        axis.grid(alpha=0.25)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=9)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def _band(axis, found: Sequence[Point], colour: str, label: str, style: str = "-") -> None:
+    if not found:
+        return
+    layers, values, low, high = zip(*found, strict=True)
+    axis.plot(layers, values, style, color=colour, marker="o" if style == "-" else None, ms=3, label=label)
+    axis.fill_between(layers, low, high, color=colour, alpha=0.18, linewidth=0)

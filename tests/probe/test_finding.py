@@ -1,0 +1,78 @@
+"""What a probe says of itself in sentences, on tables made by hand."""
+
+from __future__ import annotations
+
+from math import nan
+
+import pytest
+
+from lightning_limber.probe.finding import at_layers, finding_figure, points, sentences
+from lightning_limber.probe.tables import Row
+
+LAYERS = (0, 3, 6, 9)
+
+
+def rows(group: str, metric: str, *intervals: tuple[float, float, float]) -> list[Row]:
+    return [Row(layer, group, metric, *found) for layer, found in zip(LAYERS, intervals, strict=True)]
+
+
+def around(value: float, half: float = 0.1) -> tuple[float, float, float]:
+    return value, value - half, value + half
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([], "nowhere"),
+        ([0, 3, 6, 9], "at all layers"),
+        ([3], "at layer 3"),
+        ([0, 3], "at layers 0 and 3"),
+        ([0, 3, 6], "at layers 0 to 6"),
+        ([0, 6], "at layers 0 and 6"),
+        ([0, 3, 9], "at layers 0, 3 and 9"),
+    ],
+)
+def test_layers_in_words(layers, expected):
+    assert at_layers(layers, LAYERS) == expected
+
+
+def test_each_finding_is_said_with_its_control():
+    table = [
+        *rows("image", "use", around(1.5), around(1.0), around(0.5), (0.02, -0.01, 0.05)),
+        *rows("image", "excess_cosine_over_words_long", around(0.0), *[around(0.3)] * 2, around(0.35)),
+        *rows("image", "excess_l0_over_words_long", *[around(0.05)] * 4),
+        *rows("image", "neighbour_lift", around(1.9), around(1.3), around(1.15), around(1.05)),
+        *rows("noise", "neighbour_lift", around(1.0), around(1.0), around(1.0), (nan, nan, nan)),
+        *rows("words_long", "neighbour_lift", around(1.0), around(1.15), around(1.0), around(1.0)),
+    ]
+    assert sentences(table) == [
+        "Another picture from layer 0 on costs 1.50 [1.40, 1.60] nats a token; it does certain harm at "
+        "layers 0 to 6, and less than half of that from layer 6 on.",
+        "In reconstruction (cosine) image tokens are nearer to text than random words of their length at "
+        "layers 3 to 9: by 0.35 [0.25, 0.45] of the way at layer 9.",
+        "In sparsity (l0) image tokens are at no layer nearer to text than random words of their length.",
+        # At layer 3 the control reaches 1.25.
+        "The nearest words of image tokens are in the image's own captions 1.90 [1.80, 2.00] times as "
+        "often as in other images' at layer 0 (noise 1.00, words_long 1.00); above chance and controls at "
+        "layer 0.",
+    ]
+    assert sentences([]) == []
+    useless = rows("image", "use", *[around(0.0)] * 4)
+    assert sentences(useless)[0].startswith("Nothing is read from the picture")
+
+
+def test_the_figure_draws_the_controls():
+    table = [
+        *rows("image", "use", *[around(1.0)] * 4),
+        *rows("image", "excess_cosine_over_words_long", *[around(0.3)] * 4),
+        *rows("image", "neighbour_lift", *[around(1.5)] * 4),
+        *rows("noise", "neighbour_lift", *[around(1.0)] * 3, (nan, nan, nan)),
+    ]
+    assert [point.layer for point in points(table, "noise", "neighbour_lift")] == [0, 3, 6]
+    read, excess, words = finding_figure(table, "title").axes
+    assert read.get_lines()[0].get_ydata().tolist() == [1.0] * 4
+    assert {line.get_label() for line in excess.get_lines()} >= {"random words of their length", "text"}
+    drawn = {line.get_label(): line.get_ydata() for line in words.get_lines()}
+    assert list(drawn) == ["image", "noise", "other images' captions"]
+    assert list(drawn["noise"]) == [1.0] * 3
+    finding_figure([])  # Nothing measured, nothing drawn, no error.
