@@ -26,7 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -60,12 +60,16 @@ INTERVENTIONS = ""
 
 @dataclass(frozen=True)
 class Report:
-    """What a probe found: rows, and the tables and matrices of `Measurement`; seconds by name."""
+    """What a probe found: rows; tables, matrices and sums by image of `Measurement`, and the images' names;
+    seconds by name.
+    """
 
     rows: list[Row]
     tables: dict[str, list[dict[str, Any]]]
     matrices: dict[str, dict[str, list[list[float]]]]
     seconds: dict[str, float]
+    by_image: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
+    images: Sequence[str] = ()
 
 
 class Clock:
@@ -187,8 +191,9 @@ class Probe:
             }
             for batch in batches:
                 self._clean_pass(batch, accumulators, kept)
-                for index, captions, scene in zip(batch.index, batch.captions, batch.scenes, strict=True):
-                    images[index] = ImageInfo(index, captions, attributes(scene))
+                told = zip(batch.index, batch.image_ids, batch.captions, batch.scenes, strict=True)
+                for index, image, captions, scene in told:
+                    images[index] = ImageInfo(index, image, captions, attributes(scene))
             # One by one: parts are freed when their whole is made.
             stats |= {key: accumulators.pop(key).compute() for key in list(accumulators)}
             for batch in intervention_batches if self.intervenes else ():
@@ -240,9 +245,10 @@ class Probe:
         for note in data.notes:
             rank_zero_info(f"[probe] {note}")
         rows = [row for estimate in data.estimates for row in estimate.rows()]
+        names = [image.name for image in data.images]
         seconds = dict(self.clock.seconds)
         self.clock.seconds.clear()
-        return Report(rows, data.tables, data.matrices, seconds)
+        return Report(rows, data.tables, data.matrices, seconds, data.by_image, names)
 
     @torch.no_grad()
     def latents(

@@ -10,12 +10,14 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from parts import probe_batches, sae_probe, values
 from process import run_cli
 
+from lightning_limber.data.held_out import spread
 from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig
@@ -175,11 +177,19 @@ def test_does_not_depend_on_the_batch(probed, monkeypatch):
     for size in (1, 4, 10):
         monkeypatch.setattr(data, "val_batch_size", size)
         batches = probe_batches(probed, 20), probe_batches(probed, 6, interventions=True)
-        found.append(callback.probe.run(*batches, data.attributes).rows)
+        found.append(callback.probe.run(*batches, data.attributes))
     for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
+        assert other.images == found[0].images == [f"val/{i:06d}" for i in sorted(spread(60, 20))]
+        assert other.by_image.keys() == found[0].by_image.keys()
+        for key, sums in found[0].by_image.items():
+            assert sums.shape == (20, 2)
+            torch.testing.assert_close(other.by_image[key], sums, rtol=1e-4, atol=1e-3, equal_nan=True)
+        for a, b in zip(found[0].rows, other.rows, strict=True):
             assert a[:3] == b[:3]
             assert b[3:] == pytest.approx(a[3:], rel=1e-4, abs=1e-3, nan_ok=True), a
+
+
+IMAGES = "runs/default/version_0/images_epoch_1.npz"
 
 
 def table(root: Path) -> list[dict[str, str]]:
@@ -216,6 +226,13 @@ def test_two_processes_are_one(models, tmp_path):
     for x, y in zip(a, b, strict=True):
         numbers = [[float(row[key] or "nan") for key in ("value", "low", "high")] for row in (x, y)]
         assert numbers[1] == pytest.approx(numbers[0], rel=1e-3, abs=1e-3, nan_ok=True), x
+    with np.load(tmp_path / "1" / IMAGES) as one, np.load(tmp_path / "2" / IMAGES) as two_of:
+        assert one.files == two_of.files
+        for name in one.files:
+            if one[name].dtype.kind == "U":
+                assert one[name].tolist() == two_of[name].tolist()
+            else:
+                np.testing.assert_allclose(two_of[name], one[name], rtol=1e-3, atol=1e-3, err_msg=name)
     tokens, outliers = (
         [e.value for e in two.Scalars(f"{name}/image/layer_00")] for name in ("tokens", "outliers")
     )

@@ -87,6 +87,8 @@ class LensHit(ProbeMetric):
                 ("lens_hit", words.word_hits(said, captions)),
                 ("lens_hit_weighted", weighted_hits(said, captions)),
             ):
+                own = hits.diagonal()
+                data.add_ratio(metric, group, data.layers[hook], own, torch.ones_like(own))
                 comparison = compare_hits(hits, data.weights, data.permutations())
                 yield Estimate(data.layers[hook], group, metric, comparison)
 

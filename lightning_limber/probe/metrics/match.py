@@ -87,5 +87,7 @@ class Match(ProbeMetric):
                     known.described,
                 )
                 hits = words.word_hits(top.float() @ agrees.float() > 0, captions)
+                own = hits.diagonal()
+                data.add_ratio("match", group, data.layers[hook], own, torch.ones_like(own))
                 comparison = compare_hits(hits, data.weights, data.permutations())
                 yield Estimate(data.layers[hook], group, "match", comparison)

@@ -249,6 +249,10 @@ class Neighbours(ProbeMetric):
             counts.index_put_((images, bank.word_of[places % len(bank.contexts)]), ones, accumulate=True)
             tokens = counts.sum(-1)
             hits = counts @ said  # [I, I]
+            own = hits.diagonal()
+            # Beside them what other images' captions give, on average.
+            others = (hits.sum(-1) - own) / max(1, len(hits) - 1)
+            data.add_ratio("neighbour_lift", group, layer, own, others)
             yield Estimate(
                 layer, group, "neighbour_lift", lift(hits, tokens, data.weights, data.permutations())
             )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_limber.probe.metrics.geometry import reconstruction_metrics
+from lightning_limber.probe.metrics.geometry import ratios_by_image, reconstruction_metrics
 from lightning_limber.probe.metrics.shared import jaccard, jaccard_of_independent
 from lightning_limber.probe.statistics import bootstrap_weights, interval
 from lightning_limber.probe.token_stats import ImageStats, TokenStats
@@ -284,6 +284,26 @@ def test_bootstrap_is_that_of_repeated_images():
         np.testing.assert_allclose(values[name].numpy(), expected, rtol=1e-9, err_msg=name)
         ends = np.percentile(expected[1:], [2.5, 97.5])
         assert interval(values[name]) == pytest.approx((reference(images)[name], *ends), rel=1e-9), name
+
+
+def test_ratios_by_image_add_up_to_the_metrics():
+    """And a bootstrap of them is that of the metrics, but for the mean of fvu and variance."""
+    images = make((9, 4, 0, 12, 7, 3, 8, 5), outliers=True)
+    sums, weights = sums_of(images), bootstrap_weights(8, 200, seed=0)
+    values = reconstruction_metrics(sums, weights, TEXT_VARIANCE)
+    ratios = ratios_by_image(sums, TEXT_VARIANCE)
+    assert set(values) - set(ratios) == {"sparsity", "alive", "tokens"}
+    expected = reference(images)
+    for name, ratio in ratios.items():
+        over, under = (weights @ part for part in ratio)
+        assert float(over[0] / under[0]) == pytest.approx(expected[name], rel=1e-9), name
+        if name not in ("fvu", "variance"):
+            torch.testing.assert_close(over / under, values[name], rtol=1e-9, atol=1e-12)
+    # Around its own mean a sample varies least.
+    over, under = (weights @ part for part in ratios["variance"])
+    gain = over[1:] / under[1:] - values["variance"][1:]
+    assert gain.min() > -1e-9
+    assert gain.mean() > 0.1
 
 
 def test_interval_covers_the_truth():
