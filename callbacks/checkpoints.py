@@ -69,16 +69,16 @@ class Checkpoints(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self.signals.restore()
-        if not isinstance(exception, SystemExit) or not self.signals.stop:
-            return
-        name, text = signal.Signals(self.signals.stop).name, "nothing was to be saved"
-        if trainer.state.fn == "fit":
-            text = "no step has been saved yet"
-            path = self.dirpath / "last.ckpt" if self.dirpath else None
-            if path and path.is_file():
-                step = "" if self._saved_step is None else f" holds step {self._saved_step}"
+        path = self.dirpath / "last.ckpt" if self.dirpath else Path("last.ckpt")
+        step = "" if self._saved_step is None else f" holds step {self._saved_step}"
+        is_saved = trainer.state.fn == "fit" and path.is_file()
+        if isinstance(exception, FloatingPointError) and is_saved:
+            rank_zero_info(f"[stop] not finite: {path}{step}, from before")
+        elif isinstance(exception, SystemExit) and self.signals.stop:
+            text = "no step has been saved yet" if trainer.state.fn == "fit" else "nothing was to be saved"
+            if is_saved:
                 text = f"{path}{step}; go on with: {program()} fit --ckpt_path {path.parent.parent}"
-        rank_zero_info(f"[stop] {name}: {text}")
+            rank_zero_info(f"[stop] {signal.Signals(self.signals.stop).name}: {text}")
 
     # -- when -------------------------------------------------------------------------------------
 
@@ -108,6 +108,9 @@ class Checkpoints(Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         if trainer.fit_loop._should_accumulate():
             return
+        # Nothing waits for a GPU here, or only when it is waited for anyway.
+        if pl_module.device.type == "cpu" or trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.check_finite()
         # Validation and the end of an epoch take long: what is before them is saved first.
         is_done = loop._is_training_done or trainer.should_stop
         long = is_done or loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]

@@ -332,7 +332,9 @@ def main(args: list[str] | None = None) -> LimberCLI:
             },
             auto_configure_optimizers=False,
         )
-    except (OSError, ValueError, MisconfigurationException) as error:
+    except KeyboardInterrupt:  # Before or after the run, which saves first: callbacks/signals.py.
+        sys.exit(130)
+    except (OSError, ValueError, FloatingPointError, MisconfigurationException) as error:
         if os.environ.get("LIGHTNING_LIMBER_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from crash import Crash
 from runs import assert_equal, batches, crash_flags, final, scalars
 
@@ -23,6 +24,22 @@ def with_callback(class_path: str, **init_args: Any) -> str:
 
 def saving(**init_args: Any) -> str:
     return with_callback("lightning.pytorch.callbacks.ModelCheckpoint", **init_args)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_nothing_that_is_no_number_is_saved(fit, what):
+    """Whoever saves; Lightning's callback does so before the run's own looks at the loss."""
+    poison = {"class_path": "crash.Poison", "init_args": {"step": 5, "what": what}}
+    options = {"every_n_train_steps": 1, "save_top_k": -1, "save_on_exception": True}
+    other = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": options}
+    flags = [f"--trainer.callbacks={json.dumps([poison, other])}", "--trainer.log_every_n_steps=100"]
+    with pytest.raises(FloatingPointError, match=r"not finite in step 6 \(learning rate 1\.59e-02\)"):
+        fit(*EXTRA, *flags)
+    for path in (RUN / "checkpoints").glob("*.ckpt"):
+        saved = torch.load(path, weights_only=True)
+        assert saved["global_step"] <= 5
+        assert all(value.isfinite().all() for value in saved["state_dict"].values())
+    assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
 
 
 def assert_same_run(root: Path) -> None:

@@ -26,6 +26,7 @@ from lightning_limber.models.adapters import Adapter, Linear
 from lightning_limber.models.adapters.spec import adapter_from_spec, adapter_spec
 from lightning_limber.models.build import build
 from lightning_limber.models.feature_cache import FeatureCache, KeptFeatures, open_feature_cache
+from lightning_limber.models.finite import FiniteCheck
 from lightning_limber.models.generation import Caption, Decoding, generate
 from lightning_limber.models.llm import LLM
 from lightning_limber.models.optimizer import OptimizerConfig, clip_gradients, make_optimizer
@@ -95,6 +96,7 @@ class Limber(pl.LightningModule):
         self._cache: FeatureCache | None = None
         self._kept = KeptFeatures(held_out_features_gb * 1e9)
         self._collator: Collator | None = None
+        self._finite = FiniteCheck()
         self.run_config: str | None = None
         """The run's whole config as YAML, set by the CLI; travels in the checkpoint."""
         self.decoding = Decoding()
@@ -131,6 +133,7 @@ class Limber(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self._calibrate()
+        self._finite = FiniteCheck()
         if self.hparams["cache_features"]:
             key = [self.backbones["vision"], self.hparams["vision"]]
             self._cache = open_feature_cache(key, self._feature_shape, self.trainer)
@@ -227,6 +230,7 @@ class Limber(pl.LightningModule):
         # captions of different lengths (DDP averages the processes' gradients). The image tokens are
         # named for a share of the batch that has none.
         loss = losses.sum() * world_size / count.clamp_min(1) + 0.0 * image_tokens[:0].sum()
+        self._finite.note(loss_sum, self.global_step)
         log = {
             "train/loss": loss_sum / count,
             "train/perplexity": (loss_sum / count).exp(),
@@ -247,6 +251,8 @@ class Limber(pl.LightningModule):
     ) -> None:
         """Lightning's, with one norm for the log and the clipping, and for a fused optimiser too."""
         norm = clip_gradients(self.adapter, gradient_clip_val, gradient_clip_algorithm)
+        if self.trainer.precision != "16-mixed":  # There a gradient that overflows is skipped.
+            self._finite.note(norm, self.global_step)
         self.log("train/grad_norm", norm)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -287,7 +293,12 @@ class Limber(pl.LightningModule):
 
     # -- checkpoints ------------------------------------------------------------------------------
 
+    def check_finite(self) -> None:
+        """Ends a run whose loss is no number; waits for the device."""
+        self._finite.check(self.optimizer_config)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_finite()  # Whoever saves.
         checkpoint["lightning_limber"] = {
             "version": __version__,
             "backbones": dict(self.backbones),

@@ -55,6 +55,21 @@ class StopAt(pl.Callback):
         trainer.should_stop = trainer.fit_loop.total_batch_idx + 1 == self.batches
 
 
+class Poison(pl.Callback):
+    """Makes the loss of a step (or its gradient alone) no number."""
+
+    def __init__(self, step: int, what: str) -> None:
+        self.step, self.what = step, what
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if self.what == "loss" and trainer.global_step == self.step:
+            pl_module.adapter.project.weight.data[0, 0] = float("inf")
+
+    def on_after_backward(self, trainer, pl_module) -> None:
+        if self.what == "gradient" and trainer.global_step == self.step:
+            pl_module.adapter.project.weight.grad[0, 0] = float("nan")
+
+
 class Preempt(pl.Callback):
     """Sends a signal (SLURM's) to one process, while a batch is on its way or in another hook."""
 
