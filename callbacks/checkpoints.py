@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_limber.models.limber import Limber
 from lightning_limber.utils.checkpoints import slurm_job
 from lightning_limber.utils.commands import program
 from lightning_limber.utils.loop_state import place, write_place
@@ -108,6 +109,7 @@ class Checkpoints(Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         if trainer.fit_loop._should_accumulate():
             return
+        assert isinstance(pl_module, Limber)
         # Nothing waits for a GPU here, or only when it is waited for anyway.
         if pl_module.device.type == "cpu" or trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.check_finite()

@@ -16,7 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -178,7 +178,7 @@ class LimberCLI(LightningCLI):
         for file, text in stored:
             layers += [
                 "--config",
-                read_config(text, options, file, named, *self._log_folder(path), _upgrade),
+                read_config(text, options, file, named, *self._log_folder(path), _as_given),
             ]
         self.config = parser.parse_args([*command, *(layers or default_experiment(own)), *own])
         if path is None:
@@ -225,6 +225,11 @@ class LimberCLI(LightningCLI):
             logger.init_args.version = path.parent.parent.name
             logger.dict_kwargs = {"purge_step": step + 1}
         rank_zero_info(f"[resume] continuing {path} from step {step}")
+        if step == self._settings.trainer.max_steps:
+            rank_zero_info(
+                f"[resume] it has all its steps: a trainer.max_steps above {step} makes the run longer, "
+                "and `validate` measures it again"
+            )
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's own would put the checkpoint's settings over the flags without a word."""
@@ -304,6 +309,41 @@ def _upgrade(config: dict[str, Any]) -> dict[str, Any]:
     return upgrade_config(in_present_form(config))
 
 
+def _as_given(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored config of an older version as this one's, with a schedule that still follows max_steps."""
+    config = _upgrade(config)
+    trainer, model = (config.get(name) for name in ("trainer", "model"))
+    optimizer = model.get("optimizer") if isinstance(model, dict) else None
+    follows = isinstance(trainer, dict) and isinstance(optimizer, dict)
+    if follows and optimizer.get("total_steps") == trainer.get("max_steps"):  # type: ignore[union-attr]
+        optimizer.pop("total_steps", None)  # type: ignore[union-attr]
+    return config
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml``, for a new run: it names no checkpoint and no version of this one's folder,
+    and a schedule that follows trainer.max_steps still does.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        folder = trainer.log_dir  # Asks all processes.
+        if self.already_saved or not trainer.is_global_zero or folder is None:
+            return
+        config, self.already_saved = self.config.clone(), True
+        for key in ("config", "ckpt_path"):
+            config.pop(key, None)
+        loggers = config.trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if "version" in (getattr(logger, "init_args", None) or {}):
+                logger.init_args.version = None
+                logger.pop("dict_kwargs", None)
+        if config.model.optimizer.total_steps == config.trainer.max_steps:
+            config.model.optimizer.total_steps = "${trainer.max_steps}"
+        text = self.parser.dump(config, skip_unset=False, skip_validation=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / self.config_filename).write_text(text, encoding="utf-8")
+
+
 def main(args: list[str] | None = None) -> LimberCLI:
     """The command line. `args` replaces ``sys.argv[1:]``."""
     # Workers of torch's loader and of tokenizers do not mix otherwise.
@@ -324,7 +364,7 @@ def main(args: list[str] | None = None) -> LimberCLI:
             trainer_defaults={"callbacks": [RunRecord()]},
             subclass_mode_data=True,
             parser_class=Parser,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
             parser_kwargs={
                 "prog": program(),
                 "parser_mode": "omegaconf+",

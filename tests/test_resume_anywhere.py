@@ -11,6 +11,8 @@ import torch
 from crash import Crash
 from runs import assert_equal, batches, crash_flags, final, scalars
 
+from lightning_limber.models.optimizer import OptimizerConfig, lr_factor
+
 EXTRA = ["--model.adapter.dropout=0.3", "--model.optimizer.total_steps=12"]
 RUN = Path("runs/default/version_0")
 LAST = f"--ckpt_path={RUN}/checkpoints/last.ckpt"
@@ -117,3 +119,28 @@ def test_validation_that_was_killed_is_made_up(fit, hook, step):
         assert scalars(path, tag) == scalars(RUN, tag)
     assert len(scalars(path, "val/loss")) == 6
     assert (path / "checkpoints/epoch_3.ckpt").is_file()
+
+
+def test_a_run_is_made_longer(fit, capsys, caplog):
+    """The schedule follows trainer.max_steps again, and the run says what that changes."""
+    fit("--model.optimizer.warmup_steps=2", "--trainer.max_steps=6", *crash_flags("batches"))
+    with caplog.at_level("INFO"):
+        fit("--ckpt_path=last", "--trainer.max_steps=12", *crash_flags("batches"), base=False)
+    line = "the schedule of 6 steps is stretched to 12: the learning rate goes from 0.00e+00 to 1.31e-02"
+    assert f"{line} at step 6" in caplog.text
+    config = OptimizerConfig(lr=0.02, warmup_steps=2, total_steps=12)
+    rates = dict(scalars(RUN, "train/lr"))
+    for step in range(6, 12):
+        assert rates[step] == pytest.approx(0.02 * lr_factor(step, config), rel=1e-5)
+    saved = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["hyper_parameters"]["optimizer"]["total_steps"] == 12
+    # Also where the command is repeated from the config that it wrote.
+    text = (RUN / "config.yaml").read_text()
+    assert "total_steps: ${trainer.max_steps}" in text
+    cli = fit(f"--config={RUN / 'config.yaml'}", "--trainer.max_steps=3", base=False)
+    assert cli.model.optimizer_config.total_steps == 3
+    with pytest.raises(ValueError, match="belongs to another run") as error:
+        fit(f"--ckpt_path={RUN}", "--trainer.max_steps=9", *crash_flags("batches"), base=False)
+    kept = "total_steps: 12 in the checkpoint, 9 now; --model.optimizer.total_steps=12 keeps"
+    assert kept in str(error.value)
+    assert "trainer.max_steps: 9, but the checkpoint is of step 12" in str(error.value)

@@ -146,7 +146,7 @@ def _leave_signals_alone(worker_id: int) -> None:
     """Ctrl-C and a cluster's SIGTERM reach workers too: the run still needs them for the step under way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The next SIGTERM is that of the main process.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL) and None)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class BatchLoader:

@@ -29,7 +29,13 @@ from lightning_limber.models.feature_cache import FeatureCache, KeptFeatures, op
 from lightning_limber.models.finite import FiniteCheck
 from lightning_limber.models.generation import Caption, Decoding, generate
 from lightning_limber.models.llm import LLM
-from lightning_limber.models.optimizer import OptimizerConfig, clip_gradients, make_optimizer
+from lightning_limber.models.optimizer import (
+    OptimizerConfig,
+    clip_gradients,
+    make_optimizer,
+    set_learning_rate,
+    stretched,
+)
 from lightning_limber.models.vision import VisionConfig, VisionEncoder
 from lightning_limber.utils.checkpoints import check_same_run, training_settings
 
@@ -211,6 +217,10 @@ class Limber(pl.LightningModule):
 
     # -- training ---------------------------------------------------------------------------------
 
+    def on_train_start(self) -> None:
+        # A checkpoint brings the learning rate of its own schedule, which may have been a shorter one.
+        set_learning_rate(cast(Any, self.lr_schedulers()))
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout masks as a function of the step: resuming needs no random state.
         torch.manual_seed(hash((self._seed, self.global_step, self.global_rank)) % 2**63)
@@ -309,3 +319,7 @@ class Limber(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another run, see `check_same_run`."""
         check_same_run(checkpoint, self.backbones, dict(self.hparams), self._trainer)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            saved = OptimizerConfig(**checkpoint["hyper_parameters"]["optimizer"])
+            if text := stretched(saved, self.optimizer_config, checkpoint["global_step"]):
+                rank_zero_info(text)

@@ -40,6 +40,28 @@ def lr_factor(step: int, config: OptimizerConfig) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def stretched(saved: OptimizerConfig, now: OptimizerConfig, step: int) -> str:
+    """Says what a longer schedule changes for a run that goes on from `step`; empty if it is the same."""
+    if saved.total_steps == now.total_steps:
+        return ""
+    before, after = (config.lr * lr_factor(step, config) for config in (saved, now))
+    return (
+        f"[resume] the schedule of {saved.total_steps} steps is stretched to {now.total_steps}: the "
+        f"learning rate goes from {before:.2e} to {after:.2e} at step {step}"
+    )
+
+
+def set_learning_rate(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Gives the optimiser the learning rate of where the schedule stands."""
+    rates = [
+        base * factor(schedule.last_epoch)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
+
+
 def make_optimizer(module: nn.Module, config: OptimizerConfig, fused: bool) -> dict[str, Any]:
     """Optimiser and schedule of a module's parameters, as Lightning wants them.
 

@@ -60,14 +60,23 @@ def check_same_run(
         trainer: Lightning's; None outside a run. Settings are compared only where training goes on.
 
     Raises:
-        ValueError: the frozen models differ, or (when training goes on) any setting does.
+        ValueError: the frozen models differ, or (when training goes on) any setting does; a longer
+            schedule may.
     """
     saved = checkpoint["lightning_limber"]
     lines = differences(saved["backbones"], backbones, "weights")
     if trainer is not None and trainer.state.fn == "fit":
         model = checkpoint["hyper_parameters"]
         model = {**model, "adapter": upgrade_adapter(model["adapter"])}
+        steps, now = model["optimizer"]["total_steps"], hparams["optimizer"]["total_steps"]
+        if now > steps:  # A run that is made longer; the model says what that changes.
+            model["optimizer"] = {**model["optimizer"], "total_steps": now}
         lines += differences(model, hparams, "model")
+        if now < steps:
+            lines[-1] += f"; --model.optimizer.total_steps={steps} keeps the schedule"
+        step = checkpoint["global_step"]
+        if -1 < trainer.max_steps < step:
+            lines.append(f"trainer.max_steps: {trainer.max_steps}, but the checkpoint is of step {step}")
         data = dict(trainer.datamodule.hparams)
         lines += differences(checkpoint.get("datamodule_hyper_parameters", {}), data, "data")
         lines += differences(saved["trainer"], training_settings(trainer), "trainer")

@@ -17,8 +17,8 @@ RUN = Path("runs/default/version_0")
 EXTRA = ["--model.adapter.dropout=0.3", "--checkpoint.every_n_steps=0"]
 
 
-def signalled(name: str, step: int, hook: str = "backward", rank: int = 0, times: int = 1) -> str:
-    init_args = {"step": step, "rank": rank, "name": name, "hook": hook, "times": times}
+def signalled(name: str, step: int, hook: str = "backward", rank: int = 0, **more: int) -> str:
+    init_args = {"step": step, "rank": rank, "name": name, "hook": hook, **more}
     log = {"class_path": "crash.CrashAt", "init_args": {"log": "batches"}}
     sender = {"class_path": "crash.Preempt", "init_args": init_args}
     return f"--trainer.callbacks={json.dumps([log, sender])}"
@@ -55,6 +55,17 @@ def test_a_second_ctrl_c_stops_at_once(models):
     stopped = run_cli("fit", *flags, env=HELPERS)
     assert stopped.returncode == 130, stopped.stdout
     assert read_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"] == 4  # Before the step.
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_the_whole_process_group_gets_it(models, name):
+    """A terminal and SLURM signal the loader's workers too, which the step under way still needs."""
+    flags = [*tiny.arguments(models, probe=False), *EXTRA, "--data.num_workers=2"]
+    flags.append(signalled(name, 5, group=True))
+    stopped = run_cli("fit", *flags, env=HELPERS, start_new_session=True)
+    assert stopped.returncode in (130, 143), stopped.stdout
+    assert "Traceback" not in stopped.stdout
+    assert read_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"] == 6
 
 
 def test_before_the_first_step(models):

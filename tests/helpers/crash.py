@@ -74,15 +74,22 @@ class Preempt(pl.Callback):
     """Sends a signal (SLURM's) to one process, while a batch is on its way or in another hook."""
 
     def __init__(
-        self, step: int, rank: int, name: str = "SIGUSR1", hook: str = "backward", times: int = 1
+        self,
+        step: int,
+        rank: int,
+        name: str = "SIGUSR1",
+        hook: str = "backward",
+        times: int = 1,
+        group: bool = False,
     ) -> None:
         self.step, self.rank, self.hook, self.times = step, rank, hook, times
         self.number = signal.Signals[name]
+        self.send = os.killpg if group else os.kill
 
     def _maybe(self, hook: str, trainer: pl.Trainer) -> None:
         if (hook, trainer.global_step, trainer.global_rank) == (self.hook, self.step, self.rank):
             for _ in range(self.times):
-                os.kill(os.getpid(), self.number)
+                self.send(os.getpid(), self.number)
 
     def on_before_backward(self, trainer, pl_module, loss) -> None:
         self._maybe("backward", trainer)
