@@ -19,6 +19,7 @@ from lightning_limber.data.loader import RecordSet
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.statistics import bootstrap_weights, interval
+from lightning_limber.utils.files import write_text, write_whole
 
 from .run_record import log_figure
 
@@ -127,7 +128,7 @@ class CaptionSamples(pl.Callback):
         if not trainer.fast_dev_run and folder:  # type: ignore[attr-defined]
             write_table(Path(folder) / f"{name}.csv", history, baselines)
             words = json.dumps({writer: of.caption for writer, of in baselines.items()}, indent=1)
-            (Path(folder) / f"{name}_baselines.json").write_text(words, encoding="utf-8")
+            write_text(Path(folder) / f"{name}_baselines.json", words)
             write_gallery(Path(folder) / f"{name}_epoch_{epoch}.jsonl", found)
         first = [captions[0] for captions in found.references]
         log_figure(trainer, name, caption_figure(found.shown, first, found.written))
@@ -206,7 +207,7 @@ def write_table(path: Path, history: dict[int, dict[str, Score]], baselines: dic
         ],
         columns=["run", "epoch", "writer", "metric", *Score._fields],
     )
-    table.to_csv(path, index=False)
+    write_whole(path, lambda part: table.to_csv(part, index=False))
 
 
 def _log(trainer: pl.Trainer, tags: dict[str, dict[str, Score]]) -> None:
@@ -239,7 +240,7 @@ def write_gallery(path: Path, found: Captioned) -> None:
         picture.save(jpeg, "JPEG", quality=75)
         thumbnail = base64.b64encode(jpeg.getvalue()).decode()
         lines.append(json.dumps({"references": captions, "caption": caption, "jpeg": thumbnail}))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def slot_scores(data: CaptionData, written: list[str], scenes: list[Any]) -> dict[str, Score]:

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_limber.models.limber import Limber
 from lightning_limber.utils.checkpoints import slurm_job
 from lightning_limber.utils.commands import program
+from lightning_limber.utils.files import write_whole
 from lightning_limber.utils.loop_state import place, write_place
 
 from .signals import Signals
 
 
+class WholeFiles(TorchCheckpointIO):
+    """Writes beside the file and renames; Lightning's own way there leads through TMPDIR."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_whole(path, lambda part: part.write_bytes(buffer.getbuffer()))
+
+
 class Checkpoints(Checkpoint):
     """Save ``last.ckpt`` every few steps and around validations and epochs, and keep one file per epoch.
 
-    Files appear in ``checkpoints/`` of the run's folder, each whole or not at all (Lightning writes to
-    the side and renames), so that a run that is killed while saving still has the one before. Whatever else
-    saves (Lightning's ModelCheckpoint), its files go on where training stood too (loop_state.py).
+    Files appear in ``checkpoints/`` of the run's folder, each whole or not at all, so that a run that is
+    killed while saving still has the one before. Whatever else saves (Lightning's ModelCheckpoint), its
+    files are as whole, and go on where training stood (loop_state.py).
 
     SIGTERM and Ctrl-C save after the step that is under way, say how to go on and end the run with exit
     code 143 or 130. During validation, captions and probe nothing is left to save: they end at once, and
@@ -53,6 +69,8 @@ class Checkpoints(Checkpoint):
         self._requeues = self._leaving = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # Not one that somebody chose.
+            trainer.strategy.checkpoint_io = WholeFiles()
         folder = trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir)
         self.dirpath = Path(folder) / "checkpoints"
         self._saved_step, self._validated_batches = None, -1

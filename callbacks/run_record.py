@@ -13,12 +13,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.tensorboard.summary import hparams
 
 from lightning_limber.data.collate import Batch
 from lightning_limber.probe.palette import Panel, ordered_groups
 from lightning_limber.probe.tables import Row
 from lightning_limber.utils.checkpoints import FREE
+from lightning_limber.utils.files import write_text
 from lightning_limber.utils.flops import FlopCounter
 
 PACKAGES = (
@@ -107,7 +109,7 @@ class RunRecord(pl.Callback):
 
     def _write(self, folder: Path, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
         path = folder / "run.json"
-        starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        starts = earlier_starts(path)
         cuda = trainer.strategy.root_device.type == "cuda"
         starts.append(
             {
@@ -124,7 +126,7 @@ class RunRecord(pl.Callback):
             }
         )
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(starts, indent=1), encoding="utf-8")
+        write_text(path, json.dumps(starts, indent=1))
 
     @staticmethod
     def _summaries(trainer: Any, *summaries: Any) -> None:
@@ -132,6 +134,18 @@ class RunRecord(pl.Callback):
             if hasattr(logger.experiment, "add_hparams"):
                 for summary in summaries:
                     logger.experiment.file_writer.add_summary(summary)
+
+
+def earlier_starts(path: Path) -> list[dict[str, Any]]:
+    """What ``run.json`` holds; a damaged one is put aside, so that the run goes on."""
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        kept = path.replace(path.with_name("run.damaged.json"))
+        rank_zero_warn(f"{path} is damaged ({error}): it is kept as {kept}, and a new one begins.")
+        return []
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lightning_limber.probe.palette import write_panels
 from lightning_limber.probe.passes import Probe, Report
 from lightning_limber.probe.patches import PatchMap, patch_maps
 from lightning_limber.probe.tables import History, Row, scalars, write_tables
+from lightning_limber.utils.files import write_whole
 from lightning_limber.utils.flops import FlopCounter
 
 from .run_record import log_figure, log_layout
@@ -185,7 +187,7 @@ class SAEProbe(pl.Callback):
             figure = patch_figure(*patches)
             log_figure(trainer, "probe/patches", figure)
             if files and figure is not None:
-                figure.savefig(files / f"patches_epoch_{epoch}.jpg", dpi=70)
+                write_whole(files / f"patches_epoch_{epoch}.jpg", partial(figure.savefig, dpi=70))
         parts = ", ".join(f"{name} {spent:.1f}" for name, spent in report.seconds.items() if spent >= 0.05)
         print(f"[probe] epoch {epoch}: {sum(report.seconds.values()):.1f} s ({parts})")
         for sentence in sentences(report.rows):

@@ -31,6 +31,7 @@ from lightning_limber.utils.adapter_config import upgrade_config
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
 from lightning_limber.utils.commands import COMMANDS, program
 from lightning_limber.utils.config_files import config_dir, default_experiment, find_configs, split_exports
+from lightning_limber.utils.files import write_text
 from lightning_limber.utils.parser import Parser
 from lightning_limber.utils.trust import class_paths, read_config
 
@@ -340,8 +341,7 @@ class SaveConfig(SaveConfigCallback):
         if config.model.optimizer.total_steps == config.trainer.max_steps:
             config.model.optimizer.total_steps = "${trainer.max_steps}"
         text = self.parser.dump(config, skip_unset=False, skip_validation=True)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / self.config_filename).write_text(text, encoding="utf-8")
+        write_text(Path(folder) / self.config_filename, text)
 
 
 def main(args: list[str] | None = None) -> LimberCLI:

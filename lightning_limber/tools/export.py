@@ -22,6 +22,7 @@ from lightning_limber.api import Trained
 from lightning_limber.probe.metrics import DEFAULT_METRICS, Panel, resolve_metrics
 from lightning_limber.probe.tables import Row
 from lightning_limber.utils.checkpoints import EXPORTED, newest_checkpoint, read_checkpoint
+from lightning_limber.utils.files import write_text, write_whole
 from lightning_limber.utils.hub import source
 
 # The rest of the config is about one machine: devices, loggers, files.
@@ -47,12 +48,12 @@ def export(ckpt_path: str | Path, output: str | Path) -> Path:
     notes = {"version": __version__, "backbones": trained.backbones, "trainer": trained.trainer}
     metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in notes.items()}
     weights = {key: value.contiguous() for key, value in trained.weights.items()}
-    save_file(weights, folder / EXPORTED, metadata)
+    write_whole(folder / EXPORTED, lambda part: save_file(weights, part, metadata))
     config = {key: trained.config[key] for key in SECTIONS if key in trained.config}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     has_figure = _draw(checkpoint, trained, folder / "probe.png")
     card = _card(checkpoint, trained, _logged(path, checkpoint["global_step"]), has_figure)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
     print(f"[export] {path} to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
     return folder
 
@@ -78,7 +79,8 @@ def _draw(checkpoint: dict[str, Any], trained: Trained, path: Path) -> bool:
     control = "untrained adapter" if fresh else "adapter at the start"
     title = f"SAE probe of held-out images, epoch {max(rows)}"
     published = trained.config.get("probe", {}).get("published_curves", False)
-    probe_figure(rows, max(rows), panels, title, control, published).savefig(path, dpi=80)
+    figure = probe_figure(rows, max(rows), panels, title, control, published)
+    write_whole(path, lambda part: figure.savefig(part, dpi=80))
     return True
 
 
