@@ -102,6 +102,14 @@ class Checkpoints(Checkpoint):
     # -- when -------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self.dirpath is not None
+        run = self.dirpath.parent
+        is_new = trainer.ckpt_path is None and trainer.global_step == 0
+        if is_new and (self.dirpath / "last.ckpt").is_file():
+            raise ValueError(
+                f"{run} holds a run already: go on with it (--ckpt_path {run}), or give this one a folder "
+                "of its own, by another name or version of the logger."
+            )
         # Lightning does nothing in a run that has all its steps, also if the end of the epoch is to come.
         self._max_steps = trainer.fit_loop.epoch_loop.max_steps
         if self._ends_epoch == self._max_steps:

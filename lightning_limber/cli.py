@@ -17,7 +17,8 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_limber.callbacks import CaptionSamples, Checkpoints, RunRecord, SAEProbe
@@ -31,7 +32,7 @@ from lightning_limber.utils.adapter_config import upgrade_config
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
 from lightning_limber.utils.commands import COMMANDS, program
 from lightning_limber.utils.config_files import config_dir, default_experiment, find_configs, split_exports
-from lightning_limber.utils.files import write_text
+from lightning_limber.utils.files import new_folder, write_text
 from lightning_limber.utils.parser import Parser
 from lightning_limber.utils.trust import class_paths, read_config
 
@@ -69,6 +70,23 @@ def default_precision(accelerator: str) -> str:
 class Trainer(pl.Trainer):
     """Options of Lightning's Trainer."""
 
+    runs = Path("runs/default")
+    """Where a run whose logger has no folder for it gets one."""
+    run_folder: str | None = None
+
+    @property
+    def log_dir(self) -> str | None:
+        """The run's own folder, whatever the logger. Lightning's is shared by all runs where the logger is
+        neither TensorBoard's nor CSV. Ask for it in all processes.
+        """
+        for logger in self.loggers:
+            if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+                return self.strategy.broadcast(logger.log_dir)
+        if self.run_folder is None:
+            folder = new_folder(self.runs) if self.is_global_zero else None
+            self.run_folder = self.strategy.broadcast(folder)
+        return self.run_folder
+
     def plan(self) -> None:
         """Says what a run will cost (FLOPs, memory, hours), without loading a weight."""
 
@@ -86,6 +104,8 @@ class LimberCLI(LightningCLI):
     own (``probe``, ``captions``, ``checkpoint``), with a resume that never changes a setting
     silently, and with the subcommands ``plan`` and ``export``.
     """
+
+    _run_folder: Path | None = None  # Of a run that goes on.
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -201,8 +221,16 @@ class LimberCLI(LightningCLI):
         if checkpoint is not None and checkpoint.parent.name == "checkpoints":
             run = checkpoint.parent.parent
             return str(run.parent.parent), run.parent.name
-        options = getattr(self._settings.trainer.logger, "init_args", None) or {}
+        loggers = self._loggers() or self._loggers(("",))
+        options = loggers[0].init_args if loggers else {}
         return options.get("save_dir") or "runs", options.get("name") or "default"
+
+    def _loggers(self, kinds: tuple[str, ...] = ("TensorBoardLogger", "CSVLogger")) -> list[Any]:
+        """Settings of the loggers of these classes, by default of those that have a folder for each run."""
+        loggers = self._settings.trainer.logger
+        specs = loggers if isinstance(loggers, list) else [loggers]
+        specs = [spec for spec in specs if isinstance(spec, Namespace) and "init_args" in spec]
+        return [spec for spec in specs if spec.class_path.endswith(kinds)]
 
     def _name_slurm_run(self) -> Path | None:
         """Names a batch job's run after the job; the checkpoint to go on from when the job was requeued."""
@@ -219,12 +247,17 @@ class LimberCLI(LightningCLI):
 
     def _continue_logs(self, path: Path, step: int) -> None:
         """Logs go on in the run's own folder; what was logged after the checkpoint is replaced."""
-        logger = self._settings.trainer.logger
-        is_tensorboard = getattr(logger, "class_path", "").endswith("TensorBoardLogger")
-        if path.parent.name == "checkpoints" and is_tensorboard:
-            logger.init_args.save_dir, logger.init_args.name = self._log_folder(path)
-            logger.init_args.version = path.parent.parent.name
-            logger.dict_kwargs = {"purge_step": step + 1}
+        if path.parent.name == "checkpoints":
+            self._run_folder = path.parent.parent
+            for logger in self._loggers():
+                logger.init_args.save_dir, logger.init_args.name = self._log_folder(path)
+                logger.init_args.version = self._run_folder.name
+                if logger.class_path.endswith("TensorBoardLogger"):
+                    logger.dict_kwargs = {"purge_step": step + 1}
+            # CSVLogger begins its file anew.
+            table = self._run_folder / "metrics.csv"
+            if table.is_file() and rank_zero_only.rank == 0:
+                table.replace(table.with_name(f"metrics_to_step_{step}.csv"))
         rank_zero_info(f"[resume] continuing {path} from step {step}")
         if step == self._settings.trainer.max_steps:
             rank_zero_info(
@@ -252,7 +285,12 @@ class LimberCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """None for a plan or an export: they run nothing, and a plan's devices are elsewhere."""
-        return None if self.subcommand in ("plan", "export") else super().instantiate_trainer(**kwargs)
+        if self.subcommand in ("plan", "export"):
+            return None
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.runs = Path(*self._log_folder(None))
+        trainer.run_folder = str(self._run_folder) if self._run_folder else None
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "plan":

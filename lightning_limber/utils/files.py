@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,15 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """`write_whole` of text in UTF-8."""
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def new_folder(parent: Path) -> str:
+    """Makes the first ``version_N`` in `parent` that nobody has."""
+    for number in count():
+        folder = parent / f"version_{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return str(folder)
+    raise AssertionError
