@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -256,8 +256,8 @@ class LimberCLI(LightningCLI):
                     logger.dict_kwargs = {"purge_step": step + 1}
             # CSVLogger begins its file anew.
             table = self._run_folder / "metrics.csv"
-            if table.is_file() and rank_zero_only.rank == 0:
-                table.replace(table.with_name(f"metrics_to_step_{step}.csv"))
+            if table.is_file():
+                rank_zero_only(table.replace)(table.with_name(f"metrics_to_step_{step}.csv"))
         rank_zero_info(f"[resume] continuing {path} from step {step}")
         if step == self._settings.trainer.max_steps:
             rank_zero_info(
@@ -287,7 +287,7 @@ class LimberCLI(LightningCLI):
         """None for a plan or an export: they run nothing, and a plan's devices are elsewhere."""
         if self.subcommand in ("plan", "export"):
             return None
-        trainer = super().instantiate_trainer(**kwargs)
+        trainer = cast(Trainer, super().instantiate_trainer(**kwargs))
         trainer.runs = Path(*self._log_folder(None))
         trainer.run_folder = str(self._run_folder) if self._run_folder else None
         return trainer
