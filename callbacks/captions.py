@@ -13,12 +13,17 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_limber.captioning.figures import caption_figure
-from lightning_limber.captioning.scores import Score, caption_scores, most_frequent_caption
+from lightning_limber.captioning.scores import (
+    Score,
+    most_frequent_caption,
+    scores_by_image,
+    scores_of_set,
+)
 from lightning_limber.data import CaptionData
 from lightning_limber.data.loader import RecordSet
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
-from lightning_limber.probe.statistics import bootstrap_weights, interval
+from lightning_limber.utils.by_image import add_arrays, images_file
 from lightning_limber.utils.files import write_text, write_whole
 
 from .run_record import log_figure
@@ -35,6 +40,7 @@ class Baseline(NamedTuple):
 class Captioned:
     """Images with their own captions and the model's; one entry an image."""
 
+    names: list[str] = field(default_factory=list)
     written: list[str] = field(default_factory=list)
     references: list[list[str]] = field(default_factory=list)
     scenes: list[Any] = field(default_factory=list)
@@ -51,9 +57,10 @@ class CaptionSamples(pl.Callback):
     ``captions/{score}``: cider_d, bleu_4, rouge_l and, with a CLIP, clip_score and ref_clip_score. With
     their 95 % bootstrap intervals over images they go to ``captions.csv`` in the run's folder (run, epoch,
     writer, metric, value, low, high). ``captions_epoch_{n}.jsonl`` holds the captions of the drawn images,
-    with a small JPEG of each. ``validate`` and ``test`` score the checkpoint that they are given, as the
-    last epoch that it finished; ``test`` on the data set's test part (where it has none, the held-out set),
-    with ``captions_test`` for ``captions`` in all names.
+    with a small JPEG of each, and ``images_epoch_{n}.npz`` the scores of each image (by_image.py).
+    ``validate`` and ``test`` score the checkpoint that they are given, as the last epoch that it finished;
+    ``test`` on the data set's test part (where it has none, the held-out set), with ``captions_test`` for
+    ``captions`` in all names.
 
     Where the data set can score a caption (`CaptionData.score_caption`; scenes can, exactly), the share
     of right slots (slot accuracy) is logged as ``captions/{slot}`` (in the table ``slots/{slot}``), and
@@ -110,16 +117,18 @@ class CaptionSamples(pl.Callback):
         if not trainer.is_global_zero:
             return
 
-        def score(captions: list[str]) -> dict[str, Score]:
-            agreement = caption_scores(
+        def by_image(captions: list[str]) -> dict[str, torch.Tensor]:
+            agreement = scores_by_image(
                 captions, found.references, found.images, self.clip, pl_module.device
             )
-            return agreement | slot_scores(data, captions, found.scenes)
+            return agreement | slot_counts(data, captions, found.scenes)
 
         if new:
             for baseline in baselines.values():
-                baseline.scores.update(score([baseline.caption] * len(found.written)))
-        scores = score(found.written)
+                of_one = by_image([baseline.caption] * len(found.written))
+                baseline.scores.update(scores_of_set(of_one))
+        measured = by_image(found.written)
+        scores = scores_of_set(measured)
         epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else max(self.history, default=0)
         # What `test` finds, on other images, is no epoch of the run.
         history = {} if testing else self.history
@@ -130,9 +139,13 @@ class CaptionSamples(pl.Callback):
             words = json.dumps({writer: of.caption for writer, of in baselines.items()}, indent=1)
             write_text(Path(folder) / f"{name}_baselines.json", words)
             write_gallery(Path(folder) / f"{name}_epoch_{epoch}.jsonl", found)
+            arrays: dict[str, Any] = {metric: values.numpy() for metric, values in measured.items()}
+            arrays["names"] = found.names
+            add_arrays(images_file(Path(folder), epoch, testing), "captions", arrays)
         first = [captions[0] for captions in found.references]
         log_figure(trainer, name, caption_figure(found.shown, first, found.written))
-        chance = slot_scores(data, found.written, found.scenes[1:] + found.scenes[:1])
+        of_others = slot_counts(data, found.written, found.scenes[1:] + found.scenes[:1])
+        chance = scores_of_set(of_others)
         tags = {name: scores, f"{name}_chance": chance}
         _log(trainer, tags | {f"{name}_{writer}": of.scores for writer, of in baselines.items()})
         if new:
@@ -158,6 +171,7 @@ class CaptionSamples(pl.Callback):
             batch = trainer.strategy.batch_to_device(batch)
             with trainer.precision_plugin.val_step_context():
                 found.written += self._captions(model, model.image_tokens(batch))
+            found.names += batch.image_ids
             found.references += batch.captions
             found.scenes += batch.scenes
             found.images += [records[index].image for index in batch.index] if self.clip else []
@@ -243,17 +257,15 @@ def write_gallery(path: Path, found: Captioned) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def slot_scores(data: CaptionData, written: list[str], scenes: list[Any]) -> dict[str, Score]:
-    """Share of right slots of I captions by kind of slot, and over ``slots/all`` of them, with intervals
-    over images; empty without ground truth.
+def slot_counts(data: CaptionData, written: list[str], scenes: list[Any]) -> dict[str, torch.Tensor]:
+    """Right slots of I captions and all of them, [I, 2], by ``slots/{kind}``, and ``slots/all``; empty
+    without ground truth.
     """
-    counts: dict[str, torch.Tensor] = {}  # [I, 2] right slots and all.
+    counts: dict[str, torch.Tensor] = {}
     for i, (caption, scene) in enumerate(zip(written, scenes, strict=True)):
         for slot, found in (data.score_caption(caption, scene) or {}).items():
             # `held_out` repeats slots of other kinds: it is not counted twice.
             for name in (slot,) if slot == "held_out" else (slot, "all"):
-                of_slot = counts.setdefault(name, torch.zeros(len(written), 2, dtype=torch.float64))
-                of_slot[i] += torch.tensor(found)
-    weights = bootstrap_weights(len(written), 1000, seed=0)  # [R, I]
-    sums = {name: weights @ of_slot for name, of_slot in counts.items()}  # [R, 2]
-    return {f"slots/{name}": Score(*interval(of[:, 0] / of[:, 1])) for name, of in sums.items()}
+                none = torch.zeros(len(written), 2, dtype=torch.float64)
+                counts.setdefault(f"slots/{name}", none)[i] += torch.tensor(found)
+    return counts

@@ -1,4 +1,6 @@
-"""What is needed to read a run later and to repeat it: command, versions, hardware, hyper-parameters."""
+"""What is needed to read a run later and to repeat it: command, versions, hardware, hyper-parameters; and
+what validation found.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.tensorboard.summary import hparams
 
 from lightning_limber.data.collate import Batch
+from lightning_limber.models.limber import Limber
 from lightning_limber.probe.palette import Panel, ordered_groups
 from lightning_limber.probe.tables import Row
+from lightning_limber.utils.by_image import add_arrays, images_file
 from lightning_limber.utils.checkpoints import FREE
-from lightning_limber.utils.files import write_text
+from lightning_limber.utils.files import write_text, write_whole
 from lightning_limber.utils.flops import FlopCounter
 
 PACKAGES = (
@@ -35,11 +40,17 @@ PACKAGES = (
     "jsonargparse",
 )
 SCORES = ("cider_d", "bleu_4", "rouge_l", "clip_score", "ref_clip_score")
+Interval = tuple[float, float, float]
 HPARAM_METRICS = ("val/loss", "val/loss_shuffled", "val/accuracy", "captions/cider_d", "captions/all")
 
 
 class RunRecord(pl.Callback):
     """Writes ``run.json`` into the run's folder and hyper-parameters to TensorBoard, and logs its costs.
+
+    Held-out loss and accuracy of each validation go to ``validation.csv`` (run, epoch, step, split, metric,
+    value, low, high), with 95 % bootstrap intervals over images, and by image to ``images_epoch_{n}.npz``
+    (by_image.py). What `test` finds goes to ``test.csv`` and ``test_images_epoch_{n}.npz``, as the last
+    epoch that the checkpoint finished.
 
     ``run.json`` lists, for each start of the run (a resumed one has several): command, versions, device,
     numbers of trained parameters and of images. ``memory/peak_gb`` (1e9 bytes) is the device's on a GPU,
@@ -52,6 +63,9 @@ class RunRecord(pl.Callback):
         self._session_end: Any = None
         self._counter: FlopCounter | None = None
         self._records = 0
+        self.history: dict[int, tuple[int, dict[str, Interval]]] = {}
+        """Epoch and scores of each validation, by step."""
+        self._names: dict[int, str] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = trainer.log_dir  # Asks all processes.
@@ -107,6 +121,60 @@ class RunRecord(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"memory/peak_gb": peak / 1e9}, step=trainer.global_step)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._names = {}
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._names |= zip(batch.index, batch.image_ids, strict=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes down what the module found at the end of the epoch, after its callbacks."""
+        assert isinstance(pl_module, Limber)
+        found = pl_module.held_out_sums
+        if trainer.sanity_checking or found is None:
+            return
+        folder = trainer.log_dir  # Asks all processes.
+        names = dict(gather(trainer, list(self._names.items())))
+        step, testing = trainer.global_step, trainer.state.fn == "test"
+        epoch = trainer.current_epoch + 1
+        if trainer.state.fn != "fit":  # A checkpoint's, as the last epoch that it finished.
+            step = max(self.history, default=0)
+            epoch = self.history[step][0] if self.history else 0
+        history = {} if testing else self.history
+        history[step] = epoch, found.scores
+        if not trainer.is_global_zero or not folder or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        write_validation(Path(folder) / ("test.csv" if testing else "validation.csv"), history, testing)
+        arrays = {name: sums.numpy() for name, sums in found.by_image().items()}
+        arrays["names"] = np.array([names[i] for i in found.index.tolist()])
+        add_arrays(images_file(Path(folder), epoch, testing), "held_out", arrays)
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_end = on_validation_end
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "history": {
+                step: [epoch, {name: list(score) for name, score in scores.items()}]
+                for step, (epoch, scores) in self.history.items()
+            }
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = {
+            step: (epoch, {name: (value, low, high) for name, (value, low, high) in scores.items()})
+            for step, (epoch, scores) in state_dict["history"].items()
+        }
+
     def _write(self, folder: Path, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
         path = folder / "run.json"
         starts = earlier_starts(path)
@@ -146,6 +214,34 @@ def earlier_starts(path: Path) -> list[dict[str, Any]]:
         kept = path.replace(path.with_name("run.damaged.json"))
         rank_zero_warn(f"{path} is damaged ({error}): it is kept as {kept}, and a new one begins.")
         return []
+
+
+def gather(trainer: pl.Trainer, items: list) -> list:
+    """The items of all processes."""
+    if trainer.world_size == 1:
+        return items
+    parts: list[list] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def write_validation(
+    path: Path, history: dict[int, tuple[int, dict[str, Interval]]], testing: bool = False
+) -> None:
+    """All validations so far as one tidy table."""
+    import pandas as pd
+
+    run = f"{path.parent.parent.name}/{path.parent.name}"
+    split = "test" if testing else "val"
+    table = pd.DataFrame(
+        [
+            (run, epoch, step, split, name, *score)
+            for step, (epoch, scores) in sorted(history.items())
+            for name, score in scores.items()
+        ],
+        columns="run epoch step split metric value low high".split(),
+    )
+    write_whole(path, lambda part: table.to_csv(part, index=False))
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,13 +27,16 @@ from lightning_limber.probe.load import build_probe
 from lightning_limber.probe.palette import write_panels
 from lightning_limber.probe.passes import Probe, Report
 from lightning_limber.probe.patches import PatchMap, patch_maps
-from lightning_limber.probe.tables import History, Row, scalars, write_tables
+from lightning_limber.probe.tables import History, Row, arrays_by_image, scalars, write_tables
+from lightning_limber.utils.by_image import add_arrays, images_file
 from lightning_limber.utils.files import write_whole
 from lightning_limber.utils.flops import FlopCounter
 
-from .run_record import log_figure, log_layout
+from .run_record import gather, log_figure, log_layout
 
 NUM_PATCH_IMAGES = 4
+NUM_TRAINING_RECORDS = 256
+"""Whose captions metrics may compare with."""
 
 
 @dataclass
@@ -59,7 +62,8 @@ class SAEProbe(pl.Callback):
 
     Numbers go to every logger as ``{metric}/{group}/layer_{l}``, with their 95 % bootstrap intervals to
     ``probe.csv`` and ``probe.parquet`` in the run's folder (run, epoch, layer, group, metric, value,
-    low, high), and as figures to TensorBoard. ``flops/probe`` is counted in the probe before training.
+    low, high), by image to ``images_epoch_{n}.npz`` (by_image.py), and as figures to TensorBoard.
+    ``flops/probe`` is counted in the probe before training.
     ``patches_epoch_{n}.jpg`` shows on which patches latents fire whose descriptions match the caption, at
     the layer where `match` is highest.
 
@@ -139,16 +143,10 @@ class SAEProbe(pl.Callback):
             raise ValueError(
                 f"probe.num_images={self.num_images}: each of {trainer.world_size} processes needs one."
             )
-
-        def gather(items: list) -> list:
-            if trainer.world_size == 1:
-                return items
-            parts: list[list] = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(parts, items)
-            return [item for part in parts for item in part]
-
         context = trainer.precision_plugin.val_step_context
-        self._probe = build_probe(module, self.config, context, gather)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        texts = partial(data.training_captions, NUM_TRAINING_RECORDS)
+        self._probe = build_probe(module, self.config, context, partial(gather, trainer), texts)
 
     def _run_and_log(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -182,6 +180,8 @@ class SAEProbe(pl.Callback):
         if files:
             write_tables(files, self.history, epoch, report.tables)
             write_panels(self.probe.panels, files)
+            arrays = arrays_by_image(report.by_image, report.images)
+            add_arrays(images_file(files, epoch), "probe", arrays)
         self._log_figures(trainer, module, epoch, report)
         if patches is not None:
             figure = patch_figure(*patches)

@@ -13,11 +13,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -32,8 +30,8 @@ from lightning_limber.utils.adapter_config import upgrade_config
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
 from lightning_limber.utils.commands import COMMANDS, program
 from lightning_limber.utils.config_files import config_dir, default_experiment, find_configs, split_exports
-from lightning_limber.utils.files import new_folder, write_text
 from lightning_limber.utils.parser import Parser
+from lightning_limber.utils.trainer import SaveConfig, Trainer
 from lightning_limber.utils.trust import class_paths, read_config
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "export")
@@ -65,38 +63,6 @@ def default_precision(accelerator: str) -> str:
     if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
         return "bf16-mixed" if cpu_multiplies_bfloat16() else "32-true"
     return "32-true"
-
-
-class Trainer(pl.Trainer):
-    """Options of Lightning's Trainer."""
-
-    runs = Path("runs/default")
-    """Where a run whose logger has no folder for it gets one."""
-    run_folder: str | None = None
-
-    @property
-    def log_dir(self) -> str | None:
-        """The run's own folder, whatever the logger. Lightning's is shared by all runs where the logger is
-        neither TensorBoard's nor CSV. Ask for it in all processes.
-        """
-        for logger in self.loggers:
-            if isinstance(logger, (TensorBoardLogger, CSVLogger)):
-                return self.strategy.broadcast(logger.log_dir)
-        if self.run_folder is None:
-            folder = new_folder(self.runs) if self.is_global_zero else None
-            self.run_folder = self.strategy.broadcast(folder)
-        return self.run_folder
-
-    def plan(self) -> None:
-        """Says what a run will cost (FLOPs, memory, hours), without loading a weight."""
-
-    def export(self, ckpt_path: str = "last", output: str = "export") -> None:
-        """Writes a run's adapter as a folder for a hub: weights, config, model card.
-
-        Args:
-            ckpt_path: A checkpoint, a run's folder, or ``last``.
-            output: The folder.
-        """
 
 
 class LimberCLI(LightningCLI):
@@ -357,29 +323,6 @@ def _as_given(config: dict[str, Any]) -> dict[str, Any]:
     if follows and optimizer.get("total_steps") == trainer.get("max_steps"):  # type: ignore[union-attr]
         optimizer.pop("total_steps", None)  # type: ignore[union-attr]
     return config
-
-
-class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml``, for a new run: it names no checkpoint and no version of this one's folder,
-    and a schedule that follows trainer.max_steps still does.
-    """
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        folder = trainer.log_dir  # Asks all processes.
-        if self.already_saved or not trainer.is_global_zero or folder is None:
-            return
-        config, self.already_saved = self.config.clone(), True
-        for key in ("config", "ckpt_path"):
-            config.pop(key, None)
-        loggers = config.trainer.logger
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
-            if "version" in (getattr(logger, "init_args", None) or {}):
-                logger.init_args.version = None
-                logger.pop("dict_kwargs", None)
-        if config.model.optimizer.total_steps == config.trainer.max_steps:
-            config.model.optimizer.total_steps = "${trainer.max_steps}"
-        text = self.parser.dump(config, skip_unset=False, skip_validation=True)
-        write_text(Path(folder) / self.config_filename, text)
 
 
 def main(args: list[str] | None = None) -> LimberCLI:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -44,9 +45,20 @@ def test_every_epoch_is_validated_and_logged_once(straight, fit, hook):
     with pytest.raises(Crash):
         fit(*EXTRA, *crash_flags("batches", hook, 4))
     fit("--ckpt_path=last", *crash_flags("batches"), base=False)
-    expected = scalars(straight / "runs/default/version_0", "val/loss")
+    whole = straight / "runs/default/version_0"
+    expected = scalars(whole, "val/loss")
     assert scalars(Path("runs/default/version_0"), "val/loss") == expected
     assert len(expected) == 3
+    # The tables by run and by image are whole, and the same.
+    tables = [root / "validation.csv" for root in (Path("runs/default/version_0"), whole)]
+    assert len(tables[1].read_text().splitlines()) == 1 + 3 * 4
+    assert tables[0].read_text() == tables[1].read_text()
+    for n in (1, 2, 3):
+        with (
+            np.load(tables[0].with_name(f"images_epoch_{n}.npz")) as a,
+            np.load(whole / f"images_epoch_{n}.npz") as b,
+        ):
+            assert np.array_equal(a["held_out/loss"], b["held_out/loss"])
 
 
 @pytest.mark.slow

@@ -48,20 +48,17 @@ class Score(NamedTuple):
     high: float
 
 
-def caption_scores(
+def scores_by_image(
     candidates: Sequence[str],
     references: Sequence[Sequence[str]],
     images: Sequence[Image] = (),
     clip: str | None = None,
     device: torch.device | str = "cpu",
-    samples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Score]:
+) -> dict[str, Tensor]:
     """Scores one written caption of each image against the image's own captions.
 
     CIDEr-D depends on the set: the weight of an n-gram falls with the share of these I images that have
-    it in a reference, so numbers of different sets do not compare, and with one image it is 0. The
-    bootstrap keeps these weights.
+    it in a reference, so numbers of different sets do not compare, and with one image it is 0.
 
     Args:
         candidates: I written captions.
@@ -69,17 +66,12 @@ def caption_scores(
         images: I images; needed with `clip` only.
         clip: Name or folder of a CLIP model of transformers; None leaves out the scores that need one.
         device: Where the CLIP runs.
-        samples: Bootstrap samples over images.
-        seed: Seed of the bootstrap.
+
+    Returns:
+        Scores [I, 2] by name: numerator and denominator, which is 1; of ``bleu_4`` `bleu_counts` [I, 10].
 
     Raises:
         ValueError: an image has no reference, or the numbers of captions and images differ.
-
-    Example:
-        >>> references = [["a red cat sits", "a cat"], ["two dogs run on grass"]]
-        >>> scores = caption_scores(["A cat.", "Two dogs run on grass!"], references)
-        >>> {name: round(score.value, 3) for name, score in scores.items()}
-        {'cider_d': 6.668, 'bleu_4': 1.0, 'rouge_l': 1.0}
     """
     if len(candidates) != len(references) or (clip and len(images) != len(candidates)):
         raise ValueError(
@@ -93,14 +85,50 @@ def caption_scores(
         )
     written = [tokenize(caption) for caption in candidates]
     known = [[tokenize(caption) for caption in captions] for captions in references]
-    by_image = {"cider_d": cider_d(written, known), "rouge_l": rouge_l(written, known)}
+    found = {"cider_d": cider_d(written, known), "rouge_l": rouge_l(written, known)}
     if clip:
-        by_image |= clip_scores(images, candidates, references, clip, device)
-    weights = bootstrap_weights(len(candidates), samples, seed)  # [R, I]
-    values = {name: weights @ scores / len(candidates) for name, scores in by_image.items()}  # [R] each
-    values["bleu_4"] = bleu(weights @ bleu_counts(written, known))
+        found |= clip_scores(images, candidates, references, clip, device)
+    by_image = {name: torch.stack([score, torch.ones_like(score)], dim=-1) for name, score in found.items()}
+    by_image["bleu_4"] = bleu_counts(written, known)
     order = ("cider_d", "bleu_4", "rouge_l", "clip_score", "ref_clip_score")
-    return {name: Score(*interval(values[name])) for name in order if name in values}
+    return {name: by_image[name] for name in order if name in by_image}
+
+
+def scores_of_set(by_image: dict[str, Tensor], samples: int = 1000, seed: int = 0) -> dict[str, Score]:
+    """Scores of a set of images, of their `scores_by_image` or slots [I, 2] (right, and all).
+
+    The intervals keep the weights that CIDEr-D gives to n-grams.
+
+    Args:
+        by_image: By name.
+        samples: Bootstrap samples over images.
+        seed: Seed of the bootstrap.
+    """
+    found = {}
+    for name, values in by_image.items():
+        sums = bootstrap_weights(len(values), samples, seed) @ values  # [1 + R, 2] or [1 + R, 10]
+        found[name] = Score(*interval(bleu(sums) if name == "bleu_4" else sums[:, 0] / sums[:, 1]))
+    return found
+
+
+def caption_scores(
+    candidates: Sequence[str],
+    references: Sequence[Sequence[str]],
+    images: Sequence[Image] = (),
+    clip: str | None = None,
+    device: torch.device | str = "cpu",
+    samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Score]:
+    """`scores_of_set` of the `scores_by_image` of these captions.
+
+    Example:
+        >>> references = [["a red cat sits", "a cat"], ["two dogs run on grass"]]
+        >>> scores = caption_scores(["A cat.", "Two dogs run on grass!"], references)
+        >>> {name: round(score.value, 3) for name, score in scores.items()}
+        {'cider_d': 6.668, 'bleu_4': 1.0, 'rouge_l': 1.0}
+    """
+    return scores_of_set(scores_by_image(candidates, references, images, clip, device), samples, seed)
 
 
 def most_frequent_caption(captions: Iterable[str]) -> str:

@@ -69,9 +69,10 @@ class Sequences:
     """Tokens that the probe reads: flat positions [m], and the image [m] that each belongs to.
 
     ``image`` holds an image's tokens once, ``image_copies`` those in all its sequences, ``caption`` those
-    of the captions but the first. The first position of a sequence is in no group: whatever stands there is
-    an attention sink. Nor is a caption's first token: without an image it follows the same tokens in every
-    caption, and is mostly the same word, so that it is one datum for all of them.
+    of the captions but the first, ``prompt`` all of a sequence. The first position of a sequence is in no
+    group: whatever stands there is an attention sink. Nor, but in ``prompt``, is a caption's first token:
+    without an image it follows the same tokens in every caption, and is mostly the same word, so that it is
+    one datum for all of them.
     """
 
     def attention_mask(self) -> Tensor | None:
@@ -191,17 +192,21 @@ def lay_out(
         # An image with several captions stands in several sequences: it counts once.
         first = with_image[np.unique(images[with_image], return_index=True)[1]]
         before = np.arange(len(prefix_ids) == 0, image_tokens) + len(prefix_ids)
-        captions = [start + one.captions[one.captions > 0] for start, one in zip(starts, laid, strict=True)]
+        captions = [one.captions[one.captions > 0] for one in laid]
+        prompts = [np.arange(1, len(one.ids)) for one in laid]
+
+        def of_sequences(places: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+            flat = [start + of_one for start, of_one in zip(starts, places, strict=True)]
+            return _flat(flat), torch.from_numpy(np.repeat(images, [len(found) for found in places]))
+
         made.groups = {
             "image": (_flat(starts[first, None] + before), _each(images[first], len(before))),
             "image_copies": (
                 _flat(starts[with_image, None] + before),
                 _each(images[with_image], len(before)),
             ),
-            "caption": (
-                _flat(captions),
-                torch.from_numpy(np.repeat(images, [len(found) for found in captions])),
-            ),
+            "caption": of_sequences(captions),
+            "prompt": of_sequences(prompts),
         }
     return made
 

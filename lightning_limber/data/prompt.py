@@ -169,6 +169,16 @@ class Prompt:
         limit = self.max_caption_tokens
         return Text(ids[:limit], is_caption[:limit], is_target[:limit], len(ids) > limit)
 
+    def caption_spans(self, caption: str) -> list[tuple[int, int]]:
+        """Characters [start, end) of a caption that its tokens stand for, those that `text` keeps."""
+        start, end = len(self.before), len(self.before) + len(caption)
+        whole = f"{self.before}{caption}{self.after}"
+        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = [
+            (a - start, b - start) for a, b in encoded["offset_mapping"] if _inside([(start, end)], a, b)
+        ]
+        return offsets[: self.max_caption_tokens]
+
     def _conversation(self, turns: Turns, has_image: bool) -> tuple[str, list[tuple[int, int]]]:
         """The text after the image, and where the assistant's turns are in it."""
         pieces = self._between_turns(len(turns))

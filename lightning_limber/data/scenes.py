@@ -80,7 +80,10 @@ def describe(scene: dict[str, Any]) -> str:
 
 
 def draw(scene: dict[str, Any], rng: random.Random, image_size: int) -> Image.Image:
-    """Draws the scene, with a little jitter of place and size, and adds each object's box (pixels)."""
+    """Draws the scene, with a little jitter of place and size, and adds its own size and each object's box
+    (pixels).
+    """
+    scene["image_size"] = image_size
     scale = 2 * image_size / 112  # Twice as large, then reduced: smooth edges.
     side = 2 * image_size
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene["background"]])

@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from lightning_limber import __version__
 from lightning_limber.data.collate import Batch, Collator
@@ -28,6 +27,7 @@ from lightning_limber.models.build import build
 from lightning_limber.models.feature_cache import FeatureCache, KeptFeatures, open_feature_cache
 from lightning_limber.models.finite import FiniteCheck
 from lightning_limber.models.generation import Caption, Decoding, generate
+from lightning_limber.models.held_out import HeldOut, HeldOutSums, in_words
 from lightning_limber.models.llm import LLM
 from lightning_limber.models.optimizer import (
     OptimizerConfig,
@@ -107,10 +107,9 @@ class Limber(pl.LightningModule):
         """The run's whole config as YAML, set by the CLI; travels in the checkpoint."""
         self.decoding = Decoding()
         """How `predict` writes, set by the CLI."""
-        # Held-out images with their own captions, and with another image's.
-        self.val_loss, self.val_loss_shuffled, self.val_accuracy = (
-            MeanMetric().set_dtype(torch.float64) for _ in range(3)
-        )
+        self.held_out = HeldOut()
+        self.held_out_sums: HeldOutSums | None = None
+        """What the newest validation found, by image."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Limber:
         for frozen in (self.vision, self.llm):
@@ -267,27 +266,15 @@ class Limber(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         _, losses, correct = self(batch)
-        own = batch.own_labels
-        # Sums are kept apart from counts and added over processes: no image counts twice.
-        self.val_loss.update(losses[:own])
-        self.val_accuracy.update(correct[:own].double())
-        self.val_loss_shuffled.update(losses[own:])
+        self.held_out.update(batch, losses, correct)
 
     def on_validation_epoch_end(self) -> None:
         split = "test" if self.trainer.state.fn == "test" else "val"
-        loss = self.val_loss.compute()
-        values = {
-            "loss": loss,
-            # If this is no higher, the model does not look at the image.
-            "loss_shuffled": self.val_loss_shuffled.compute(),
-            "perplexity": loss.exp(),
-            "accuracy": self.val_accuracy.compute(),
-        }
-        self.log_dict({f"{split}/{name}": value.float() for name, value in values.items()}, prog_bar=True)
-        text = ", ".join(f"{name} {float(value):.3f}" for name, value in values.items())
-        rank_zero_info(f"[{split}] step {self.global_step}: {text}")
-        for metric in (self.val_loss, self.val_loss_shuffled, self.val_accuracy):
-            metric.reset()
+        self.held_out_sums = self.held_out.compute()
+        self.held_out.reset()
+        scores = self.held_out_sums.scores
+        self.log_dict({f"{split}/{name}": score[0] for name, score in scores.items()}, prog_bar=True)
+        rank_zero_info(f"[{split}] step {self.global_step}: {in_words(scores)}")
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end

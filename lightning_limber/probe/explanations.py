@@ -87,6 +87,11 @@ class Descriptions:
     texts: list[str]
     density: Tensor
 
+    @property
+    def described(self) -> Tensor:
+        """[K] whether a latent has a description."""
+        return torch.tensor([bool(text) for text in self.texts])
+
     @classmethod
     def read(cls, where: str, d_sae: int) -> Descriptions:
         """Reads explanations in Neuronpedia's export format; of several for a latent the first counts.

@@ -117,7 +117,8 @@ def _draw_published(axis: Any, metric: str, layers: list[int]) -> None:
     paper = published_curves()
     depth = np.array(paper["layers"]) / max(paper["layers"]) * max(layers)
     for group, values in paper["curves"].get(metric, {}).items():
-        axis.plot(depth, values, ":", color=COLOURS[group], lw=1, alpha=0.9, label=f"{group}, {PAPER_NAME}")
+        label = f"{paper['legend'][group]}, {PAPER_NAME}"  # Its groups are other tokens than ours.
+        axis.plot(depth, values, ":", color=COLOURS[group], lw=1, alpha=0.9, label=label)
 
 
 def heatmap_figure(history: History, panels: Sequence[Panel], title: str) -> Figure | None:

@@ -36,7 +36,7 @@ class _Forward:
 class Intervention:
     """One batch's clean forward, whose residual streams are kept, and forwards that branch off from it.
 
-    Losses are cross-entropy in nats, summed over each image's targets: [B] float64.
+    Losses are cross-entropy in nats, summed over each image's targets, [B] float64, or of each target.
 
     Args:
         probe: The probe.
@@ -69,13 +69,22 @@ class Intervention:
         return self._sum(self.batch, torch.ones_like(self.batch.labels, dtype=torch.float64))
 
     @cached_property
+    def clean_label_losses(self) -> Tensor:
+        """[n] cross-entropy of every label, with nothing replaced."""
+        return self._label_losses(self.batch, self._clean.hidden)
+
+    @cached_property
     def clean_losses(self) -> Tensor:
         """Losses with nothing replaced."""
-        return self._losses(self.batch, self._clean.hidden)
+        return self._sum(self.batch, self.clean_label_losses)
+
+    def label_losses(self, hook: str, new: Tensor) -> Tensor:
+        """As `clean_label_losses`, with tokens [n, D] in place of `image_tokens` at this layer."""
+        return self._branch(self._clean, hook, self.batch.groups["image_copies"][0], new)
 
     def losses(self, hook: str, new: Tensor) -> Tensor:
         """Losses with tokens [n, D] in place of `image_tokens` at this layer."""
-        return self._branch(self._clean, hook, self.batch.groups["image_copies"][0], new)
+        return self._sum(self.batch, self.label_losses(hook, new))
 
     def swapped_losses(self, hook: str) -> Tensor:
         """Losses with another image's residual stream in place of `image_tokens` at this layer."""
@@ -93,7 +102,8 @@ class Intervention:
         positions, _ = text.sequences.groups["caption"]
         x = text.residuals[hook].flatten(0, 1).index_select(0, positions)
         spliced = self._branch(text, hook, positions, self.splice(hook, x))
-        return torch.stack([self._losses(text.sequences, text.hidden), spliced], dim=-1)
+        clean = self._label_losses(text.sequences, text.hidden)
+        return torch.stack([self._sum(text.sequences, losses) for losses in (clean, spliced)], dim=-1)
 
     def filled(self, group: str) -> dict[str, Tensor]:
         """[n, D] by hook name: what the LLM makes of a group that stands in the image's place."""
@@ -140,11 +150,12 @@ class Intervention:
         residual = clean.residuals[hook]
         spliced = residual.flatten(0, 1).index_copy(0, positions, new).view_as(residual)
         hidden = self.probe.model.llm.decode(spliced, first_layer=next_layer(hook))
-        return self._losses(clean.sequences, hidden)
+        return self._label_losses(clean.sequences, hidden)
 
-    def _losses(self, sequences: Sequences, hidden: Tensor) -> Tensor:
-        return self._sum(sequences, self.probe.model.target_losses(sequences, hidden)[0].double())
+    def _label_losses(self, sequences: Sequences, hidden: Tensor) -> Tensor:
+        return self.probe.model.target_losses(sequences, hidden)[0]
 
     def _sum(self, sequences: Sequences, values: Tensor) -> Tensor:
-        """Sums values [n] of the targets by image: [B]."""
+        """Sums values [n] of the targets by image: [B] float64."""
+        values = values.double()
         return values.new_zeros(len(self.batch.ids)).index_add_(0, sequences.label_images, values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -12,8 +12,11 @@ from lightning_limber.models.limber import Limber
 from lightning_limber.probe import sanity_check
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.explanations import Descriptions
+from lightning_limber.probe.metrics.match import Match
 from lightning_limber.probe.passes import Probe
-from lightning_limber.probe.saes import chunks_on_device, load_saes, release_folder
+from lightning_limber.probe.saes import chunks_on_device, hook_layer, load_saes, release_folder
+
+MATCH_SETTINGS = ("top_latents", "max_image_share", "max_text_density")
 
 
 def build_probe(
@@ -21,6 +24,7 @@ def build_probe(
     config: ProbeConfig,
     context: Callable[[], AbstractContextManager] = nullcontext,
     gather: Callable[[list], list] = lambda items: items,
+    texts: Callable[[], Iterable[str]] = tuple,
 ) -> Probe:
     """Loads the SAEs, checks them on plain text, and reads the descriptions of their latents.
 
@@ -29,6 +33,7 @@ def build_probe(
         config: Settings.
         context: See `Probe`.
         gather: See `Probe`.
+        texts: See `Probe`.
 
     Raises:
         FileNotFoundError: see `load_saes`.
@@ -49,11 +54,49 @@ def build_probe(
     sanity_check.check(text, sanity_check.expected(config.sae_release, folder, ids), config.sanity_check)
     numbers = [f"{name.split('.')[1]}: {stats.fvu:.2f}, {stats.l0:.0f}" for name, stats in text.items()]
     rank_zero_info(f"[sanity check] fvu and l0 of plain text by layer: {'; '.join(numbers)}")
-    descriptions = {}
     pattern = config.descriptions or (f"{folder}/descriptions/{{hook}}" if folder else None)
+    descriptions: dict[str, Descriptions] = {}
     if pattern is not None and (config.descriptions or Path(pattern).parent.is_dir()):
-        descriptions = {
-            name: Descriptions.read(pattern.format(hook=name, layer=name.split(".")[1]), sae.cfg.d_sae)
-            for name, sae in saes.items()
-        }
-    return Probe(model, saes, text, config, descriptions, context, gather)
+        descriptions = _read_descriptions(pattern, {name: sae.cfg.d_sae for name, sae in saes.items()})
+    _check_filters(config, descriptions)
+    return Probe(model, saes, text, config, descriptions, context, gather, texts)
+
+
+def _read_descriptions(pattern: str, widths: dict[str, int]) -> dict[str, Descriptions]:
+    """Reads each layer's descriptions where `pattern` says, with ``{layer}`` or ``{hook}`` in it.
+
+    Args:
+        pattern: See `ProbeConfig.descriptions`.
+        widths: Latents of the SAEs by hook name.
+
+    Raises:
+        FileNotFoundError: one of them cannot be read.
+    """
+    found = {}
+    for name, d_sae in widths.items():
+        where = pattern.format(hook=name, layer=hook_layer(name))
+        try:
+            found[name] = Descriptions.read(where, d_sae)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"probe.descriptions: cannot read {where}: {error}. Without network, copy these folders "
+                "and name them with {layer} in place of the layer; null leaves `match` out."
+            ) from error
+    return found
+
+
+def _check_filters(config: ProbeConfig, descriptions: dict[str, Descriptions]) -> None:
+    """Warns where settings of `match` can do nothing."""
+    given = [name for name in MATCH_SETTINGS if getattr(config, name) != getattr(ProbeConfig, name)]
+    matches = any(isinstance(metric, Match) for metric in config.make_metrics())
+    if matches and given and not descriptions:
+        rank_zero_info(
+            f"[warning] probe.{', probe.'.join(given)}: set, but no layer has descriptions of its latents, "
+            "so that `match` is not measured. Name some with probe.descriptions."
+        )
+    without = [str(hook_layer(name)) for name, known in descriptions.items() if not known.density.any()]
+    if matches and without:
+        rank_zero_info(
+            f"[warning] probe.descriptions give no densities at layers {', '.join(without)}: "
+            "probe.max_text_density drops no latent there."
+        )

@@ -11,7 +11,7 @@ the device together, both passes are made for each chunk of layers in turn. What
 Groups of tokens that are always measured:
 
     image    image positions                        caption  caption positions behind the image
-    text     the same captions, without an image
+    text     the same captions, without an image (with `text_tokens` ``prompt``: all of these sequences)
 
 Never counted: the first position of a sequence (an attention sink in every LLM), the first token of a
 caption (without an image it is the same in all captions), and at each layer the tokens that point where the
@@ -26,7 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -60,12 +60,16 @@ INTERVENTIONS = ""
 
 @dataclass(frozen=True)
 class Report:
-    """What a probe found: rows, and the tables and matrices of `Measurement`; seconds by name."""
+    """What a probe found: rows; tables, matrices and sums by image of `Measurement`, and the images' names;
+    seconds by name.
+    """
 
     rows: list[Row]
     tables: dict[str, list[dict[str, Any]]]
     matrices: dict[str, dict[str, list[list[float]]]]
     seconds: dict[str, float]
+    by_image: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
+    images: Sequence[str] = ()
 
 
 class Clock:
@@ -98,6 +102,8 @@ class Probe:
         descriptions: By hook name, for `match`; layers without any have no match.
         context: Makes the context of each forward (autocast).
         gather: All-gathers a list across processes (order unspecified).
+        texts: Gives captions of the training part, the same in every process, for metrics that compare with
+            text; none where there is no training part.
     """
 
     def __init__(
@@ -109,6 +115,7 @@ class Probe:
         descriptions: dict[str, Descriptions] | None = None,
         context: Callable[[], AbstractContextManager] = nullcontext,
         gather: Callable[[list], list] = lambda items: items,
+        texts: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         self.model, self.text, self.config = model, text, config
         # In the order in which the residual stream passes them.
@@ -119,19 +126,21 @@ class Probe:
         self.descriptions = {name: given[name] for name in self.saes if name in given}
         sinks = {name: torch.tensor(text[name].sink, device=model.device) for name in self.saes}
         self._sinks = {name: sink if len(sink) else None for name, sink in sinks.items()}
-        self.context, self.gather = context, gather
+        self.context, self.gather, self.texts = context, gather, texts
         self.clock = Clock()
         self.metrics = config.make_metrics()
         needed = [group for metric in self.metrics for group in metric.groups]
         self.groups: dict[str, Group] = {}
         """By name."""
-        for group in (IMAGE, CAPTION, TEXT, *needed):
+        text_group = replace(TEXT, positions=config.text_tokens)
+        for group in (IMAGE, CAPTION, text_group, *needed):
             if self.groups.setdefault(group.name, group) != group:
                 raise ValueError(
                     f"probe.metrics: two metrics define a group '{group.name}', and not alike."
                 )
         for metric in self.metrics:
-            metric.setup(self)
+            with self.clock(metric.name):  # Part of the first run's seconds.
+                metric.setup(self)
         self._known_text: tuple[dict[tuple[str, str], ImageStats], Kept] = {}, {}
 
     @property
@@ -164,7 +173,6 @@ class Probe:
                 image is then measured by the first alone, as neither LLM nor SAEs ever change.
             start: Rows of the untrained adapter, a control; empty where they are not known.
         """
-        self.clock.seconds.clear()
         training = self.model.training
         self.model.eval()
         stats, kept = self._known_text if same_captions else ({}, {})
@@ -174,7 +182,8 @@ class Probe:
         for chunk in chunks_on_device(self.saes, self.model.device, self.config.sae_memory_gb):
             accumulators = {
                 (group, name): TokenStats(
-                    any(group in metric.activation_sums for metric in self.metrics)
+                    any(group in metric.activation_sums for metric in self.metrics),
+                    any(group in metric.activation_maxima for metric in self.metrics),
                 ).to(self.model.device)
                 for group in self.groups
                 for name in chunk
@@ -182,8 +191,9 @@ class Probe:
             }
             for batch in batches:
                 self._clean_pass(batch, accumulators, kept)
-                for index, captions, scene in zip(batch.index, batch.captions, batch.scenes, strict=True):
-                    images[index] = ImageInfo(index, captions, attributes(scene))
+                told = zip(batch.index, batch.image_ids, batch.captions, batch.scenes, strict=True)
+                for index, image, captions, scene in told:
+                    images[index] = ImageInfo(index, image, captions, attributes(scene))
             # One by one: parts are freed when their whole is made.
             stats |= {key: accumulators.pop(key).compute() for key in list(accumulators)}
             for batch in intervention_batches if self.intervenes else ():
@@ -235,7 +245,10 @@ class Probe:
         for note in data.notes:
             rank_zero_info(f"[probe] {note}")
         rows = [row for estimate in data.estimates for row in estimate.rows()]
-        return Report(rows, data.tables, data.matrices, dict(self.clock.seconds))
+        names = [image.name for image in data.images]
+        seconds = dict(self.clock.seconds)
+        self.clock.seconds.clear()
+        return Report(rows, data.tables, data.matrices, seconds, data.by_image, names)
 
     @torch.no_grad()
     def latents(

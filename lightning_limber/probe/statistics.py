@@ -10,23 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_limber.utils.bootstrap import bootstrap_weights, interval
 
-def bootstrap_weights(images: int, count: int, seed: int) -> Tensor:
-    """Weights [1 + count, images] of a bootstrap over images: the first row is the sample itself.
-
-    The other rows say how often each image is drawn when as many are drawn with replacement.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(images, (count, images), generator=generator)
-    weights = torch.zeros(count, images, dtype=torch.float64)
-    weights.scatter_add_(1, drawn, torch.ones_like(weights))
-    return torch.cat([torch.ones(1, images, dtype=torch.float64), weights])
-
-
-def interval(samples: Tensor) -> tuple[float, float, float]:
-    """Samples [1 + R] by `bootstrap_weights` -> (value, low, high): the first, and 95 % percentiles."""
-    low, high = samples[1:].double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(samples[0]), low, high
+__all__ = ["Comparison", "bootstrap_weights", "compare", "compare_hits", "interval", "permutations"]
 
 
 def permutations(images: int, count: int, seed: int) -> Tensor:

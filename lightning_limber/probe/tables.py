@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from lightning_limber.utils.files import write_whole
 
@@ -42,6 +45,31 @@ def scalars(rows: list[Row]) -> dict[str, float]:
         for row in rows
         if not row.metric.endswith("_p") and not math.isinf(row.value)
     }
+
+
+def arrays_by_image(by_image: Mapping[tuple[str, str, int], Any], names: Sequence[str]) -> dict[str, Any]:
+    """Sums by image as arrays of ``images_epoch_{n}.npz``.
+
+    Args:
+        by_image: Numerator and denominator [I, 2] by (metric, group, layer).
+        names: Names of the I images.
+
+    Returns:
+        Metrics [G, L, I, 2] float32 by name, NaN where one was not measured, and ``groups`` [G], ``layers``
+        [L] and ``names`` [I].
+    """
+    groups = list(dict.fromkeys(group for _, group, _ in by_image))
+    layers = sorted({layer for _, _, layer in by_image})
+    arrays: dict[str, Any] = {
+        "names": np.array(names),
+        "groups": np.array(groups),
+        "layers": np.array(layers),
+    }
+    for (metric, group, layer), ratio in by_image.items():
+        shape = (len(groups), len(layers), len(names), 2)
+        array = arrays.setdefault(metric, np.full(shape, np.nan, dtype=np.float32))
+        array[groups.index(group), layers.index(layer)] = ratio
+    return arrays
 
 
 def write_tables(

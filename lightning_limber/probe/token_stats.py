@@ -4,7 +4,8 @@ All reconstruction metrics (`metrics/geometry.py`) are quotients of sums. The su
 float64, and put in the order of the held-out set before they are added: no result depends on batch size,
 batch order or the number of processes (beyond rounding inside one image), on bfloat16 input, or on a mean
 that is large against the spread. Sums by image are also what a bootstrap over images needs: they take 8 D
-bytes an image, layer and group, and another 2 K where the activation sums of latents are kept.
+bytes an image, layer and group, and another 2 K each where the sums or the maxima of latents' activations
+are kept.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class ImageStats:
     """[I, K] bfloat16: sum of each latent's activations; positive where it fires at all. [I, 0] where
     no metric needs it.
     """
+    activation_max: Tensor
+    """[I, K] bfloat16: each latent's largest activation. [I, 0] where no metric needs it."""
 
     def weighted(self, weights: Tensor) -> dict[str, Tensor]:
         """Weighted sums over images by name: weights [R, I] -> [R] each."""
@@ -73,6 +76,24 @@ def sum_by_image(values: Tensor, image_rows: Tensor, images: int, keep: Tensor |
     return values.new_zeros(images + 1, values.shape[-1]).index_add_(0, rows, values)[:-1]
 
 
+def _by_latent(
+    latents: Tensor, image_rows: Tensor, images: int, keep: Tensor, largest: bool = False
+) -> Tensor:
+    """Sum (or maximum) over each image of each latent, [n, K] dense or sparse COO -> [B, K]."""
+    rows, width = torch.where(keep, image_rows, images), latents.shape[1]
+    found = torch.zeros(images + 1, width, device=latents.device)
+    into, index, values = found, rows, latents
+    if latents.is_sparse:
+        token, latent = latents.indices()
+        into, index, values = found.view(-1), rows[token] * width + latent, latents.values()
+    if largest:
+        index = index if latents.is_sparse else index[:, None].expand(-1, width)
+        into.scatter_reduce_(0, index, values.float(), "amax")
+    else:
+        into.index_add_(0, index, values.float())
+    return found[:-1]
+
+
 class TokenStats(Metric):
     """Streams tokens of one group at one layer into `ImageStats`.
 
@@ -80,6 +101,7 @@ class TokenStats(Metric):
 
     Args:
         keep_activation_sum: Keep the activation sum of every latent by image.
+        keep_activation_max: Keep the largest activation of every latent by image.
         kwargs: Passed on to `torchmetrics.Metric`.
 
     Example:
@@ -101,11 +123,14 @@ class TokenStats(Metric):
     total: list[Tensor]
     fires: list[Tensor]
     activation_sum: list[Tensor]
+    activation_max: list[Tensor]
 
-    def __init__(self, keep_activation_sum: bool = True, **kwargs) -> None:
+    def __init__(
+        self, keep_activation_sum: bool = True, keep_activation_max: bool = False, **kwargs
+    ) -> None:
         super().__init__(**kwargs)
-        self.keep_activation_sum = keep_activation_sum
-        for name in ("index", "sums", "total", "fires", "activation_sum"):
+        self.keep_activation_sum, self.keep_activation_max = keep_activation_sum, keep_activation_max
+        for name in ("index", "sums", "total", "fires", "activation_sum", "activation_max"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(
@@ -152,25 +177,21 @@ class TokenStats(Metric):
         self.index.append(index)
         self.sums.append(sum_by_image(by_token, image_rows, len(index)))
         self.total.append(sum_by_image(x, image_rows, len(index), keep))
-        if latents.is_sparse:
-            kept_rows = torch.where(keep, image_rows, len(index))
-            token, latent = latents.indices()
-            activation_sum = torch.zeros(len(index) + 1, latents.shape[1], device=x.device)
-            flat = kept_rows[token] * latents.shape[1] + latent
-            activation_sum = activation_sum.view(-1).index_add_(0, flat, latents.values())
-            activation_sum = activation_sum.view(len(index) + 1, -1)[:-1]
-        else:
-            activation_sum = sum_by_image(latents.float(), image_rows, len(index), keep)
+        activation_sum = _by_latent(latents, image_rows, len(index), keep)
         fires = (activation_sum > 0).any(0, keepdim=True)
         self.fires = [fires | self.fires[0]] if self.fires else [fires]
-        kept = activation_sum.bfloat16() if self.keep_activation_sum else activation_sum[:, :0]
-        self.activation_sum.append(kept)
+        none = activation_sum[:, :0].bfloat16()
+        self.activation_sum.append(activation_sum.bfloat16() if self.keep_activation_sum else none)
+        if self.keep_activation_max:
+            none = _by_latent(latents, image_rows, len(index), keep, largest=True).bfloat16()
+        self.activation_max.append(none)
 
     def compute(self) -> ImageStats:
         """All images' sums, on the CPU, in the order of the held-out set."""
-        index, sums, total, fires, activation_sum = (
-            torch.cat(state).cpu() if isinstance(state, list) else state.cpu()
-            for state in (self.index, self.sums, self.total, self.fires, self.activation_sum)
+        states = self.index, self.sums, self.total, self.activation_sum, self.activation_max, self.fires
+        index, *by_image, fires = (
+            torch.cat(state).cpu() if isinstance(state, list) else state.cpu() for state in states
         )
         order = index.argsort()
-        return ImageStats(index[order], sums[order], total[order], fires.any(0), activation_sum[order])
+        sums, total, activation_sum, activation_max = (state[order] for state in by_image)
+        return ImageStats(index[order], sums, total, fires.any(0), activation_sum, activation_max)

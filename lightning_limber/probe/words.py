@@ -84,7 +84,7 @@ EXPLAINER_WORDS = frozenset(
 """What plain descriptions of latents say of themselves ("references to words related to ...")."""
 
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?")
-_COMPOUND_PREPOSITION = re.compile(r"\b(?:in front of|on top of|close[- ]up of)\b")
+_COMPOUND_PREPOSITION = re.compile(r"\b(?:in front of|on top of|close[- ]up of)\b", re.IGNORECASE)
 _OWN_FORM = re.compile(r"(?:on|after|before|near): (.*) \| promotes: (.*)", re.DOTALL)
 """As `lightning_limber.sae_training.describe` writes a description."""
 
@@ -96,10 +96,23 @@ def content_words(text: str) -> list[str]:
         >>> content_words("A photo of the dog's red-and-white ball, left of two dogs.")
         ['dog', 'red', 'white', 'ball', 'left', 'two', 'dogs']
     """
-    words = _WORD.findall(_COMPOUND_PREPOSITION.sub(" ", text.lower()))
-    words = [re.sub(r"['\u2019]s$", "", word) for word in words]
-    # An apostrophe that is left is a contraction's: auxiliary or pronoun.
-    return [w for w in dict.fromkeys(words) if len(w) > 1 and w.isalpha() and w not in STOP_WORDS]
+    return list(dict.fromkeys(word for word, _ in content_spans(text)))
+
+
+def content_spans(text: str) -> list[tuple[str, int]]:
+    """Every content word in a text, in order, and the place in the text behind its last letter.
+
+    Example:
+        >>> content_spans("A Dog's ball on top of a dog")
+        [('dog', 5), ('ball', 12), ('dog', 28)]
+    """
+    spans = []
+    for match in _WORD.finditer(_COMPOUND_PREPOSITION.sub(lambda found: " " * len(found[0]), text)):
+        # An apostrophe that is left is a contraction's: auxiliary or pronoun.
+        word = re.sub(r"['\u2019]s$", "", match[0].lower())
+        if len(word) > 1 and word.isalpha() and word not in STOP_WORDS:
+            spans.append((word, match.start() + len(word)))
+    return spans
 
 
 def description_words(description: str) -> list[str]:
@@ -178,6 +191,13 @@ def word_table(texts: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
     for row, text in enumerate(texts):
         table[row, [column[word] for word in text]] = True
     return words, table
+
+
+def stem_table(words: Sequence[str], table: Tensor) -> tuple[list[str], Tensor]:
+    """`word_table` with the forms of a word in one column: distinct stems, and bool [I, S]."""
+    stems, column = np.unique([stem(word) for word in words], return_inverse=True)
+    counts = torch.zeros(len(table), len(stems)).index_add_(1, torch.from_numpy(column), table.float())
+    return stems.tolist(), counts > 0
 
 
 def word_hits(found: Tensor, captions: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def export(ckpt_path: str | Path, output: str | Path) -> Path:
 
 
 def _history(checkpoint: dict[str, Any], callback: str) -> dict[int, Any]:
-    """What a callback had measured by epoch when the checkpoint was written."""
+    """What a callback had measured by epoch (or step) when the checkpoint was written."""
     return checkpoint["callbacks"].get(callback, {}).get("history", {})
 
 
@@ -167,14 +167,17 @@ def _card(checkpoint: dict[str, Any], trained: Trained, logged: dict[str, float]
 def _scores(checkpoint: dict[str, Any], logged: dict[str, float]) -> list[str]:
     """Scores of captions on held-out images with their intervals, and the held-out loss."""
     rows = [[name, f"{value:.3f}", ""] for name, value in logged.items()]
+    if validations := _history(checkpoint, "RunRecord"):  # By step; older checkpoints have none.
+        rows = [_row(name, *score) for name, score in validations[max(validations)][1].items()]
     if captions := _history(checkpoint, "CaptionSamples"):
-        rows += [
-            [name, f"{value:.3f}", f"{low:.3f} to {high:.3f}"]
-            for name, (value, low, high) in captions[max(captions)].items()
-        ]
+        rows += [_row(name, *score) for name, score in captions[max(captions)].items()]
     if not rows:
         return []
     return ["## Held-out images", _table(["", "value", "95 % over images"], rows)]
+
+
+def _row(name: str, value: float, low: float, high: float) -> list[str]:
+    return [name, f"{value:.3f}", f"{low:.3f} to {high:.3f}"]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.llm import LLM
+from lightning_limber.probe.metrics.neighbours import MAX_LAYERS, MAX_TOKENS
 from lightning_limber.probe.saes import find_saes
 from lightning_limber.tools.rehearsal import Rehearsal, Step, tensor_bytes
 
@@ -104,7 +105,11 @@ def width_in_name(name: str, d_in: int) -> int | None:
 
 
 def probe_flops(
-    rehearsal: Rehearsal, flops: dict[str, int], saes: list[SAESize], metrics: set[str]
+    rehearsal: Rehearsal,
+    flops: dict[str, int],
+    saes: list[SAESize],
+    metrics: set[str],
+    text_tokens: int = MAX_TOKENS,
 ) -> dict[str, float]:
     """FLOPs of a probe for each image: of all images, and on top of it of those of interventions.
 
@@ -116,6 +121,7 @@ def probe_flops(
         flops: FLOPs of one image in training, see `Step`.
         saes: SAEs of the probed layers.
         metrics: Names of the metrics, see `ProbeConfig`.
+        text_tokens: Tokens in the bank of `neighbours`; making it, once a run, is not counted.
     """
     llm, text = rehearsal.model.llm, rehearsal.text_flops()
     # The first position of a sequence and the first token of a caption are never counted.
@@ -129,15 +135,20 @@ def probe_flops(
     clean += all_saes * (image * (1 + fills) + 2 * captions)
     clean += ("direction" in metrics) * all_saes * (image * (1 + fills) + captions)
     clean += ("lens_hit" in metrics) * len(saes) * image * 2 * llm.hidden_size * llm.vocab_size
+    compared = text_tokens * min(len(saes), MAX_LAYERS)
+    clean += ("neighbours" in metrics) * len(saes) * image * (1 + fills) * 2 * llm.hidden_size * compared
     intervened = 0.0
-    if metrics & {"use", "loss_recovered", "cross_layer"}:
+    if metrics & {"use", "loss_recovered", "cross_layer", "object_patches"}:
         # The encoder's features are kept from the first pass.
         intervened += flops["adapter forward"] + decode
     onward = sum(decode * (1 - sae.next_layer / len(llm.layers)) + head for sae in saes)
+    if metrics & {"use", "loss_recovered", "object_patches"}:
+        intervened += head
     if metrics & {"use", "loss_recovered"}:
-        intervened += head + onward + flops["adapter forward"] + rehearsal.opening_flops()
+        intervened += onward + flops["adapter forward"] + rehearsal.opening_flops()
     if "loss_recovered" in metrics:
         intervened += onward + all_saes * image
+    intervened += ("object_patches" in metrics) * 2 * onward
     if "cross_layer" in metrics:
         controls = "noise" in metrics
         intervened += len(saes) * all_saes * image * (1 + controls)

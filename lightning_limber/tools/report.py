@@ -3,9 +3,10 @@
 Several runs are also compared as text, on the standard output.
 
 The file holds its data and its script and asks nothing of the network. It is made from what a run leaves in
-its folder: ``probe.csv``, ``probe_panels.json``, ``captions.csv``, ``captions_baselines.json``,
-``captions_epoch_*.jsonl``, ``detectors_epoch_*.csv``, ``patches_epoch_*.jpg``, ``config.yaml``,
-``run.json`` and the event files of TensorBoard; no torch is loaded.
+its folder: ``probe.csv``, ``probe_panels.json``, ``validation.csv``, ``captions.csv``,
+``captions_baselines.json``, ``captions_epoch_*.jsonl``, ``detectors_epoch_*.csv``,
+``patches_epoch_*.jpg``, ``images_epoch_*.npz``, ``config.yaml``, ``run.json`` and the event files of
+TensorBoard; no torch is loaded.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ import yaml
 
 from lightning_limber.assets import ASSETS
 from lightning_limber.probe import palette
+from lightning_limber.probe.finding import sentences
+from lightning_limber.probe.tables import Row
+from lightning_limber.tools.compare import Interval, comparison, differences
 from lightning_limber.utils.adapter_config import upgrade_adapter
 from lightning_limber.utils.files import write_text
 
 SCALARS = ("train/", "val/", "captions/", "captions_chance/", "probe_seconds/", "memory/", "flops/")
 MAX_POINTS = 200
 """Longer training curves are drawn as means of this many equal parts."""
-Interval = tuple[float, float, float]
-"""Value, lower and upper end."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -67,9 +69,11 @@ def render(runs: list[dict[str, Any]]) -> str:
             "panels": {panel["metric"]: panel for run in reversed(runs) for panel in run["panels"]},
             "paper": palette.PAPER_NAME,
         },
-        "paper": {key: paper[key] for key in ("layers", "curves", "convergence_layer")},
-        "runs": runs,
-        "differences": [differences(run, runs[0]) for run in runs[1:]],
+        "paper": {key: paper[key] for key in ("layers", "curves", "legend", "convergence_layer")},
+        "runs": [{name: value for name, value in run.items() if name != "folder"} for run in runs],
+        "differences": [differences([run], runs[:1]) for run in runs[1:]],
+        "since_start": [differences([run], [run], (-1, 0)) for run in runs],
+        "comparison": comparison(runs) if len(runs) > 1 else "",
     }
     template = (ASSETS / "report.html").read_text(encoding="utf-8")
     # A caption may hold "</script>"; an escaped slash is the same JSON.
@@ -111,6 +115,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     settings = config.read_text(encoding="utf-8") if config.is_file() else ""
     scalars, seconds = read_scalars(folder)
     return {
+        "folder": folder,
         "name": f"{folder.resolve().parent.name}/{folder.resolve().name}",
         "summary": summary(yaml.safe_load(settings) or {}),
         "config": settings,
@@ -118,7 +123,9 @@ def read_run(folder: Path) -> dict[str, Any]:
         "scalars": scalars,
         "seconds": seconds,
         "panels": palette.read_panels(folder),
+        "finding": read_finding(folder / "probe.csv"),
         **read_probe(folder / "probe.csv"),
+        "held_out": read_validation(folder),
         **read_scores(folder),
         "gallery": {
             epoch_of(path): [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -152,6 +159,19 @@ def interval(row: dict[str, str]) -> Interval:
     return value, low, high
 
 
+def read_finding(path: Path) -> list[str]:
+    """What the last probe found, in sentences."""
+    rows = read_rows(path)
+    last = max(int(row["epoch"]) for row in rows)
+    return sentences(
+        [
+            Row(int(row["layer"]) if row["layer"] else None, row["group"], row["metric"], *interval(row))
+            for row in rows
+            if int(row["epoch"]) == last
+        ]
+    )
+
+
 def read_probe(path: Path) -> dict[str, Any]:
     """The tidy table as ``curves[metric][group][epoch]``: an interval for each of ``layers``, or None; and
     ``convergence[metric][epoch]``.
@@ -174,6 +194,15 @@ def read_probe(path: Path) -> dict[str, Any]:
         **{"layers": layers, "epochs": epochs, "groups": groups},
         **{"curves": curves, "convergence": convergence},
     }
+
+
+def read_validation(folder: Path) -> dict[int, dict[str, Interval]]:
+    """Held-out loss and accuracy by epoch and metric: the last validation of each epoch."""
+    found: dict[int, dict[str, Interval]] = defaultdict(dict)
+    table = folder / "validation.csv"
+    for row in read_rows(table) if table.is_file() else []:
+        found[int(row["epoch"])][row["metric"]] = interval(row)
+    return found
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
@@ -255,99 +284,3 @@ def summary(config: dict[str, Any]) -> dict[str, str]:
         "seed": str(get("seed_everything")) if config else "",
     }
     return {name: line for name, line in lines.items() if line}
-
-
-# -- several runs -------------------------------------------------------------------------------------
-
-
-def difference(a: Sequence[float], b: Sequence[float]) -> Interval:
-    """a - b with a 95 % interval from theirs, for independent estimates.
-
-    The square-and-add method (Zou and Donner 2008, doi:10.1002/sim.3095), which keeps skewed intervals
-    skewed. Runs probed on the same images are not independent: their true interval is mostly narrower.
-    """
-    (value_a, low_a, high_a), (value_b, low_b, high_b) = a, b
-    value = value_a - value_b
-    below = math.hypot(value_a - low_a, high_b - value_b)
-    above = math.hypot(high_a - value_a, value_b - low_b)
-    return value, value - below, value + above
-
-
-def differences(run: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """`run` minus `base` at the last epoch of each: image tokens' metrics by layer, and caption scores."""
-    layers = [layer for layer in run["layers"] if layer in base["layers"]]
-
-    def last(of: dict[str, Any], metric: str) -> dict[int, Interval]:
-        by_epoch = of["curves"].get(metric, {}).get("image", {})
-        values = by_epoch.get(of["epochs"][-1], [])
-        return {layer: v for layer, v in zip(of["layers"], values, strict=False) if v is not None}
-
-    metrics: dict[str, list] = {}
-    for metric in base["curves"]:
-        a, b = last(run, metric), last(base, metric)
-        found = [(layer, *difference(a[layer], b[layer])) for layer in layers if layer in a and layer in b]
-        if found:
-            metrics[metric] = found
-    ours, theirs = last_scores(run), last_scores(base)
-    scores = {name: difference(ours[name], theirs[name]) for name in ours if name in theirs}
-    return {"metrics": metrics, "scores": scores}
-
-
-def last_scores(run: dict[str, Any]) -> dict[str, Interval]:
-    """Caption scores at the run's last scored epoch; empty without any."""
-    return run["scores"][max(run["scores"])] if run["scores"] else {}
-
-
-def comparison(runs: list[dict[str, Any]]) -> str:
-    """Runs as text, a row each: held-out scores, and the probe's l0 and loss_recovered of image tokens.
-
-    All at the last epoch of each run, with 95 % intervals where there are any. The probe's layers are
-    those in the middle of each third of the layers that all runs have probed.
-    """
-    layers = [layer for layer in runs[0]["layers"] if all(layer in run["layers"] for run in runs)]
-    layers = sorted({layers[len(layers) * sixth // 6] for sixth in (1, 3, 5)}) if layers else []
-    scores = ["run", "parameters", "loss", "accuracy", "slot accuracy", "cider_d", "minus the first"]
-    probe = ["run", *(f"{metric} @{layer}" for metric in ("l0", "loss_recovered") for layer in layers)]
-    rows: list[list[list[str]]] = [[scores], [probe]]
-    for i, run in enumerate(runs):
-        start, found = run["starts"][0] if run["starts"] else {}, last_scores(run)
-        parameters = start.get("trained_parameters")
-        minus = differences(run, runs[0])["scores"].get("cider_d") if i else None
-        held_out = (run["scalars"].get(f"val/{name}") for name in ("loss", "accuracy"))
-        rows[0].append(
-            [
-                run["name"],
-                f"{parameters:,}" if parameters else "",
-                *(f"{points[-1][1]:.3f}" if points else "" for points in held_out),
-                *map(in_brackets, (found.get("slots/all"), found.get("cider_d"), minus)),
-            ]
-        )
-        rows[1].append([run["name"]])
-        for metric in ("l0", "loss_recovered"):
-            values = run["curves"].get(metric, {}).get("image", {}).get(run["epochs"][-1], [])
-            by_layer = dict(zip(run["layers"], values, strict=False))
-            rows[1][-1] += [in_brackets(by_layer.get(layer)) for layer in layers]
-    titles = ("held-out images, 95 % over images", "SAE probe of image tokens, by layer")
-    return "\n\n".join(f"{title}\n{columns(table)}" for title, table in zip(titles, rows, strict=True))
-
-
-def in_brackets(value: Interval | None) -> str:
-    """``1.25 [1.1, 1.4]``; nothing where nothing was measured."""
-    if value is None or math.isnan(value[0]):
-        return ""
-    middle, low, high = (f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}" for x in value)
-    return middle if math.isnan(value[1]) else f"{middle} [{low}, {high}]"
-
-
-def columns(table: list[list[str]]) -> str:
-    """Rows, the first of which is the head, as aligned text; columns that hold nothing are left out."""
-    kept = [column for column in zip(*table, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in kept]
-    lines = zip(*kept, strict=True)
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

@@ -8,6 +8,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -122,7 +123,7 @@ def test_hyper_parameters_and_the_newest_scores_are_recorded(log):
 
 def test_every_figure_is_there_for_every_probe(log):
     steps = {tag: [event.step for event in log.Images(tag)] for tag in log.Tags()["images"]}
-    probes = [f"probe/{name}" for name in ("by_layer", "by_epoch", "cross_layer", "patches")]
+    probes = [f"probe/{name}" for name in ("finding", "by_layer", "by_epoch", "cross_layer", "patches")]
     assert steps == {**{tag: [0, 4] for tag in probes}, "captions": [4]}
 
 
@@ -280,6 +281,11 @@ def test_the_report_of_a_real_run(folder, cli):
             pairs = zip(shown, (row.value, row.low, row.high), strict=True)
             assert all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in pairs)
     assert {"cider_d", "bleu_4", "rouge_l", "slots/all"} <= set(run["scores"][1])
+    with np.load(folder / "images_epoch_1.npz") as file:
+        hits, groups = file["probe/match"], file["probe/groups"].tolist()
+    assert hits[groups.index("image"), :, :, 0].mean(-1).tolist() == pytest.approx(
+        [value[0] for value in run["curves"]["match"]["image"][1]]
+    )
     assert set(run["baselines"]) == {"most_frequent", "no_image"}
     assert len(run["gallery"][1]) == 4
     assert run["gallery"][1][0]["references"]

@@ -17,7 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_limber.captioning import scores
-from lightning_limber.captioning.scores import caption_scores, tokenize
+from lightning_limber.captioning.scores import caption_scores, scores_of_set, tokenize
 from lightning_limber.data import CaptionData
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
@@ -265,22 +265,22 @@ def test_clip_scores_have_intervals_and_need_images(clip):
 
 def test_slots_have_intervals_over_images():
     """Two scenes of one object each and one of three, of which one caption gets one slot wrong."""
-    from lightning_limber.callbacks.captions import slot_scores
+    from lightning_limber.callbacks.captions import slot_counts
     from lightning_limber.data import Scenes
     from lightning_limber.data.scenes import SceneSet
 
     data, records = Scenes(), [SceneSet("train", 50, 112, 0)[i] for i in range(50)]
     written, scenes = [r.captions[0] for r in records], [r.scene for r in records]
-    whole = slot_scores(data, written, scenes)
+    whole = scores_of_set(slot_counts(data, written, scenes))
     kinds = ("background", "count", "size", "colour", "shape", "relation", "all")
     assert set(whole) == {f"slots/{kind}" for kind in kinds}
     assert set(whole.values()) == {(1, 1, 1)}
-    some = slot_scores(data, ["", *written[1:]], scenes)
+    some = scores_of_set(slot_counts(data, ["", *written[1:]], scenes))
     objects = sum(len(scene["objects"]) for scene in scenes)
     assert some["slots/count"].value == 49 / 50
     assert some["slots/colour"].value == 1 - len(scenes[0]["objects"]) / objects
     assert some["slots/colour"].low < some["slots/colour"].value < some["slots/colour"].high == 1
-    assert slot_scores(CaptionData(), written, scenes) == {}
+    assert slot_counts(CaptionData(), written, scenes) == {}
 
 
 class BlindCalls:
@@ -297,7 +297,7 @@ class BlindCalls:
 
 
 def test_captions_stand_beside_two_that_do_not_look(fit, tmp_path, monkeypatch, capsys):
-    from lightning_limber.callbacks.captions import slot_scores
+    from lightning_limber.callbacks.captions import slot_counts
     from lightning_limber.data.scenes import SceneSet
 
     calls = BlindCalls(monkeypatch)
@@ -318,7 +318,9 @@ def test_captions_stand_beside_two_that_do_not_look(fit, tmp_path, monkeypatch, 
         if writer != "model":
             said = [words[writer]] * 4
             expected = caption_scores(said, [record.captions for record in records])
-            expected |= slot_scores(cli.datamodule, said, [record.scene for record in records])
+            expected |= scores_of_set(
+                slot_counts(cli.datamodule, said, [record.scene for record in records])
+            )
             assert rows[["value", "low", "high"]].to_numpy().tolist() == [
                 pytest.approx(expected[name], abs=1e-9)
             ]

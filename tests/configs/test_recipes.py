@@ -25,6 +25,9 @@ from lightning_limber.data.prompt import Prompt
 from lightning_limber.models.llm import LLM
 from lightning_limber.models.vision import VisionConfig, VisionEncoder
 from lightning_limber.probe import sanity_check as gate
+from lightning_limber.probe.config import ProbeConfig
+from lightning_limber.probe.explanations import Explanation, neuronpedia_id, write_explanations
+from lightning_limber.probe.metrics import DEFAULT_METRICS
 from lightning_limber.probe.saes import find_saes, load_saes, registry_entry
 
 CONFIGS = REPO / "configs"
@@ -135,6 +138,11 @@ def flags(recipe: str, folder: Path) -> list[str]:
     }
     if "accumulate_grad_batches" in settings(recipe)["trainer"]:
         small["trainer.accumulate_grad_batches"] = 2
+    if "descriptions" in settings(recipe).get("probe", {}):  # There is no network here.
+        for layer in range(LAYERS[recipe]):
+            rows = [Explanation("m", str(layer), k, "red cats", "x") for k in range(hub.D_SAE)]
+            write_explanations(rows, folder / f"latents/{layer}/batch-0.jsonl.gz")
+        small["probe.descriptions"] = folder / "latents/{layer}"
     if recipe in LAYERS:
         # These SAEs were never trained: the gate measures, complains and lets them pass.
         small["probe.sanity_check"] = "warn"
@@ -231,6 +239,28 @@ def test_the_published_l0_of_every_recipe_is_known(on_hub):
             assert published[:3] == [105, 102, 141]
         assert len(published) == LAYERS[recipe]
         assert all(published)
+
+
+@pytest.mark.parametrize("recipe", VENHOFF)
+def test_descriptions_are_those_of_the_saes(recipe):
+    """Where Neuronpedia has each layer's SAE, by SAELens' registry."""
+    probe = settings(recipe)["probe"]
+    for layer in range(LAYERS[recipe]):
+        place = neuronpedia_id(probe["sae_release"], probe["sae_id"].format(layer=layer))
+        folder = f"https://neuronpedia-datasets.s3.us-east-1.amazonaws.com/v1/{place}/explanations"
+        assert probe["descriptions"].format(layer=layer) == folder
+
+
+@pytest.mark.parametrize("recipe", VENHOFF)
+def test_the_papers_match(recipe, parse):
+    code, output = parse("fit", f"--config={CONFIGS}/{recipe}.yaml", "--print_config")
+    assert code == 0
+    probe = yaml.safe_load(output)["probe"]
+    assert probe["text_tokens"] == "prompt"
+    config = ProbeConfig.of(probe)
+    assert [metric.strength for metric in config.make_metrics() if metric.name == "match"] == ["max"]
+    # What its data cannot tell is left out of the default.
+    assert {metric.name for metric in config.make_metrics()} >= {*DEFAULT_METRICS} - {"detectors"}
 
 
 LAYOUTS = {

@@ -91,6 +91,7 @@ def test_groups_hold_image_and_caption_tokens_only(model):
     assert len(text.groups["image"][0]) == 0
     assert text.groups["caption"][1].tolist() == of_caption.tolist()
     assert text.groups["caption"][0][: words - 1].tolist() == list(range(2, 1 + words))
+    assert text.groups["prompt"][0][: words + 1].tolist() == list(range(1, 2 + words))  # With EOS.
     opening = batch.without_captions
     assert opening.input_ids.tolist() == batch.input_ids[:, :5].tolist()
     assert opening.groups["image"][0].tolist() == [1, 2, 3, 4, 6, 7, 8, 9]

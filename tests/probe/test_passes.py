@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections import defaultdict
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from parts import probe_batches, sae_probe, values
 from process import run_cli
 
+from lightning_limber.data.held_out import spread
 from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig
@@ -174,11 +177,19 @@ def test_does_not_depend_on_the_batch(probed, monkeypatch):
     for size in (1, 4, 10):
         monkeypatch.setattr(data, "val_batch_size", size)
         batches = probe_batches(probed, 20), probe_batches(probed, 6, interventions=True)
-        found.append(callback.probe.run(*batches, data.attributes).rows)
+        found.append(callback.probe.run(*batches, data.attributes))
     for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
+        assert other.images == found[0].images == [f"val/{i:06d}" for i in sorted(spread(60, 20))]
+        assert other.by_image.keys() == found[0].by_image.keys()
+        for key, sums in found[0].by_image.items():
+            assert sums.shape == (20, 2)
+            torch.testing.assert_close(other.by_image[key], sums, rtol=1e-4, atol=1e-3, equal_nan=True)
+        for a, b in zip(found[0].rows, other.rows, strict=True):
             assert a[:3] == b[:3]
             assert b[3:] == pytest.approx(a[3:], rel=1e-4, abs=1e-3, nan_ok=True), a
+
+
+IMAGES = "runs/default/version_0/images_epoch_1.npz"
 
 
 def table(root: Path) -> list[dict[str, str]]:
@@ -215,6 +226,13 @@ def test_two_processes_are_one(models, tmp_path):
     for x, y in zip(a, b, strict=True):
         numbers = [[float(row[key] or "nan") for key in ("value", "low", "high")] for row in (x, y)]
         assert numbers[1] == pytest.approx(numbers[0], rel=1e-3, abs=1e-3, nan_ok=True), x
+    with np.load(tmp_path / "1" / IMAGES) as one, np.load(tmp_path / "2" / IMAGES) as two_of:
+        assert one.files == two_of.files
+        for name in one.files:
+            if one[name].dtype.kind == "U":
+                assert one[name].tolist() == two_of[name].tolist()
+            else:
+                np.testing.assert_allclose(two_of[name], one[name], rtol=1e-3, atol=1e-3, err_msg=name)
     tokens, outliers = (
         [e.value for e in two.Scalars(f"{name}/image/layer_00")] for name in ("tokens", "outliers")
     )
@@ -240,8 +258,11 @@ def test_resid_pre_saes_read_the_stream_before_the_layer(fit, models, tmp_path):
     for place in ("post", "pre"):
         flags = [f"--probe.sae_release={tmp_path / place}", "--captions.num_images=0"]
         results.append(sae_probe(fit(*flags, "--trainer.max_steps=1", probe=True)).history[0])
-    # All but the layer's number, which convergence_layer has for its value.
-    post, pre = ([row[1:] for row in rows if row.layer is not None] for rows in results)
+    # All but the layer's number, which convergence_layer and neighbour_layer have for their values.
+    post, pre = (
+        [row[1:] for row in rows if row.layer is not None and row.metric != "neighbour_layer"]
+        for rows in results
+    )
     assert str(pre) == str(post)  # As text: NaN is NaN.
 
 
@@ -386,17 +407,35 @@ def test_metrics_can_be_left_out(fit):
 
 def test_detectors_of_scenes(models, fit):
     """Attributes of the truth; a random tiny LLM has text latents for words, and the table says which."""
-    flags = ["--trainer.max_steps=1", "--data.val_size=60", "--probe.metrics=[detectors]"]
+    flags = ["--trainer.max_steps=1", "--data.val_size=60", "--probe.metrics=[detectors,linear_probe]"]
     cli = fit(*flags, "--probe.num_images=60", "--captions.num_images=0", probe=True)
-    for group in ("image", "text"):
-        assert all(0 <= value <= 1 for value in values(cli, 0, group, "detectors"))
+    rows = {(row.layer, row.group, row.metric): row for row in sae_probe(cli).history[0]}
+    for metric in ("detectors", "detectors_shared", "detectors_same", "linear_probe"):
+        by_layer = [rows[layer, "image", f"{metric}_auroc"] for layer in (0, 2)]
+        assert all(0 <= row.low <= row.value <= row.high <= 1 for row in by_layer)
+        best = max(by_layer, key=lambda row: row.value)
+        found = rows[None, "image", f"{metric}_auroc_max"]
+        assert (found.value, found.low, found.high) == (best.value, best.low, best.high)
+        chance = [rows[layer, "image", f"{metric}_auroc_chance"] for layer in (0, 2)]
+        assert all(0.4 < row.low < row.value < row.high < 0.6 for row in chance)
+        highest = rows[None, "image", f"{metric}_auroc_max_chance"].value
+        assert max(row.value for row in chance) <= highest < 0.6
+        assert 0 < rows[None, "image", f"{metric}_auroc_max_p"].value <= 1
+    assert all(
+        0 <= value <= 1 for group in ("image", "text") for value in values(cli, 0, group, "detectors")
+    )
     # A colour's embedding alone tells which captions have it.
-    assert values(cli, 0, "text", "detectors_auroc")[0] > values(cli, 0, "image", "detectors_auroc")[0]
+    for metric in ("detectors_shared_text_auroc", "detectors_auroc"):
+        row = rows[0, "text" if metric == "detectors_auroc" else "image", metric]
+        assert row.low > rows[0, "image", "detectors_auroc"].high
     import pandas as pd
 
     table = pd.read_csv(Path(cli.trainer.log_dir) / "detectors_epoch_0.csv")
     assert {"red", "circle", "small", "pink background"} & set(table.attribute)
     assert set(table.layer) == {0, 2}
+    for column, metric in (("shared_latent_auroc_image", "detectors_shared"), ("auroc_image", "detectors")):
+        mean = table[table.layer == 0][column].mean()
+        assert mean == pytest.approx(rows[0, "image", f"{metric}_auroc"].value)
 
 
 def test_validate_probes_a_published_projector(fit, tmp_path):
@@ -437,11 +476,11 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
     saes = load_saes(str(models / "saes"), "layer_{layer}", None, there.llm)
     there.to("meta")
     saes = {name: sae.to("meta") for name, sae in saes.items()}
-    probe = Probe(there, saes, callback.probe.text, ProbeConfig())
+    texts = partial(cli.datamodule.training_captions, 4)
+    probe = Probe(there, saes, callback.probe.text, ProbeConfig(), texts=texts)
     moved = move_data_to_device(batch, torch.device("meta"))
-    moved.held_out = moved.other.held_out = (
-        False  # Features are copied to the host once a run, when they are first kept.
-    )
+    # Features are copied to the host once a run, when they are first kept.
+    moved.held_out = moved.other.held_out = False
     assert moved.pixel_values.is_meta
     names, groups = list(saes), ("image", "caption", "text", "noise", "words_long")
     sums = {(group, name): TokenStats().to("meta") for group in groups for name in names}
@@ -471,4 +510,63 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
         **{("use", "", name): (4, 3) for name in names},
         **{("loss_recovered", "", name): (4, 6) for name in names},
         **{("cross_layer", "", name): (2, 2, 3) for name in names},
+        **{("neighbours", group, name): (16,) for group, n in tokens.items() if n == 16 for name in names},
     }
+
+
+def test_text_may_be_whole_prompts(fit):
+    """All positions of the sequences without an image but the first, one by one; other groups stay."""
+    flags = [
+        "--trainer.max_steps=1",
+        "--probe.metrics=[knn]",
+        "--model.prompt={bos}{image}a cat {caption}{eos}",
+    ]
+    whole, caption = (
+        fit(*flags, f"--probe.text_tokens={which}", probe=True) for which in ("prompt", "caption")
+    )
+    model, probe = whole.model, sae_probe(whole).probe
+    norms: dict[str, list[torch.Tensor]] = {name: [] for name in probe.saes}
+    scenes = SceneSet("val", 10, 112, 0)
+    for i in range(10):
+        words = scenes[i].captions[0].replace(".", " .").split()
+        ids = model.llm.tokenizer.convert_tokens_to_ids(["<bos>", "a", "cat", *words, "<eos>"])
+        kept: dict[str, torch.Tensor] = {}
+        hooks = {name: partial(kept.__setitem__, name) for name in probe.saes}
+        with torch.no_grad(), model.llm.residual_hooks(hooks):
+            model.llm.decode(model.llm.embed(torch.tensor([ids])))
+        for name, x in kept.items():
+            x = x[0, 1:]
+            norms[name].append(x.norm(dim=-1)[probe.keep(name, x)])
+    for got, tokens, found in zip(
+        values(whole, 0, "text", "norm"), values(whole, 0, "text", "tokens"), norms.values(), strict=True
+    ):
+        assert tokens == sum(map(len, found))
+        assert got == pytest.approx(float(torch.cat(found).mean()), rel=1e-5)
+    assert values(whole, 0, "text", "tokens") != values(caption, 0, "text", "tokens")
+    for group in ("image", "caption"):
+        assert values(whole, 0, group, "fvu") == values(caption, 0, group, "fvu")
+
+
+def test_filters_of_match_without_descriptions_are_said(fit, monkeypatch, tmp_path):
+    said: list[str] = []
+    monkeypatch.setattr("lightning_limber.probe.load.rank_zero_info", said.append)
+    flags = ["--trainer.max_steps=1", "--captions.num_images=0"]
+    flags += ["--probe.max_image_share=0.05", "--probe.max_text_density=0.005"]
+
+    def warnings(*more: str) -> list[str]:
+        said.clear()
+        fit(*flags, *more, probe=True)
+        return [note for note in said if note.startswith("[warning]")]
+
+    [note] = warnings("--probe.max_image_share=0.3", "--probe.top_latents=2", "--probe.metrics=[match]")
+    assert "probe.top_latents, probe.max_image_share: set, but no layer has descriptions" in note
+    assert not warnings("--probe.metrics=[match]")
+    assert not warnings("--probe.max_image_share=0.3", "--probe.metrics=[knn]")
+    rows = [{"layer": "0", "index": k, "description": "cats"} for k in range(9)]
+    for layer in (0, 2):
+        (tmp_path / f"d{layer}").mkdir()
+        (tmp_path / f"d{layer}/batch-0.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    [note] = warnings(f"--probe.descriptions={tmp_path}/d{{layer}}", "--probe.max_image_share=0.3")
+    assert "no densities at layers 0, 2" in note
+    with pytest.raises(FileNotFoundError, match="cannot read .*/e0: .*null leaves `match` out"):
+        fit(f"--probe.descriptions={tmp_path}/e{{layer}}", probe=True)

@@ -212,11 +212,12 @@ def test_probe_flops_are_those_of_a_real_probe(models, fit, monkeypatch):
     model = Limber(VisionConfig(**settings.vision.as_dict()), settings.llm, max_caption_tokens=8)
     planned = Rehearsal(model, "32-true", 8)
     saes = sae_sizes(str(models / "saes"), "layer_{layer}", None, model.llm)
-    metrics = set(DEFAULT_METRICS)
-    of_image = probe_flops(planned, planned.step(1).flops, saes, metrics)
+    metrics, probe = set(DEFAULT_METRICS), sae_probe(cli).probe
+    [bank] = [metric.bank for metric in probe.metrics if metric.name == "neighbours"]
+    of_image = probe_flops(planned, planned.step(1).flops, saes, metrics, len(bank.contexts))
     assert of_image["every image"] == pytest.approx(spent["_clean_pass"][0], rel=0.02)
     assert of_image["images of interventions"] == pytest.approx(spent["_intervention_pass"][-1], rel=0.02)
-    parameters = sum(p.numel() for sae in sae_probe(cli).probe.saes.values() for p in sae.parameters())
+    parameters = sum(p.numel() for sae in probe.saes.values() for p in sae.parameters())
     assert sum(2 * 32 * sae.d_sae + 32 + sae.d_sae for sae in saes) == parameters
 
 

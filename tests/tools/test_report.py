@@ -17,7 +17,8 @@ from process import run_cli
 
 from lightning_limber.probe import palette
 from lightning_limber.probe.metrics import DEFAULT_METRICS, resolve_metrics
-from lightning_limber.tools.report import difference, main, read_run, thin
+from lightning_limber.tools.compare import INDEPENDENT, columns, comparison, in_brackets, independent
+from lightning_limber.tools.report import main, read_run, thin
 
 PANELS = [panel for metric in resolve_metrics(DEFAULT_METRICS) for panel in metric.panels]
 GROUPS = ("image", "caption", "text", "noise")
@@ -158,12 +159,12 @@ def test_intervals_of_differences_cover(tmp_path):
 
     for _ in range(trials):
         a, b = estimate(draw.exponential(1.0, 40)), estimate(draw.normal(0.3, 0.5, 25))
-        value, low, high = difference(a, b)
+        value, low, high = independent(a, b)
         assert value == pytest.approx(a[0] - b[0])
         hits += low <= 0.7 <= high
     # Percentile intervals of means of so few cover about 92 to 93 %.
     assert 0.90 < hits / trials < 0.97
-    assert difference((1.0, 0.7, 1.0), (0.0, 0.0, 0.4)) == (1.0, pytest.approx(0.5), 1.0)
+    assert independent((1.0, 0.7, 1.0), (0.0, 0.0, 0.4)) == (1.0, pytest.approx(0.5), 1.0)
 
 
 def test_several_runs_are_compared_with_the_first(tmp_path):
@@ -178,7 +179,8 @@ def test_several_runs_are_compared_with_the_first(tmp_path):
     rows = other["metrics"]["fvu"]
     assert [row[0] for row in rows] == [0, 1, 2]  # The layers that both have.
     a, b = (run["curves"]["fvu"]["image"]["2"] for run in (data["runs"][1], data["runs"][0]))
-    assert rows[1][1:] == pytest.approx(list(difference(a[1], b[1])), abs=2e-3)
+    assert rows[1][1:] == pytest.approx(list(independent(a[1], b[1])), abs=2e-3)
+    assert other["over"]["metrics/fvu"] == INDEPENDENT  # These runs kept no sums by image.
     assert other["scores"]["cider_d"][0] == 1.0
     assert all(row[1] == 0 and row[2] < 0 < row[3] for row in same["metrics"]["fvu"])
 
@@ -191,20 +193,21 @@ def test_several_runs_are_a_table_of_text(tmp_path, capsys):
     (folders[1] / "run.json").write_text('[{"trained_parameters": 12345}]')
     (folders[2] / "captions.csv").unlink()
     main([*map(str, folders), "-o", "out.html"])
-    scores, probe = capsys.readouterr().out.partition("MB, 3 run(s)\n\n")[2].split("\n\n")
+    scores, probe, minus = capsys.readouterr().out.partition("MB, 3 run(s)\n\n")[2].split("\n\n")
+    assert scores.splitlines()[0] == "held-out images, 95 % over images"
     head, *rows = (re.split("  +", line) for line in scores.splitlines()[1:])
-    assert head == ["run", "parameters", "loss", "cider_d", "minus the first"]  # No accuracy, no slots.
+    assert head == ["run", "parameters", "loss", "cider_d"]  # No accuracy, no slots, no seeds.
     assert rows == [
         ["linear/v", "0.500", "1.2 [0.9, 1.5]"],
-        [
-            "mlp/v",
-            "12,345",
-            "0.500",
-            "2.2 [0.9, 1.5]",
-            "1 [-0.334, 1.76]",
-        ],  # 1 - hypot(1.3, 0.3), 1 + hypot(0.7, 0.3)
+        ["mlp/v", "12,345", "0.500", "2.2 [0.9, 1.5]"],
         ["deep/v", "0.500"],
     ]
+    assert "over what the last column says (~: images, as independent)" in minus.splitlines()[0]
+    head, *rows = (re.split("  +", line) for line in minus.splitlines()[1:])
+    # 1 - hypot(1.3, 0.3), 1 + hypot(0.7, 0.3)
+    assert dict(zip(head, rows[0], strict=False))["cider_d"] == "1 [-0.334, 1.76] ~"
+    assert [row[0] for row in rows] == ["mlp/v", "deep/v"]
+    assert all(cell.endswith(" ~") for row in rows for cell in row[1:])
     head, *rows = (re.split("  +", line) for line in probe.splitlines()[1:])
     # The middles of the thirds of layers 0 to 6, which all have.
     places = [1, 3, 5]
@@ -221,8 +224,6 @@ def test_several_runs_are_a_table_of_text(tmp_path, capsys):
 
 
 def test_runs_that_share_no_layer_and_what_was_not_measured(tmp_path, capsys):
-    from lightning_limber.tools.report import columns, comparison, in_brackets
-
     assert in_brackets((0.12345, math.nan, math.nan)) == "0.123"
     assert in_brackets((math.nan, 0.1, 0.2)) == in_brackets(None) == ""
     assert in_brackets((578.4, 560.0, 12345.6)) == "578 [560, 12346]"
@@ -231,9 +232,8 @@ def test_runs_that_share_no_layer_and_what_was_not_measured(tmp_path, capsys):
     )
     runs = [read_run(write_run(tmp_path / name)) for name in "ab"]
     runs[1]["layers"] = [7, 8, 9]
-    assert comparison(runs).endswith(
-        "SAE probe of image tokens, by layer\nrun\nr/a\nr/b".replace("r/", tmp_path.name + "/")
-    )
+    title = "SAE probe of image tokens, by layer, 95 % over images"
+    assert f"{title}\nrun\nr/a\nr/b\n".replace("r/", tmp_path.name + "/") in comparison(runs)
 
 
 def test_a_folder_without_a_probe_is_named(tmp_path, capsys):

@@ -24,9 +24,12 @@ from lightning_limber.probe.metrics.excess import Excess
 from lightning_limber.probe.metrics.geometry import Geometry
 from lightning_limber.probe.metrics.knn import KNN
 from lightning_limber.probe.metrics.lens_hit import LensHit
+from lightning_limber.probe.metrics.linear_probe import LinearProbe
 from lightning_limber.probe.metrics.loss_recovered import LossRecovered
 from lightning_limber.probe.metrics.match import Match
+from lightning_limber.probe.metrics.neighbours import Neighbours
 from lightning_limber.probe.metrics.noise import Noise
+from lightning_limber.probe.metrics.object_patches import ObjectPatches
 from lightning_limber.probe.metrics.shared import Shared
 from lightning_limber.probe.metrics.use import Use
 from lightning_limber.probe.metrics.word_groups import Told, Words, WordsLong
@@ -53,13 +56,15 @@ REGISTRY: dict[str, type[ProbeMetric]] = {
     metric.name: metric
     for metric in (
         *(Geometry, Shared, Direction, Noise, WordsLong, Words, Told),
-        *(Match, LensHit, KNN, Detectors, Use, LossRecovered, CrossLayer, Excess, Convergence),
+        *(Match, Neighbours, LensHit, KNN, Detectors, LinearProbe, Use, LossRecovered, CrossLayer),
+        *(ObjectPatches, Excess, Convergence),
     )
 }
 """The metrics that ship, by name."""
 DEFAULT_METRICS = (
     *("direction", "noise", "words_long"),
-    *("match", "lens_hit", "knn", "detectors", "use", "loss_recovered", "cross_layer"),
+    *("match", "neighbours", "lens_hit", "knn", "detectors", "linear_probe"),
+    *("use", "loss_recovered", "cross_layer"),
 )
 
 

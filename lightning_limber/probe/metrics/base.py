@@ -40,7 +40,7 @@ class Group:
 
     Attributes:
         name: Name in tables and figures.
-        positions: ``image`` or ``caption``: which tokens of a sequence.
+        positions: ``image``, ``caption`` or ``prompt``: which tokens of a sequence (`Sequences.groups`).
         fill: Makes what stands at the image positions [B, P, D] of the model, the batch and its image
             tokens [B, P, D]; None leaves the image tokens there. Each function costs a forward of its own.
         with_image: Whether the sequences have image positions at all.
@@ -117,9 +117,10 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """A probed image: its index in the held-out set, its captions, and its attributes where known."""
+    """A probed image: its index in the held-out set, its name, captions, and attributes where known."""
 
     index: int
+    name: str
     captions: list[str]
     attributes: set[str] | None
 
@@ -157,6 +158,8 @@ class Measurement:
         tables: Rows by name; ``name`` is written to ``name_epoch_{n}.csv``.
         matrices: Of each metric, tables [layer of the tokens][layer of the SAE] by name, which are drawn.
         notes: Sentences to print: why a number is NaN.
+        by_image: Numerator and denominator [I, 2] float32 by (metric, group, layer) of metrics that are
+            ratios of sums over images, to pair epochs and runs over them; 0, 0 at images without a part.
     """
 
     probe: Probe
@@ -167,6 +170,7 @@ class Measurement:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     matrices: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    by_image: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[str]:
@@ -202,6 +206,23 @@ class Measurement:
         ]
         return {(layer, group) for group, layers in found.items() for layer in layers}
 
+    def add_ratio(
+        self, metric: str, group: str, layer: int, over: Tensor, under: Tensor, items: Items | None = None
+    ) -> None:
+        """Keeps a metric's numerator and denominator of each image in `by_image`.
+
+        Args:
+            metric, group, layer: Where the table has it.
+            over: [n] numerators; of all images, or of those of `items`, in the order of the images.
+            under: [n] denominators.
+            items: Names n of the images: the others have no part.
+        """
+        ratio = torch.zeros(len(self.images), 2)
+        chosen = None if items is None else {i for index, _ in items for i in index}
+        rows = [row for row, image in enumerate(self.images) if chosen is None or image.index in chosen]
+        ratio[rows] = torch.stack([over, under], dim=-1).float()
+        self.by_image[metric, group, layer] = ratio
+
     @cached_property
     def weights(self) -> Tensor:
         """[1 + R, I] bootstrap weights over the images."""
@@ -230,12 +251,14 @@ class ProbeMetric:
         name: Name under which its time is logged; the class' name unless it is given.
         groups: Groups that it needs beside image, caption and text.
         activation_sums: Groups of which it needs the activation sum of each latent by image.
+        activation_maxima: Groups of which it needs the largest activation of each latent by image.
         panels: How its metrics are drawn.
     """
 
     name: str
     groups: tuple[Group, ...] = ()
     activation_sums: tuple[str, ...] = ()
+    activation_maxima: tuple[str, ...] = ()
     panels: tuple[Panel, ...] = ()
 
     def __init_subclass__(cls) -> None:
@@ -286,5 +309,6 @@ class TokenMean(ProbeMetric):
             order = torch.tensor([i for index, _ in items for i in index]).argsort()
             for metric in items[0][1]:
                 sums = torch.cat([sums[metric] for _, sums in items])[order]  # [I, 2]
+                data.add_ratio(metric, group, data.layers[hook], sums[:, 0], sums[:, 1])
                 total, tokens = (data.weights @ sums).unbind(-1)
                 yield Estimate(data.layers[hook], group, metric, total / tokens)

@@ -1,161 +1,206 @@
-"""`detectors`: share of the images' attributes (a red object, a star) that some latent detects.
+"""`detectors_shared_auroc`: is there a latent that means an attribute in text and on image tokens alike?
 
-Only where the truth of each image is known. `detectors_same` asks the latents that detect the word in text.
-Chance: the truth of other images, in one random pairing.
+AUROC of latents that tell which images have an attribute (a red object, a star), by the sum of their
+activations over an image's tokens; mean over attributes. A latent is chosen on one half of the images and
+scored on the other, and the halves are swapped:
+
+    detectors_shared_auroc   among latents that tell the attribute from the captions' tokens, read without
+                             the image, the one that tells it best from image tokens
+    detectors_auroc          the best latent on the group's own tokens
+    detectors_same_auroc     the best latent on text, scored on image tokens
+
+``detectors_shared_text_auroc`` is how well the first tells the attribute from text. Where several latents
+tie for the best, the score is the mean of theirs. ``detectors_shared``, ``detectors`` and
+``detectors_same`` are the shares of attributes with an AUROC of at least `probe.detector_auroc`.
+
+Chance: what is true of an image and said of it stays together, and is paired with the image tokens of
+another image of the same half, 100 times. The whole search on image tokens is done again each time. What
+is chosen on text stays the same then: were text's truth permuted too, few or no latents would pass as
+detectors in text, and the null would be of another, shorter search. So p asks whether image tokens tell
+anything to the latents that mean the attribute in text. ``*_max`` is the best layer, against the best
+layer of every permutation.
+
+Intervals are of the chosen latents: they do not contain the luck of the choice.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_limber.probe import words
+from lightning_limber.probe.attributes import (
+    CROSSED,
+    HALVES,
+    Attributes,
+    Scores,
+    centred_ranks,
+    compare_best,
+    pair_signs,
+    read_attributes,
+)
 from lightning_limber.probe.metrics.base import Estimate, Found, Measurement, ProbeMetric
 from lightning_limber.probe.palette import Panel
 
-MIN_IMAGES = 5
-"""An attribute is left out where fewer images of a half have it, or lack it: no AUROC worth the name."""
+TEXT_AUROC = 0.9
+"""From here a latent counts as one that tells an attribute from text."""
+SCORES = ("shared", "image", "same", "text", "shared_text")
+TIED_AT_ONCE = 256
 
 
-def auroc(activation_sum: Tensor, labels: Tensor) -> Tensor:
-    """Area under the ROC curve of every latent for every attribute: [A, K]; ties count half.
-
-    Args:
-        activation_sum: [I, K].
-        labels: [A, I] bool; an attribute that all or none of the images have gives NaN.
-    """
-    columns = activation_sum.float().T.contiguous()  # [K, I]
-    ordered = columns.sort(dim=-1).values
-    below = torch.searchsorted(ordered, columns, right=False)
-    up_to = torch.searchsorted(ordered, columns, right=True)
-    ranks = (below + up_to + 1).double() / 2  # [K, I] mean rank among equals, from 1
-    positives = labels.double().sum(-1, keepdim=True)  # [A, 1]
-    negatives = labels.shape[-1] - positives
-    wins = labels.double() @ ranks.T - positives * (positives + 1) / 2
-    return wins / torch.where(positives * negatives > 0, positives * negatives, torch.nan)
+def best_latents(margins: Tensor) -> Tensor:
+    """[k] -> [T] which latents tie for the best."""
+    return (margins == margins.amax()).nonzero().squeeze(-1)
 
 
-def weighted_auroc(scores: Tensor, labels: Tensor, half: Tensor, weights: Tensor) -> Tensor:
-    """AUROC of one score for each attribute, in every bootstrap sample: [1 + R, A].
-
-    Only pairs of images from the same half are compared, so that scores of two latents (one chosen for
-    each half) are never held against each other.
+def held_out(chosen_by: Tensor, scored: Tensor) -> Tensor:
+    """Mean score [1 + M] of the latents that are best on the other half, row by row.
 
     Args:
-        scores: [A, I].
-        labels: [A, I] bool.
-        half: [I] bool.
-        weights: [1 + R, I].
+        chosen_by: [1 + M, k] of k latents on the half that chooses.
+        scored: [1 + M, k] on the half that scores.
     """
-    values = []
-    same = half[:, None] == half[None, :]
-    for score, label in zip(scores.float(), labels, strict=True):
-        pair = (label[:, None] & ~label[None, :] & same).double()  # positive by negative
-        wins = (score[:, None] > score[None, :]).double() + 0.5 * (score[:, None] == score[None, :])
-        won = ((weights @ (wins * pair)) * weights).sum(-1)
-        values.append(won / ((weights @ pair) * weights).sum(-1))
-    return torch.stack(values, dim=-1)
+    best = chosen_by == chosen_by.amax(-1, keepdim=True)
+    return (scored * best).sum(-1).double() / best.sum(-1)
+
+
+def mean_pair_signs(ranks: Tensor, latents: Tensor, has: Tensor) -> Tensor:
+    """Mean of `pair_signs` over latents [T] with ranks [K, n]: [positives, negatives] float64."""
+    sums = [
+        pair_signs(ranks[some], has).sum(0, dtype=torch.float64) for some in latents.split(TIED_AT_ONCE)
+    ]
+    return torch.stack(sums).sum(0) / len(latents)
+
+
+def text_detectors(text_auroc: Tensor) -> Tensor:
+    """[K] AUROC on text -> numbers of the latents that tell the attribute there; at least the best."""
+    return (text_auroc >= text_auroc.amax().clamp_max(TEXT_AUROC)).nonzero().squeeze(-1)
 
 
 @dataclass(frozen=True)
 class Detection:
-    """Latents as detectors of A attributes on the tokens of I images.
+    """Latents as detectors of A attributes at one layer.
 
     Attributes:
-        latent: [A] the latent with the best AUROC over all images (for a reader).
-        auroc: [1 + R, A] AUROC on images that took no part in choosing the latent.
+        scores: By name, see `SCORES`; ``text`` and ``shared_text`` have no chance level.
+        latents: For a reader, the latent of each attribute that is best over both halves, on image tokens
+            (``latent``), on text (``text_latent``) and on image tokens among those that tell it from text
+            (``shared_latent``); the lowest number among equals.
+        tied: By attribute, how many latents tie with that of text.
     """
 
-    latent: Tensor
-    auroc: Tensor
+    scores: dict[str, Scores]
+    latents: dict[str, list[int]]
+    tied: list[int]
 
 
-def detectors(
-    activation_sum: Tensor, labels: Tensor, weights: Tensor, chosen_by: Tensor | None = None
-) -> Detection:
-    """Selects each attribute's best latent on one half of the images, scores it on the other, and swaps.
-
-    Selecting and scoring on the same images overfits. The halves are even and odd rows.
+def detect(image: Tensor, text: Tensor, attributes: Attributes) -> Detection:
+    """Searches one layer's latents for detectors.
 
     Args:
-        activation_sum: [I, K] on the tokens to be scored.
-        labels: [A, I] bool, with positives and negatives in both halves.
-        weights: [1 + R, I].
-        chosen_by: [I, K] on the tokens that choose the latents, when these are others. With activations on
-            the captions' tokens, read without the image, the result is the paper's claim in one number: a
-            latent that means "red" in text fires on red things.
+        image: [I, K] activation sums over image tokens.
+        text: [I, K] activation sums over the captions' tokens, read without the image.
+        attributes: Truth of the images.
     """
-    chosen_by = activation_sum if chosen_by is None else chosen_by
-    half = halves(len(activation_sum))
-    scores = torch.empty(labels.shape)
-    for chosen_on, scored_on in ((half, ~half), (~half, half)):
-        best = auroc(chosen_by[chosen_on], labels[:, chosen_on]).nan_to_num(0).argmax(-1)  # [A]
-        scores[:, scored_on] = activation_sum[scored_on][:, best].T.float()
-    latent = auroc(chosen_by, labels).nan_to_num(0).argmax(-1)
-    return Detection(latent, weighted_auroc(scores, labels, half, weights))
-
-
-def halves(images: int) -> Tensor:
-    """Bool [images]: every other image."""
-    return torch.arange(images) % 2 == 0
+    image_ranks, text_ranks = ([centred_ranks(sums[half].T) for half in HALVES] for sums in (image, text))
+    halves = attributes.halves
+    draws, samples = halves[0].labels.shape[1], halves[0].weights.shape[1]
+    margins = torch.zeros(len(SCORES), len(attributes.names), draws, dtype=torch.float64)
+    weighted = torch.zeros(len(SCORES), len(attributes.names), samples, dtype=torch.float64)
+    latents: dict[str, list[int]] = defaultdict(list)
+    tied = []
+    for i in range(len(attributes.names)):
+        labels = [half.labels[i].float() for half in halves]  # [1 + M, n]
+        # (AUROC - 1/2) x pairs of every latent on each half.
+        on_image = [has @ ranks.T for has, ranks in zip(labels, image_ranks, strict=True)]  # [1 + M, K]
+        on_text = [has[:1] @ ranks.T for has, ranks in zip(labels, text_ranks, strict=True)]  # [1, K]
+        for chosen_on, scored_on in CROSSED:
+            among = text_detectors(0.5 + on_text[chosen_on][0] / float(halves[chosen_on].pairs[i]))
+            of_shared = among[best_latents(on_image[chosen_on][0, among])]
+            of_image, of_text = best_latents(on_image[chosen_on][0]), best_latents(on_text[chosen_on][0])
+            margins[:3, i] += torch.stack(
+                [
+                    held_out(on_image[chosen_on][:, among], on_image[scored_on][:, among]),
+                    held_out(on_image[chosen_on], on_image[scored_on]),
+                    on_image[scored_on][:, of_text].double().mean(-1),
+                ]
+            )
+            has, ranks = halves[scored_on].labels[i, 0], (image_ranks[scored_on], text_ranks[scored_on])
+            chosen = (
+                *((ranks[0], of_shared), (ranks[0], of_image), (ranks[0], of_text)),
+                *((ranks[1], of_text), (ranks[1], of_shared)),
+            )
+            signs = torch.stack([mean_pair_signs(*one, has) for one in chosen])
+            weighted[:, i] += halves[scored_on].weighted_margins(signs, i)
+        image_sum, text_sum = on_image[0][0] + on_image[1][0], on_text[0][0] + on_text[1][0]
+        among = text_detectors(0.5 + text_sum / float(attributes.pairs[i]))
+        latents["latent"].append(int(image_sum.argmax()))
+        latents["text_latent"].append(int(text_sum.argmax()))
+        latents["shared_latent"].append(int(among[image_sum[among].argmax()]))
+        tied.append(int((text_sum == text_sum.amax()).sum()))
+    scores = {name: attributes.scores(margins[k], weighted[k]) for k, name in enumerate(SCORES)}
+    return Detection(scores, latents, tied)
 
 
 class Detectors(ProbeMetric):
-    """Shares of attributes that latents detect, their mean AUROC, and a table of the best latents."""
+    """Mean AUROC of latents that detect attributes, against chance, and a table of the best latents."""
 
     name = "detectors"
     activation_sums = ("image", "text")
     panels = (
         Panel(
-            "detectors",
-            "detectors: attributes with a latent",
-            also=("detectors_same", "image, by the latents that detect the word in text"),
+            "detectors_shared_auroc",
+            "detectors: AUROC of latents that text shares",
+            limits=(0.4, 1.0),
+            also=("linear_probe_auroc", "image, linear probe of the mean token"),
         ),
     )
 
     def compute(self, data: Measurement, found: Found) -> Iterable[Estimate]:
-        if data.images[0].attributes is None:
+        attributes = read_attributes(data)
+        if attributes is None:
             return
-        names, table = words.word_table([sorted(image.attributes or ()) for image in data.images])
-        labels = table.T  # [A, I]
-        half = halves(labels.shape[1])
-        sides = torch.stack([side[:, part].sum(-1) for side in (labels, ~labels) for part in (half, ~half)])
-        enough = (sides >= MIN_IMAGES).all(0)
-        names, labels = [n for n, ok in zip(names, enough.tolist(), strict=True) if ok], labels[enough]
-        if not names:
-            return
-        permuted = labels[:, data.permutations()[0]]  # One permutation: a whole search each.
+        limit = data.probe.config.detector_auroc
+        by_layer = defaultdict(list)
         for hook, layer in data.layers.items():
-            image, text = (data.stats[group, hook].activation_sum.float() for group in ("image", "text"))
-            detections = {
-                ("image", "detectors"): detectors(image, labels, data.weights),
-                ("text", "detectors"): detectors(text, labels, data.weights),
-                ("image", "detectors_same"): detectors(image, labels, data.weights, chosen_by=text),
-                ("image", "detectors_chance"): detectors(image, permuted, data.weights[:1]),
-                ("image", "detectors_same_chance"): detectors(
-                    image, permuted, data.weights[:1], chosen_by=text
-                ),
+            image, text = (data.stats[group, hook].activation_sum for group in ("image", "text"))
+            detection = detect(image, text, attributes)
+            scores = detection.scores
+            metrics = {"shared": "detectors_shared", "image": "detectors", "same": "detectors_same"}
+            for name, metric in metrics.items():
+                yield Estimate(layer, "image", f"{metric}_auroc", scores[name].compare())
+                yield Estimate(layer, "image", metric, scores[name].compare_share(limit))
+                if (layer, "image") not in data.without_tokens:
+                    by_layer[f"{metric}_auroc_max"].append(scores[name])
+            yield Estimate(layer, "image", "detectors_shared_text_auroc", scores["shared_text"].mean)
+            yield Estimate(layer, "text", "detectors_auroc", scores["text"].mean)
+            yield Estimate(
+                layer, "text", "detectors", (scores["text"].bootstrap >= limit).double().mean(-1)
+            )
+            self._fill_table(data, hook, attributes.names, detection)
+        for metric, of_layers in by_layer.items():
+            yield Estimate(None, "image", metric, compare_best(of_layers))
+
+    def _fill_table(self, data: Measurement, hook: str, names: list[str], detection: Detection) -> None:
+        known = data.probe.descriptions.get(hook)
+        auroc = {name: scores.bootstrap[0].tolist() for name, scores in detection.scores.items()}
+        for i, name in enumerate(names):
+            latents = {column: of_attributes[i] for column, of_attributes in detection.latents.items()}
+            row = {
+                "layer": data.layers[hook],
+                "attribute": name,
+                "latent": latents["latent"],
+                "auroc_image": auroc["image"][i],
+                "text_latent": latents["text_latent"],
+                "text_latents_tied": detection.tied[i],
+                "auroc_text": auroc["text"][i],
+                "text_latent_auroc_image": auroc["same"][i],
+                "shared_latent": latents["shared_latent"],
+                "shared_latent_auroc_image": auroc["shared"][i],
+                "shared_latent_auroc_text": auroc["shared_text"][i],
+                **{f"{k}_description": known.texts[v] if known else "" for k, v in latents.items()},
             }
-            for (group, metric), detection in detections.items():
-                reached = (detection.auroc >= data.probe.config.detector_auroc).double()
-                for suffix, samples in (("", reached.mean(-1)), ("_auroc", detection.auroc.nanmean(-1))):
-                    value = samples if len(samples) > 1 else float(samples[0])
-                    yield Estimate(layer, group, metric + suffix, value)
-            by_image, by_text, same = list(detections.values())[:3]
-            known = data.probe.descriptions.get(hook)
-            for i, name in enumerate(names):
-                latents = {"latent": int(by_image.latent[i]), "text_latent": int(same.latent[i])}
-                row = {
-                    "layer": layer,
-                    "attribute": name,
-                    "latent": latents["latent"],
-                    "auroc_image": float(by_image.auroc[0, i]),
-                    "text_latent": latents["text_latent"],
-                    "auroc_text": float(by_text.auroc[0, i]),
-                    "text_latent_auroc_image": float(same.auroc[0, i]),
-                    **{f"{k}_description": known.texts[v] if known else "" for k, v in latents.items()},
-                }
-                data.tables.setdefault("detectors", []).append(row)
+            data.tables.setdefault("detectors", []).append(row)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lightning_limber.probe.metrics.base import Estimate, Found, Measurement, ProbeMetric, Tokens
 from lightning_limber.probe.palette import Panel
-from lightning_limber.probe.token_stats import ImageStats
+from lightning_limber.probe.token_stats import SUMS, ImageStats
 
 QUANTILES = (10, 50, 90)
 """Of the norm, in percent."""
@@ -75,6 +75,31 @@ def reconstruction_metrics(
     }
 
 
+def ratios_by_image(
+    stats: ImageStats, text_variance: float = float("nan")
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Numerator and denominator [I] float64 by metric; their sums' quotient is the metric above.
+
+    The mean of `fvu` and `variance` is held fixed, at that of all images: bootstrap samples by
+    `reconstruction_metrics` have each their own, which makes a variance smaller by 1 / I or so.
+    """
+    sums = dict(zip(SUMS, stats.sums.unbind(-1), strict=True))  # [I] each
+    tokens, errors, mean = sums["tokens"], sums["errors"], stats.mean
+    deviations = sums["squares"] - 2 * stats.total @ mean + tokens * mean.dot(mean)
+    return {
+        "fvu": (errors, deviations),
+        "fvu_text": (errors / text_variance, tokens),
+        "mse": (errors / len(mean), tokens),
+        "rel_error": (errors, sums["squares"]),
+        "cosine": (sums["cosines"], tokens),
+        "norm_ratio": (sums["norm_ratios"], tokens),
+        "norm": (sums["norms"], tokens),
+        "variance": (deviations, tokens),
+        "l0": (sums["actives"], tokens),
+        "outliers": (sums["outliers"], tokens + sums["outliers"]),
+    }
+
+
 class Geometry(ProbeMetric):
     """Reconstruction and sparsity; see this file's head."""
 
@@ -94,7 +119,10 @@ class Geometry(ProbeMetric):
 
     def compute(self, data: Measurement, found: Found) -> Iterable[Estimate]:
         for (group, hook), stats in data.stats.items():
-            metrics = reconstruction_metrics(stats, data.weights, data.probe.text[hook].variance)
+            layer, variance = data.layers[hook], data.probe.text[hook].variance
+            for metric, ratio in ratios_by_image(stats, variance).items():
+                data.add_ratio(metric, group, layer, *ratio)
+            metrics = reconstruction_metrics(stats, data.weights, variance)
             for metric, samples in metrics.items():
                 value = float(samples[0]) if metric == "alive" else samples
                 yield Estimate(data.layers[hook], group, metric, value)

@@ -63,6 +63,13 @@ class LossRecovered(ProbeMetric):
     def compute(self, data: Measurement, found: Found) -> Iterable[Estimate]:
         for hook, items in found.interventions.items():
             layer, sums = data.layers[hook], by_image(items)
+            clean, spliced, swapped, targets, text, spliced_text = sums.unbind(-1)
+            for metric, group, ratio in (
+                ("harm_splice", "image", (spliced - clean, targets)),
+                ("harm_splice", "text", (spliced_text - text, targets)),
+                ("loss_recovered", "image", (swapped - spliced, swapped - clean)),
+            ):
+                data.add_ratio(metric, group, layer, *ratio, items)
             clean, spliced, swapped, targets, text, spliced_text = (
                 data.bootstrap_weights(len(sums)) @ sums
             ).unbind(-1)

@@ -40,5 +40,7 @@ class Use(ProbeMetric):
     def compute(self, data: Measurement, found: Found) -> Iterable[Estimate]:
         for hook, items in found.interventions.items():
             sums = by_image(items)
+            layer, harm = data.layers[hook], sums[:, 1] - sums[:, 0]
+            data.add_ratio("use", "image", layer, harm, sums[:, 2], items)
             clean, swapped, targets = (data.bootstrap_weights(len(sums)) @ sums).unbind(-1)
-            yield Estimate(data.layers[hook], "image", "use", (swapped - clean) / targets)
+            yield Estimate(layer, "image", "use", (swapped - clean) / targets)

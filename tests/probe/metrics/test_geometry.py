@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_limber.probe.metrics.geometry import reconstruction_metrics
+from lightning_limber.probe.metrics.geometry import ratios_by_image, reconstruction_metrics
 from lightning_limber.probe.metrics.shared import jaccard, jaccard_of_independent
 from lightning_limber.probe.statistics import bootstrap_weights, interval
 from lightning_limber.probe.token_stats import ImageStats, TokenStats
@@ -141,6 +141,23 @@ def test_what_is_kept_of_an_image():
         torch.testing.assert_close(sums.means[i], x[keep].mean(0), rtol=1e-12, atol=0, equal_nan=True)
         torch.testing.assert_close(sums.activation_sum[i].double(), z[keep].sum(0), rtol=2**-8, atol=0)
         assert torch.equal(sums.activation_sum[i] > 0, (z[keep] > 0).any(0))
+    assert sums.activation_max.shape == (5, 0)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_largest_activation_of_an_image(sparse):
+    """Kept where it is asked for; without outliers, and 0 for an image without tokens."""
+    images = make(outliers=True)
+    metric = TokenStats(keep_activation_sum=False, keep_activation_max=True)
+    for i, (x, y, z, keep) in enumerate(images):
+        z = z.to_sparse() if sparse else z
+        metric.update(x, y, z, torch.zeros(len(x), dtype=torch.long), [i], keep)
+    found = metric.compute()
+    assert found.activation_sum.shape == (5, 0)
+    for of_image, (_, _, z, keep) in zip(found.activation_max, images, strict=True):
+        expected = z[keep].amax(0) if keep.any() else torch.zeros(K)
+        torch.testing.assert_close(of_image, expected.bfloat16(), rtol=0, atol=0)
+    assert torch.equal(found.fires, sums_of(images).fires)
 
 
 # -- streaming ------------------------------------------------------------------------------------
@@ -267,6 +284,26 @@ def test_bootstrap_is_that_of_repeated_images():
         np.testing.assert_allclose(values[name].numpy(), expected, rtol=1e-9, err_msg=name)
         ends = np.percentile(expected[1:], [2.5, 97.5])
         assert interval(values[name]) == pytest.approx((reference(images)[name], *ends), rel=1e-9), name
+
+
+def test_ratios_by_image_add_up_to_the_metrics():
+    """And a bootstrap of them is that of the metrics, but for the mean of fvu and variance."""
+    images = make((9, 4, 0, 12, 7, 3, 8, 5), outliers=True)
+    sums, weights = sums_of(images), bootstrap_weights(8, 200, seed=0)
+    values = reconstruction_metrics(sums, weights, TEXT_VARIANCE)
+    ratios = ratios_by_image(sums, TEXT_VARIANCE)
+    assert set(values) - set(ratios) == {"sparsity", "alive", "tokens"}
+    expected = reference(images)
+    for name, ratio in ratios.items():
+        over, under = (weights @ part for part in ratio)
+        assert float(over[0] / under[0]) == pytest.approx(expected[name], rel=1e-9), name
+        if name not in ("fvu", "variance"):
+            torch.testing.assert_close(over / under, values[name], rtol=1e-9, atol=1e-12)
+    # Around its own mean a sample varies least.
+    over, under = (weights @ part for part in ratios["variance"])
+    gain = over[1:] / under[1:] - values["variance"][1:]
+    assert gain.min() > -1e-9
+    assert gain.mean() > 0.1
 
 
 def test_interval_covers_the_truth():

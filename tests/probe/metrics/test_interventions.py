@@ -126,7 +126,15 @@ def test_loss_is_recovered_where_there_is_some_to_recover(harm, spread, known):
     spliced = clean + targets * random.normal(0.2, 0.1, 40)
     sums = np.stack([clean, spliced, swapped, targets, clean, clean], axis=-1)
     weights = bootstrap_weights(40, 500, 3)
-    data = SimpleNamespace(layers={"hook": 7}, bootstrap_weights=lambda images: weights)
+    by_image = {}
+
+    def add_ratio(metric, group, layer, over, under, items):
+        assert (layer, items) == (7, halves)
+        by_image[group, metric] = float(over.sum() / under.sum())
+
+    data = SimpleNamespace(
+        layers={"hook": 7}, bootstrap_weights=lambda images: weights, add_ratio=add_ratio
+    )
     halves = [(list(range(20, 40)), torch.tensor(sums[20:])), (list(range(20)), torch.tensor(sums[:20]))]
     estimates = {
         (e.group, e.metric): e.rows()[0] for e in LossRecovered().compute(data, Found({}, {"hook": halves}))
@@ -135,6 +143,8 @@ def test_loss_is_recovered_where_there_is_some_to_recover(harm, spread, known):
     total = np.array([row @ np.stack([clean, spliced, swapped], axis=-1) for row in weights.numpy()])
     samples = (total[:, 2] - total[:, 1]) / (total[:, 2] - total[:, 0])
     expected = [samples[0], *np.quantile(samples[1:], [0.025, 0.975])]
+    assert by_image.keys() == estimates.keys()
+    assert by_image["image", "loss_recovered"] == pytest.approx(samples[0])
     if not known:
         expected = [math.nan] * 3
     assert [got.value, got.low, got.high] == pytest.approx(expected, rel=1e-6, nan_ok=True)

@@ -6,9 +6,17 @@ and each bound says what it would catch.
 
 from __future__ import annotations
 
+import pytest
+import tiny
 import torch
+from parts import probe_batches, sae_probe
 
-from lightning_limber.probe.metrics.match import top_latents
+from lightning_limber.probe import words
+from lightning_limber.probe.config import ProbeConfig
+from lightning_limber.probe.explanations import Descriptions
+from lightning_limber.probe.metrics import resolve_metric
+from lightning_limber.probe.metrics.match import Match, top_latents
+from lightning_limber.probe.passes import Probe
 from lightning_limber.probe.statistics import Comparison, bootstrap_weights, compare_hits, permutations
 from lightning_limber.probe.words import word_hits, word_table
 
@@ -83,6 +91,56 @@ def test_top_latents():
     assert not top[:, 3].any()  # what fires everywhere is not,
     assert not top[7].any()  # and what does not fire is nobody's top.
     assert top_latents(activations.bfloat16(), density, 99).sum(-1).max() <= 25
+
+
+def test_latents_without_a_description_take_no_place():
+    activations = torch.tensor([[9.0, 8, 7, 0], [0, 3, 0, 1]])
+    described = torch.tensor([False, True, True, True])
+    top = top_latents(activations, torch.zeros(4), 2, 1.0, described=described)
+    assert top.int().tolist() == [[0, 1, 1, 0], [0, 1, 0, 1]]
+    known = Descriptions(["", "a dog", "cats", "balls"], torch.zeros(4))
+    assert torch.equal(known.described, described)
+
+
+def test_strength_is_sum_or_max():
+    for strength in ("sum", "max"):
+        made = resolve_metric({"class_path": "match", "init_args": {"strength": strength}})
+        assert made.strength == strength
+    with pytest.raises(ValueError, match="match has strength='mean'; allowed are sum and max"):
+        Match("mean")
+
+
+@pytest.mark.parametrize("strength", ["sum", "max"])
+def test_match_by_strength_against_a_second_computation(probed, strength):
+    """The strongest latents of image tokens, one image at a time; maxima are kept where they are wanted."""
+    model, given = probed.model, sae_probe(probed).probe
+    texts = [f"references to {tiny.WORDS[1 + k % 16]}" if k % 3 else "" for k in range(64)]
+    known = {name: Descriptions(texts, torch.zeros(64)) for name in given.saes}
+    spec = {"class_path": "match", "init_args": {"strength": strength}}
+    config = ProbeConfig(metrics=[spec], outlier_factor=1e9, max_image_share=0.7, bootstrap_samples=20)
+    probe = Probe(model, given.saes, given.text, config, known)
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in given.saes}
+    said: list[set[str]] = []
+    for batch in probe_batches(probed, 10):
+        latents: dict[str, torch.Tensor] = {}
+        probe.latents(model.image_tokens(batch).detach(), latents.__setitem__)
+        for name, of_batch in latents.items():
+            found[name] += list(of_batch.nan_to_num())
+        said += [{words.stem(w) for w in words.content_words(captions[0])} for captions in batch.captions]
+    rows = probe.run(probe_batches(probed, 10)).rows
+    for name, images in found.items():
+        strengths = [x.sum(0) if strength == "sum" else x.max(0).values for x in images]
+        common = torch.stack([x > 0 for x in strengths]).double().mean(0) > 0.7
+        hits = []
+        for x, wanted in zip(strengths, said, strict=True):
+            allowed = [k for k in range(64) if k % 3 and not common[k] and x[k] > 0]
+            top = sorted(allowed, key=lambda k: -x[k].bfloat16())[:3]
+            hits.append(any(words.stem(tiny.WORDS[1 + k % 16]) in wanted for k in top))
+        [row] = [r for r in rows if (r.layer, r.group, r.metric) == (probe.layers[name], "image", "match")]
+        assert row.value == sum(hits) / 10
+    sums, maxima = (probe.metrics[2].activation_sums, probe.metrics[2].activation_maxima)
+    assert (sums, maxima)[strength == "sum"] == ()
+    assert set((sums, maxima)[strength == "max"]) == {"image", "text"}
 
 
 def test_word_table_and_word_hits():

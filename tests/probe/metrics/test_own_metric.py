@@ -158,6 +158,14 @@ def test_figures_take_any_number_of_panels(count):
     assert not any(a.overlaps(b) for i, a in enumerate(extents) for b in extents[:i])
 
 
+def test_published_curves_say_which_tokens_they_are_of():
+    rows = [Row(layer, group, "l0", 1, 1, 1) for layer in (0, 2) for group in ("image", "text")]
+    figure = probe_figure({0: rows}, 0, [Panel("l0", "l0")], "title", "control", published=True)
+    labels = {line.get_label() for line in figure.axes[0].lines}
+    paper = "Venhoff et al., Gemma 2 2B"
+    assert labels == {"image", "text", f"image, {paper}", f"text (whole prompts), {paper}"}
+
+
 def test_the_report_draws_it(run, tmp_path):
     report([str(run), "-o", str(tmp_path / "out.html")])
     page = (tmp_path / "out.html").read_text()
@@ -307,6 +315,20 @@ def test_old_names_of_settings_still_work(fit):
     again = fit(f"--ckpt_path={path}", "--probe.intervention_images=2", command="validate", base=False)
     config = sae_probe(again).config
     assert (config.metrics, config.intervention_images) == (["knn"], 2)
+
+
+def test_a_shipped_metric_with_settings_is_kept(fit):
+    """By its name: a file that carries its config may choose it, and its name alone adds no other."""
+    spec = "{class_path: match, init_args: {strength: max}}"
+    cli = fit(f"--probe.metrics=[knn,{spec}]", "--trainer.max_steps=1")
+    path = f"--ckpt_path={cli.trainer.log_dir}/checkpoints/last.ckpt"
+    again = fit(path, "--probe.metrics+=match", command="validate", base=False)
+    config = sae_probe(again).config
+    names = [metric.name for metric in config.make_metrics()]
+    assert names == ["geometry", "shared", "knn", "match", "excess", "convergence"]
+    assert config.make_metrics()[3].strength == "max"
+    with pytest.raises(ValueError, match=r"init_args of 'match'.*'power'.*strength"):
+        resolve_metric({"class_path": "match", "init_args": {"power": 2}})
 
 
 def test_a_subclass_has_its_class_name():
