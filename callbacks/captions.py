@@ -129,7 +129,7 @@ class CaptionSamples(pl.Callback):
                 baseline.scores.update(scores_of_set(of_one))
         measured = by_image(found.written)
         scores = scores_of_set(measured)
-        epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else max(self.history, default=0)
+        epoch, _ = pl_module.measured_epoch()
         # What `test` finds, on other images, is no epoch of the run.
         history = {} if testing else self.history
         history[epoch] = scores

@@ -139,7 +139,9 @@ class Checkpoints(Checkpoint):
         # Nothing waits for a GPU here, or only when it is waited for anyway.
         if pl_module.device.type == "cpu" or trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.check_finite()
-        # Validation and the end of an epoch take long: what is before them is saved first.
+        # A run always ends with validation, captions and probe.
+        trainer.should_stop |= trainer.global_step == trainer.max_steps
+        # They and the end of an epoch take long: what is before them is saved first.
         is_done = loop._is_training_done or trainer.should_stop
         long = is_done or loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
         stops = self.signals.any_stop(trainer)
@@ -209,9 +211,13 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        loop = checkpoint["loops"]["fit_loop"]
+        loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
+        if trainer.state.fn != "fit":  # What is measured is of this step.
+            epoch_loop = trainer.fit_loop.epoch_loop
+            epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+            epoch_loop._batches_that_stepped = max(0, step - 1)  # As `fit` logs what it measures there.
         ends = loop["epoch_loop.batch_progress"]["is_last_batch"]
-        self._ends_epoch = checkpoint["global_step"] if ends else None
+        self._ends_epoch = step if ends else None
 
     def _save(self, trainer: pl.Trainer, name: str) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

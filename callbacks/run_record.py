@@ -144,10 +144,7 @@ class RunRecord(pl.Callback):
         folder = trainer.log_dir  # Asks all processes.
         names = dict(gather(trainer, list(self._names.items())))
         step, testing = trainer.global_step, trainer.state.fn == "test"
-        epoch = trainer.current_epoch + 1
-        if trainer.state.fn != "fit":  # A checkpoint's, as the last epoch that it finished.
-            step = max(self.history, default=0)
-            epoch = self.history[step][0] if self.history else 0
+        epoch, _ = pl_module.measured_epoch()
         history = {} if testing else self.history
         history[step] = epoch, found.scores
         if not trainer.is_global_zero or not folder or trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -108,18 +108,21 @@ class SAEProbe(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Probes the untrained adapter, as epoch 0; not when a run is resumed."""
         if self.every_n_epochs and trainer.global_step == 0:
-            self._run_and_log(trainer, pl_module, epoch=0)
+            self._run_and_log(trainer, pl_module, 0, "epoch 0")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        epoch = trainer.current_epoch + 1
-        if self.every_n_epochs and epoch % self.every_n_epochs == 0:
-            self._run_and_log(trainer, pl_module, epoch)
+        assert isinstance(pl_module, Limber)
+        epoch, label = pl_module.measured_epoch()
+        ends = trainer.should_stop or epoch == trainer.max_epochs  # At max_steps Checkpoints asks for it.
+        if self.every_n_epochs and (ends or epoch % self.every_n_epochs == 0):
+            self._run_and_log(trainer, pl_module, epoch, label)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """`validate` probes the checkpoint that it is given, as the last epoch that it finished."""
+        """`validate` probes the checkpoint that it is given, as the epoch that it is of."""
+        assert isinstance(pl_module, Limber)
         if self.every_n_epochs and trainer.state.fn == "validate":
             self._prepare(trainer, pl_module)
-            self._run_and_log(trainer, pl_module, epoch=max(self.history, default=0))
+            self._run_and_log(trainer, pl_module, *pl_module.measured_epoch())
 
     @property
     def state_key(self) -> str:
@@ -148,7 +151,7 @@ class SAEProbe(pl.Callback):
         texts = partial(data.training_captions, NUM_TRAINING_RECORDS)
         self._probe = build_probe(module, self.config, context, partial(gather, trainer), texts)
 
-    def _run_and_log(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
+    def _run_and_log(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, label: str) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         # The first is counted: it alone reads the captions without an image.
         counter = FlopCounter() if trainer.state.fn == "fit" and epoch == 0 else None
@@ -182,25 +185,25 @@ class SAEProbe(pl.Callback):
             write_panels(self.probe.panels, files)
             arrays = arrays_by_image(report.by_image, report.images)
             add_arrays(images_file(files, epoch), "probe", arrays)
-        self._log_figures(trainer, module, epoch, report)
+        self._log_figures(trainer, module, epoch, label, report)
         if patches is not None:
             figure = patch_figure(*patches)
             log_figure(trainer, "probe/patches", figure)
             if files and figure is not None:
                 write_whole(files / f"patches_epoch_{epoch}.jpg", partial(figure.savefig, dpi=70))
         parts = ", ".join(f"{name} {spent:.1f}" for name, spent in report.seconds.items() if spent >= 0.05)
-        print(f"[probe] epoch {epoch}: {sum(report.seconds.values()):.1f} s ({parts})")
+        print(f"[probe] {label}: {sum(report.seconds.values()):.1f} s ({parts})")
         for sentence in sentences(report.rows):
             print(f"[probe] {sentence}")
 
     def _log_figures(
-        self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, report: Report
+        self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, label: str, report: Report
     ) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         fresh = module.hparams["adapter_weights"] is None
         control = "untrained adapter" if fresh else "adapter at the start"
         num_images, panels = min(self.num_images, len(data.val_set)), self.probe.panels
-        title = f"SAE probe of {num_images} held-out images, epoch {epoch}"
+        title = f"SAE probe of {num_images} held-out images, {label}"
         log_figure(trainer, "probe/finding", finding_figure(report.rows, title))
         figure = probe_figure(self.history, epoch, panels, title, control, self.published_curves)
         log_figure(trainer, "probe/by_layer", figure)
@@ -208,9 +211,7 @@ class SAEProbe(pl.Callback):
         layers = list(self.probe.layers.values())
         for name, tables in report.matrices.items():
             images = min(self.intervention_images, num_images)
-            title = (
-                f"Image tokens through the SAEs of other layers. {images} held-out images, epoch {epoch}"
-            )
+            title = f"Image tokens through the SAEs of other layers. {images} held-out images, {label}"
             log_figure(trainer, f"probe/{name}", matrix_figure(layers, tables, title))
 
     def _matching_patches(

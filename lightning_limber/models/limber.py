@@ -38,6 +38,7 @@ from lightning_limber.models.optimizer import (
 )
 from lightning_limber.models.vision import VisionConfig, VisionEncoder
 from lightning_limber.utils.checkpoints import check_same_run, training_settings
+from lightning_limber.utils.loop_state import place, stored_epoch
 
 
 class Limber(pl.LightningModule):
@@ -103,6 +104,7 @@ class Limber(pl.LightningModule):
         self._kept = KeptFeatures(held_out_features_gb * 1e9)
         self._collator: Collator | None = None
         self._finite = FiniteCheck()
+        self._loaded_epoch = (0, True)
         self.run_config: str | None = None
         """The run's whole config as YAML, set by the CLI; travels in the checkpoint."""
         self.decoding = Decoding()
@@ -288,6 +290,16 @@ class Limber(pl.LightningModule):
         scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
         return make_optimizer(self.adapter, self.optimizer_config, fused=not scaled)
 
+    def measured_epoch(self) -> tuple[int, str]:
+        """The epoch that a measurement belongs to, counted from 1, and what to call it: in `fit` the one
+        under way, else the checkpoint's.
+        """
+        now = place(self.trainer)
+        epoch, is_whole = now.epochs + (now.batches > 0), now.is_whole or not now.batches
+        if self.trainer.state.fn != "fit":
+            epoch, is_whole = self._loaded_epoch
+        return epoch, f"epoch {epoch}" + ("" if is_whole else f" (unfinished, step {self.global_step})")
+
     # -- checkpoints ------------------------------------------------------------------------------
 
     def check_finite(self) -> None:
@@ -306,6 +318,7 @@ class Limber(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another run, see `check_same_run`."""
         check_same_run(checkpoint, self.backbones, dict(self.hparams), self._trainer)
+        self._loaded_epoch = stored_epoch(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == "fit":
             saved = OptimizerConfig(**checkpoint["hyper_parameters"]["optimizer"])
             if text := stretched(saved, self.optimizer_config, checkpoint["global_step"]):

@@ -24,6 +24,7 @@ from lightning_limber.probe.tables import Row
 from lightning_limber.utils.checkpoints import EXPORTED, newest_checkpoint, read_checkpoint
 from lightning_limber.utils.files import write_text, write_whole
 from lightning_limber.utils.hub import source
+from lightning_limber.utils.loop_state import stored_epoch
 
 # The rest of the config is about one machine: devices, loggers, files.
 SECTIONS = ("seed_everything", "model", "data", "probe", "captions")
@@ -66,7 +67,7 @@ def _history(checkpoint: dict[str, Any], callback: str) -> dict[int, Any]:
 def _draw(checkpoint: dict[str, Any], trained: Trained, path: Path) -> bool:
     """The last probe's figure, if there was a probe."""
     history = _history(checkpoint, "SAEProbe")
-    if not history:
+    if not history or (not max(history) and checkpoint["global_step"]):  # Not of an untrained adapter.
         return False
     from lightning_limber.probe.figures import probe_figure
 
@@ -142,15 +143,17 @@ def _card(checkpoint: dict[str, Any], trained: Trained, logged: dict[str, float]
     if data := trained.config.get("data"):
         lines.append(f"```yaml\n{yaml.safe_dump({'data': data}, sort_keys=False)}```")
     optimizer = model["optimizer"]
+    epoch, is_whole = stored_epoch(checkpoint)
     lines.append(
         f"{checkpoint['global_step']} steps of AdamW (peak learning rate {optimizer['lr']:g}), precision "
         f"{trainer['precision']}, seed {trainer['seed_everything'] or 'none'}; "
-        f"lightning_limber {checkpoint['lightning_limber']['version']}."
+        f"lightning_limber {checkpoint['lightning_limber']['version']}. The weights are those "
+        f"{'at the end of' if is_whole else 'within'} epoch {epoch}."
     )
     lines += _scores(checkpoint, logged)
     if has_figure:
         lines += [
-            "## SAE probe",
+            f"## SAE probe after epoch {max(_history(checkpoint, 'SAEProbe'))}",
             "Where in the language model the image tokens look like text, by layer; bands are 95 % "
             "bootstrap intervals over images. Reconstruction alone does not show alignment: read it "
             "against `text`, `noise` and the adapter at the start.",
@@ -166,14 +169,15 @@ def _card(checkpoint: dict[str, Any], trained: Trained, logged: dict[str, float]
 
 def _scores(checkpoint: dict[str, Any], logged: dict[str, float]) -> list[str]:
     """Scores of captions on held-out images with their intervals, and the held-out loss."""
-    rows = [[name, f"{value:.3f}", ""] for name, value in logged.items()]
+    rows, head = [[name, f"{value:.3f}", ""] for name, value in logged.items()], "## Held-out images"
     if validations := _history(checkpoint, "RunRecord"):  # By step; older checkpoints have none.
         rows = [_row(name, *score) for name, score in validations[max(validations)][1].items()]
+        head += f", after {max(validations)} steps"
     if captions := _history(checkpoint, "CaptionSamples"):
         rows += [_row(name, *score) for name, score in captions[max(captions)].items()]
     if not rows:
         return []
-    return ["## Held-out images", _table(["", "value", "95 % over images"], rows)]
+    return [head, _table(["", "value", "95 % over images"], rows)]
 
 
 def _row(name: str, value: float, low: float, high: float) -> list[str]:

@@ -47,6 +47,14 @@ def place(trainer: Any) -> Place:
     return Place(epoch.processed - is_at_end, done - rest, is_whole, total - rest)
 
 
+def stored_epoch(checkpoint: dict[str, Any]) -> tuple[int, bool]:
+    """Epoch that a checkpoint is of, counted from 1 (0: before training), and whether all of it."""
+    loop = checkpoint["loops"]["fit_loop"]
+    epoch, batch = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
+    is_whole = epoch["processed"] == epoch["ready"] or batch["is_last_batch"]
+    return epoch["ready"], is_whole
+
+
 def write_place(fit_loop: dict[str, Any], trainer: Any, validated_batches: int) -> None:
     """Makes the stored state of the loops say where training stands.
 
