@@ -33,6 +33,7 @@ from lightning_limber.models.optimizer import (
     OptimizerConfig,
     clip_gradients,
     make_optimizer,
+    scale_gradients,
     set_learning_rate,
     stretched,
 )
@@ -240,7 +241,13 @@ class Limber(pl.LightningModule):
         # The mean over the tokens of the whole batch, also when it is split over processes that hold
         # captions of different lengths (DDP averages the processes' gradients). The image tokens are
         # named for a share of the batch that has none.
-        loss = losses.sum() * world_size / count.clamp_min(1) + 0.0 * image_tokens[:0].sum()
+        # A step of several batches is taken in units of the first one's tokens, until
+        # configure_gradient_clipping knows all. Lightning divides by their number.
+        parts = self.trainer.accumulate_grad_batches
+        if batch_idx % parts == 0:
+            self._first_tokens, self._step_tokens = count.clamp_min(1), torch.zeros_like(count)
+        self._step_tokens = self._step_tokens + count
+        loss = losses.sum() * (world_size * parts) / self._first_tokens + 0.0 * image_tokens[:0].sum()
         self._finite.note(loss_sum, self.global_step)
         log = {
             "train/loss": loss_sum / count,
@@ -260,7 +267,11 @@ class Limber(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Lightning's, with one norm for the log and the clipping, and for a fused optimiser too."""
+        """Lightning's, with one norm for the log and the clipping, and for a fused optimiser too; and the
+        gradient of a step of several batches becomes that of the mean over all their tokens.
+        """
+        if self.trainer.accumulate_grad_batches > 1:
+            scale_gradients(self.adapter, self._first_tokens / self._step_tokens.clamp_min(1))
         norm = clip_gradients(self.adapter, gradient_clip_val, gradient_clip_algorithm)
         if self.trainer.precision != "16-mixed":  # There a gradient that overflows is skipped.
             self._finite.note(norm, self.global_step)

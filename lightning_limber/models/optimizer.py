@@ -82,6 +82,11 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig, fused: bool) -> d
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def scale_gradients(module: nn.Module, factor: Tensor) -> None:
+    """Multiplies a module's gradients in place by a scalar on their device."""
+    torch._foreach_mul_([p.grad for p in module.parameters() if p.grad is not None], factor)
+
+
 def clip_gradients(module: nn.Module, value: float | None, algorithm: str | None) -> Tensor:
     """Clips a module's gradients in place.
 
