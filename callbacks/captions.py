@@ -25,6 +25,7 @@ from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
 from lightning_limber.utils.by_image import add_arrays, images_file
 from lightning_limber.utils.files import write_text, write_whole
+from lightning_limber.utils.loop_state import measured_epoch
 
 from .run_record import log_figure
 
@@ -129,7 +130,7 @@ class CaptionSamples(pl.Callback):
                 baseline.scores.update(scores_of_set(of_one))
         measured = by_image(found.written)
         scores = scores_of_set(measured)
-        epoch, _ = pl_module.measured_epoch()
+        epoch, _ = measured_epoch(trainer)
         # What `test` finds, on other images, is no epoch of the run.
         history = {} if testing else self.history
         history[epoch] = scores

@@ -14,8 +14,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_limber.models.limber import Limber
+from lightning_limber.models.optimizer import OptimizerConfig, set_learning_rate, stretched
 from lightning_limber.utils.checkpoints import slurm_job
 from lightning_limber.utils.commands import program
 from lightning_limber.utils.files import write_whole
@@ -115,6 +117,12 @@ class Checkpoints(Checkpoint):
         if self._ends_epoch == self._max_steps:
             trainer.fit_loop.epoch_loop.max_steps += 1
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A checkpoint brings the learning rate of its own schedule, which may have been a shorter one.
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, LambdaLR):
+                set_learning_rate(config.scheduler)
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -138,7 +146,7 @@ class Checkpoints(Checkpoint):
         assert isinstance(pl_module, Limber)
         # Nothing waits for a GPU here, or only when it is waited for anyway.
         if pl_module.device.type == "cpu" or trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            pl_module.check_finite()
+            pl_module.finite.check()
         # A run always ends with validation, captions and probe.
         trainer.should_stop |= trainer.global_step == trainer.max_steps
         # They and the end of an epoch take long: what is before them is saved first.
@@ -211,7 +219,11 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        assert isinstance(pl_module, Limber)
         loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
+        saved = OptimizerConfig(**checkpoint["hyper_parameters"]["optimizer"])
+        if trainer.state.fn == "fit" and (text := stretched(saved, pl_module.optimizer_config, step)):
+            rank_zero_info(text)
         if trainer.state.fn != "fit":  # What is measured is of this step.
             epoch_loop = trainer.fit_loop.epoch_loop
             epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step

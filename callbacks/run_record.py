@@ -27,6 +27,7 @@ from lightning_limber.utils.by_image import add_arrays, images_file
 from lightning_limber.utils.checkpoints import FREE
 from lightning_limber.utils.files import write_text, write_whole
 from lightning_limber.utils.flops import FlopCounter
+from lightning_limber.utils.loop_state import measured_epoch
 
 PACKAGES = (
     "lightning-limber",
@@ -144,7 +145,7 @@ class RunRecord(pl.Callback):
         folder = trainer.log_dir  # Asks all processes.
         names = dict(gather(trainer, list(self._names.items())))
         step, testing = trainer.global_step, trainer.state.fn == "test"
-        epoch, _ = pl_module.measured_epoch()
+        epoch, _ = measured_epoch(trainer)
         history = {} if testing else self.history
         history[step] = epoch, found.scores
         if not trainer.is_global_zero or not folder or trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -31,6 +31,7 @@ from lightning_limber.probe.tables import History, Row, arrays_by_image, scalars
 from lightning_limber.utils.by_image import add_arrays, images_file
 from lightning_limber.utils.files import write_whole
 from lightning_limber.utils.flops import FlopCounter
+from lightning_limber.utils.loop_state import measured_epoch
 
 from .run_record import gather, log_figure, log_layout
 
@@ -111,18 +112,16 @@ class SAEProbe(pl.Callback):
             self._run_and_log(trainer, pl_module, 0, "epoch 0")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, Limber)
-        epoch, label = pl_module.measured_epoch()
+        epoch, label = measured_epoch(trainer)
         ends = trainer.should_stop or epoch == trainer.max_epochs  # At max_steps Checkpoints asks for it.
         if self.every_n_epochs and (ends or epoch % self.every_n_epochs == 0):
             self._run_and_log(trainer, pl_module, epoch, label)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """`validate` probes the checkpoint that it is given, as the epoch that it is of."""
-        assert isinstance(pl_module, Limber)
         if self.every_n_epochs and trainer.state.fn == "validate":
             self._prepare(trainer, pl_module)
-            self._run_and_log(trainer, pl_module, *pl_module.measured_epoch())
+            self._run_and_log(trainer, pl_module, *measured_epoch(trainer))
 
     @property
     def state_key(self) -> str:

@@ -12,9 +12,13 @@ class FiniteCheck:
     """Remembers the first step whose loss or gradient is not finite.
 
     It is noted on the device: a step waits for nothing. Who saves or logs reads it.
+
+    Args:
+        config: Says the learning rate, for the message.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: OptimizerConfig) -> None:
+        self.config = config
         self._first: Tensor | None = None
 
     def note(self, value: Tensor, step: int) -> None:
@@ -22,7 +26,7 @@ class FiniteCheck:
         first = self._first if self._first is not None else torch.full_like(value, -1, dtype=torch.long)
         self._first = torch.where(value.isfinite() | (first >= 0), first, step)
 
-    def check(self, config: OptimizerConfig) -> None:
+    def check(self) -> None:
         """Waits for the device.
 
         Raises:
@@ -30,7 +34,7 @@ class FiniteCheck:
         """
         if self._first is None or (step := int(self._first)) < 0:
             return
-        lr = config.lr * lr_factor(step, config)
+        lr = self.config.lr * lr_factor(step, self.config)
         raise FloatingPointError(
             f"The loss or its gradient is not finite in step {step + 1} (learning rate {lr:.2e}): training "
             "stops, and no checkpoint was written since. Lower model.optimizer.lr or raise warmup_steps, "

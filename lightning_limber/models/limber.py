@@ -29,17 +29,10 @@ from lightning_limber.models.finite import FiniteCheck
 from lightning_limber.models.generation import Caption, Decoding, generate
 from lightning_limber.models.held_out import HeldOut, HeldOutSums, in_words
 from lightning_limber.models.llm import LLM
-from lightning_limber.models.optimizer import (
-    OptimizerConfig,
-    clip_gradients,
-    make_optimizer,
-    scale_gradients,
-    set_learning_rate,
-    stretched,
-)
+from lightning_limber.models.optimizer import OptimizerConfig, StepMean, clip_gradients, make_optimizer
 from lightning_limber.models.vision import VisionConfig, VisionEncoder
 from lightning_limber.utils.checkpoints import check_same_run, training_settings
-from lightning_limber.utils.loop_state import place, stored_epoch
+from lightning_limber.utils.loop_state import stored_epoch
 
 
 class Limber(pl.LightningModule):
@@ -104,8 +97,8 @@ class Limber(pl.LightningModule):
         self._cache: FeatureCache | None = None
         self._kept = KeptFeatures(held_out_features_gb * 1e9)
         self._collator: Collator | None = None
-        self._finite = FiniteCheck()
-        self._loaded_epoch = (0, True)
+        self.finite, self._mean = FiniteCheck(optimizer), StepMean()
+        self.loaded_epoch = (0, True)
         self.run_config: str | None = None
         """The run's whole config as YAML, set by the CLI; travels in the checkpoint."""
         self.decoding = Decoding()
@@ -141,7 +134,7 @@ class Limber(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self._calibrate()
-        self._finite = FiniteCheck()
+        self.finite = FiniteCheck(self.optimizer_config)
         if self.hparams["cache_features"]:
             key = [self.backbones["vision"], self.hparams["vision"]]
             self._cache = open_feature_cache(key, self._feature_shape, self.trainer)
@@ -219,10 +212,6 @@ class Limber(pl.LightningModule):
 
     # -- training ---------------------------------------------------------------------------------
 
-    def on_train_start(self) -> None:
-        # A checkpoint brings the learning rate of its own schedule, which may have been a shorter one.
-        set_learning_rate(cast(Any, self.lr_schedulers()))
-
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout masks as a function of the step: resuming needs no random state.
         torch.manual_seed(hash((self._seed, self.global_step, self.global_rank)) % 2**63)
@@ -238,17 +227,11 @@ class Limber(pl.LightningModule):
         if world_size > 1:
             torch.distributed.all_reduce(sums)
         loss_sum, correct_sum, norm_sum, count, image_count, real, padded, cut, texts = sums
-        # The mean over the tokens of the whole batch, also when it is split over processes that hold
+        # The mean over the tokens of the whole step, also when it is split over processes that hold
         # captions of different lengths (DDP averages the processes' gradients). The image tokens are
         # named for a share of the batch that has none.
-        # A step of several batches is taken in units of the first one's tokens, until
-        # configure_gradient_clipping knows all. Lightning divides by their number.
-        parts = self.trainer.accumulate_grad_batches
-        if batch_idx % parts == 0:
-            self._first_tokens, self._step_tokens = count.clamp_min(1), torch.zeros_like(count)
-        self._step_tokens = self._step_tokens + count
-        loss = losses.sum() * (world_size * parts) / self._first_tokens + 0.0 * image_tokens[:0].sum()
-        self._finite.note(loss_sum, self.global_step)
+        loss = self._mean.loss(losses.sum(), count, batch_idx, self.trainer) + 0.0 * image_tokens[:0].sum()
+        self.finite.note(loss_sum, self.global_step)
         log = {
             "train/loss": loss_sum / count,
             "train/perplexity": (loss_sum / count).exp(),
@@ -267,14 +250,11 @@ class Limber(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Lightning's, with one norm for the log and the clipping, and for a fused optimiser too; and the
-        gradient of a step of several batches becomes that of the mean over all their tokens.
-        """
-        if self.trainer.accumulate_grad_batches > 1:
-            scale_gradients(self.adapter, self._first_tokens / self._step_tokens.clamp_min(1))
+        """Lightning's, with one norm for the log and the clipping, and for a fused optimiser too."""
+        self._mean.scale_gradients(self.adapter, self.trainer)
         norm = clip_gradients(self.adapter, gradient_clip_val, gradient_clip_algorithm)
         if self.trainer.precision != "16-mixed":  # There a gradient that overflows is skipped.
-            self._finite.note(norm, self.global_step)
+            self.finite.note(norm, self.global_step)
         self.log("train/grad_norm", norm)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -301,24 +281,10 @@ class Limber(pl.LightningModule):
         scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
         return make_optimizer(self.adapter, self.optimizer_config, fused=not scaled)
 
-    def measured_epoch(self) -> tuple[int, str]:
-        """The epoch that a measurement belongs to, counted from 1, and what to call it: in `fit` the one
-        under way, else the checkpoint's.
-        """
-        now = place(self.trainer)
-        epoch, is_whole = now.epochs + (now.batches > 0), now.is_whole or not now.batches
-        if self.trainer.state.fn != "fit":
-            epoch, is_whole = self._loaded_epoch
-        return epoch, f"epoch {epoch}" + ("" if is_whole else f" (unfinished, step {self.global_step})")
-
     # -- checkpoints ------------------------------------------------------------------------------
 
-    def check_finite(self) -> None:
-        """Ends a run whose loss is no number; waits for the device."""
-        self._finite.check(self.optimizer_config)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_finite()  # Whoever saves.
+        self.finite.check()  # Whoever saves.
         checkpoint["lightning_limber"] = {
             "version": __version__,
             "backbones": dict(self.backbones),
@@ -329,8 +295,5 @@ class Limber(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another run, see `check_same_run`."""
         check_same_run(checkpoint, self.backbones, dict(self.hparams), self._trainer)
-        self._loaded_epoch = stored_epoch(checkpoint)
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            saved = OptimizerConfig(**checkpoint["hyper_parameters"]["optimizer"])
-            if text := stretched(saved, self.optimizer_config, checkpoint["global_step"]):
-                rank_zero_info(text)
+        if self._trainer is not None:
+            self.loaded_epoch = stored_epoch(checkpoint)

@@ -82,9 +82,26 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig, fused: bool) -> d
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def scale_gradients(module: nn.Module, factor: Tensor) -> None:
-    """Multiplies a module's gradients in place by a scalar on their device."""
-    torch._foreach_mul_([p.grad for p in module.parameters() if p.grad is not None], factor)
+class StepMean:
+    """The mean over the tokens of a step that is made of several batches, as if they were one.
+
+    Each batch's sum is divided by the tokens of the first, until all are known; Lightning divides by the
+    number of batches, also where the end of an epoch leaves fewer.
+    """
+
+    def loss(self, loss_sum: Tensor, count: Tensor, batch_idx: int, trainer: Any) -> Tensor:
+        """The loss of a batch: `loss_sum` is this process', `count` the number of tokens in all of them."""
+        parts = trainer.accumulate_grad_batches
+        if batch_idx % parts == 0:
+            self._first, self._all = count.clamp_min(1), torch.zeros_like(count)
+        self._all = self._all + count
+        return loss_sum * (trainer.world_size * parts) / self._first
+
+    def scale_gradients(self, module: nn.Module, trainer: Any) -> None:
+        """Makes a module's gradients those of the mean, before the step."""
+        if trainer.accumulate_grad_batches > 1:
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, self._first / self._all.clamp_min(1))
 
 
 def clip_gradients(module: nn.Module, value: float | None, algorithm: str | None) -> Tensor:
