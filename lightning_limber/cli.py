@@ -171,7 +171,8 @@ class LimberCLI(LightningCLI):
         if path is None:
             self._name_slurm_run()
         elif self.config.subcommand == "fit":
-            self._continue_logs(path, checkpoint["global_step"])
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+            self._continue_logs(path, checkpoint["global_step"], is_between_epochs=not progress["ready"])
 
     def _find_checkpoint(self) -> tuple[Path | None, bool]:
         """The checkpoint to start from, and whether it is that of a requeued SLURM job."""
@@ -211,15 +212,18 @@ class LimberCLI(LightningCLI):
         path = Path(options.save_dir) / options.name / str(options.version) / "checkpoints/last.ckpt"
         return path if path.is_file() else None
 
-    def _continue_logs(self, path: Path, step: int) -> None:
-        """Logs go on in the run's own folder; what was logged after the checkpoint is replaced."""
+    def _continue_logs(self, path: Path, step: int, is_between_epochs: bool) -> None:
+        """Logs go on in the run's own folder; what was logged after the checkpoint is replaced.
+
+        A batch is logged at the number of steps before it, the end of an epoch at that of all.
+        """
         if path.parent.name == "checkpoints":
             self._run_folder = path.parent.parent
             for logger in self._loggers():
                 logger.init_args.save_dir, logger.init_args.name = self._log_folder(path)
                 logger.init_args.version = self._run_folder.name
                 if logger.class_path.endswith("TensorBoardLogger"):
-                    logger.dict_kwargs = {"purge_step": step + 1}
+                    logger.dict_kwargs = {"purge_step": step + is_between_epochs}
             # CSVLogger begins its file anew.
             table = self._run_folder / "metrics.csv"
             if table.is_file():

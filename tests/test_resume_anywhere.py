@@ -28,6 +28,14 @@ def saving(**init_args: Any) -> str:
     return with_callback("lightning.pytorch.callbacks.ModelCheckpoint", **init_args)
 
 
+def test_a_step_that_is_done_again_is_logged_once(straight, fit):
+    with pytest.raises(Crash):
+        fit(*EXTRA, "--checkpoint.every_n_steps=5", *crash_flags("batches", "batch_start", 7))
+    fit(LAST, *crash_flags("batches"), base=False)
+    for tag in ("train/loss", "val/loss"):
+        assert scalars(RUN, tag) == scalars(straight / RUN, tag)
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_nothing_that_is_no_number_is_saved(fit, what):
     """Whoever saves; Lightning's callback does so before the run's own looks at the loss."""
@@ -99,6 +107,13 @@ def test_files_of_model_checkpoint(straight, fit, name, options):
     # What an epoch ends with came after the file, unless it was of the end.
     ended = at // 4 if options == {} else (at - 1) // 4
     assert len(list((RUN / "checkpoints").glob("epoch_*.ckpt"))) == 3 - ended
+
+
+def test_a_file_of_weights_alone_is_refused(fit):
+    flag = saving(save_weights_only=True, save_top_k=-1)
+    fit(*EXTRA, flag, "--trainer.max_steps=4")
+    with pytest.raises(ValueError, match="holds weights only"):
+        fit(f"--ckpt_path={RUN}/checkpoints/epoch=0-step=4.ckpt", flag, base=False)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,11 @@ def check_same_run(
     saved = checkpoint["lightning_limber"]
     lines = differences(saved["backbones"], backbones, "weights")
     if trainer is not None and trainer.state.fn == "fit":
+        if "optimizer_states" not in checkpoint:
+            raise ValueError(
+                "This checkpoint holds weights only (save_weights_only): start a new run from its adapter "
+                "with --model.adapter_weights PATH (and no --ckpt_path)."
+            )
         model = checkpoint["hyper_parameters"]
         model = {**model, "adapter": upgrade_adapter(model["adapter"])}
         steps, now = model["optimizer"]["total_steps"], hparams["optimizer"]["total_steps"]
