@@ -24,6 +24,8 @@ from lightning_limber.data.loader import RecordSet
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
 from lightning_limber.utils.by_image import add_arrays, images_file
+from lightning_limber.utils.files import write_text, write_whole
+from lightning_limber.utils.loop_state import measured_epoch
 
 from .run_record import log_figure
 
@@ -128,7 +130,7 @@ class CaptionSamples(pl.Callback):
                 baseline.scores.update(scores_of_set(of_one))
         measured = by_image(found.written)
         scores = scores_of_set(measured)
-        epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else max(self.history, default=0)
+        epoch, _ = measured_epoch(trainer)
         # What `test` finds, on other images, is no epoch of the run.
         history = {} if testing else self.history
         history[epoch] = scores
@@ -136,7 +138,7 @@ class CaptionSamples(pl.Callback):
         if not trainer.fast_dev_run and folder:  # type: ignore[attr-defined]
             write_table(Path(folder) / f"{name}.csv", history, baselines)
             words = json.dumps({writer: of.caption for writer, of in baselines.items()}, indent=1)
-            (Path(folder) / f"{name}_baselines.json").write_text(words, encoding="utf-8")
+            write_text(Path(folder) / f"{name}_baselines.json", words)
             write_gallery(Path(folder) / f"{name}_epoch_{epoch}.jsonl", found)
             arrays: dict[str, Any] = {metric: values.numpy() for metric, values in measured.items()}
             arrays["names"] = found.names
@@ -220,7 +222,7 @@ def write_table(path: Path, history: dict[int, dict[str, Score]], baselines: dic
         ],
         columns=["run", "epoch", "writer", "metric", *Score._fields],
     )
-    table.to_csv(path, index=False)
+    write_whole(path, lambda part: table.to_csv(part, index=False))
 
 
 def _log(trainer: pl.Trainer, tags: dict[str, dict[str, Score]]) -> None:
@@ -253,7 +255,7 @@ def write_gallery(path: Path, found: Captioned) -> None:
         picture.save(jpeg, "JPEG", quality=75)
         thumbnail = base64.b64encode(jpeg.getvalue()).decode()
         lines.append(json.dumps({"references": captions, "caption": caption, "jpeg": thumbnail}))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def slot_counts(data: CaptionData, written: list[str], scenes: list[Any]) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.tensorboard.summary import hparams
 
 from lightning_limber.data.collate import Batch
@@ -24,7 +25,9 @@ from lightning_limber.probe.palette import Panel, ordered_groups
 from lightning_limber.probe.tables import Row
 from lightning_limber.utils.by_image import add_arrays, images_file
 from lightning_limber.utils.checkpoints import FREE
+from lightning_limber.utils.files import write_text, write_whole
 from lightning_limber.utils.flops import FlopCounter
+from lightning_limber.utils.loop_state import measured_epoch
 
 PACKAGES = (
     "lightning-limber",
@@ -142,10 +145,7 @@ class RunRecord(pl.Callback):
         folder = trainer.log_dir  # Asks all processes.
         names = dict(gather(trainer, list(self._names.items())))
         step, testing = trainer.global_step, trainer.state.fn == "test"
-        epoch = trainer.current_epoch + 1
-        if trainer.state.fn != "fit":  # A checkpoint's, as the last epoch that it finished.
-            step = max(self.history, default=0)
-            epoch = self.history[step][0] if self.history else 0
+        epoch, _ = measured_epoch(trainer)
         history = {} if testing else self.history
         history[step] = epoch, found.scores
         if not trainer.is_global_zero or not folder or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -175,7 +175,7 @@ class RunRecord(pl.Callback):
 
     def _write(self, folder: Path, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
         path = folder / "run.json"
-        starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        starts = earlier_starts(path)
         cuda = trainer.strategy.root_device.type == "cuda"
         starts.append(
             {
@@ -192,7 +192,7 @@ class RunRecord(pl.Callback):
             }
         )
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(starts, indent=1), encoding="utf-8")
+        write_text(path, json.dumps(starts, indent=1))
 
     @staticmethod
     def _summaries(trainer: Any, *summaries: Any) -> None:
@@ -200,6 +200,18 @@ class RunRecord(pl.Callback):
             if hasattr(logger.experiment, "add_hparams"):
                 for summary in summaries:
                     logger.experiment.file_writer.add_summary(summary)
+
+
+def earlier_starts(path: Path) -> list[dict[str, Any]]:
+    """What ``run.json`` holds; a damaged one is put aside, so that the run goes on."""
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        kept = path.replace(path.with_name("run.damaged.json"))
+        rank_zero_warn(f"{path} is damaged ({error}): it is kept as {kept}, and a new one begins.")
+        return []
 
 
 def gather(trainer: pl.Trainer, items: list) -> list:
@@ -217,7 +229,6 @@ def write_validation(
     """All validations so far as one tidy table."""
     import pandas as pd
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     run = f"{path.parent.parent.name}/{path.parent.name}"
     split = "test" if testing else "val"
     table = pd.DataFrame(
@@ -228,7 +239,7 @@ def write_validation(
         ],
         columns="run epoch step split metric value low high".split(),
     )
-    table.to_csv(path, index=False)
+    write_whole(path, lambda part: table.to_csv(part, index=False))
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

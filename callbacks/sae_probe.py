@@ -29,7 +29,9 @@ from lightning_limber.probe.passes import Probe, Report
 from lightning_limber.probe.patches import PatchMap, patch_maps
 from lightning_limber.probe.tables import History, Row, arrays_by_image, scalars, write_tables
 from lightning_limber.utils.by_image import add_arrays, images_file
+from lightning_limber.utils.files import write_whole
 from lightning_limber.utils.flops import FlopCounter
+from lightning_limber.utils.loop_state import measured_epoch
 
 from .run_record import gather, log_figure, log_layout
 
@@ -107,18 +109,19 @@ class SAEProbe(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Probes the untrained adapter, as epoch 0; not when a run is resumed."""
         if self.every_n_epochs and trainer.global_step == 0:
-            self._run_and_log(trainer, pl_module, epoch=0)
+            self._run_and_log(trainer, pl_module, 0, "epoch 0")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        epoch = trainer.current_epoch + 1
-        if self.every_n_epochs and epoch % self.every_n_epochs == 0:
-            self._run_and_log(trainer, pl_module, epoch)
+        epoch, label = measured_epoch(trainer)
+        ends = trainer.should_stop or epoch == trainer.max_epochs  # At max_steps Checkpoints asks for it.
+        if self.every_n_epochs and (ends or epoch % self.every_n_epochs == 0):
+            self._run_and_log(trainer, pl_module, epoch, label)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """`validate` probes the checkpoint that it is given, as the last epoch that it finished."""
+        """`validate` probes the checkpoint that it is given, as the epoch that it is of."""
         if self.every_n_epochs and trainer.state.fn == "validate":
             self._prepare(trainer, pl_module)
-            self._run_and_log(trainer, pl_module, epoch=max(self.history, default=0))
+            self._run_and_log(trainer, pl_module, *measured_epoch(trainer))
 
     @property
     def state_key(self) -> str:
@@ -147,7 +150,7 @@ class SAEProbe(pl.Callback):
         texts = partial(data.training_captions, NUM_TRAINING_RECORDS)
         self._probe = build_probe(module, self.config, context, partial(gather, trainer), texts)
 
-    def _run_and_log(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
+    def _run_and_log(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, label: str) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         # The first is counted: it alone reads the captions without an image.
         counter = FlopCounter() if trainer.state.fn == "fit" and epoch == 0 else None
@@ -181,25 +184,25 @@ class SAEProbe(pl.Callback):
             write_panels(self.probe.panels, files)
             arrays = arrays_by_image(report.by_image, report.images)
             add_arrays(images_file(files, epoch), "probe", arrays)
-        self._log_figures(trainer, module, epoch, report)
+        self._log_figures(trainer, module, epoch, label, report)
         if patches is not None:
             figure = patch_figure(*patches)
             log_figure(trainer, "probe/patches", figure)
             if files and figure is not None:
-                figure.savefig(files / f"patches_epoch_{epoch}.jpg", dpi=70)
+                write_whole(files / f"patches_epoch_{epoch}.jpg", partial(figure.savefig, dpi=70))
         parts = ", ".join(f"{name} {spent:.1f}" for name, spent in report.seconds.items() if spent >= 0.05)
-        print(f"[probe] epoch {epoch}: {sum(report.seconds.values()):.1f} s ({parts})")
+        print(f"[probe] {label}: {sum(report.seconds.values()):.1f} s ({parts})")
         for sentence in sentences(report.rows):
             print(f"[probe] {sentence}")
 
     def _log_figures(
-        self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, report: Report
+        self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, label: str, report: Report
     ) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         fresh = module.hparams["adapter_weights"] is None
         control = "untrained adapter" if fresh else "adapter at the start"
         num_images, panels = min(self.num_images, len(data.val_set)), self.probe.panels
-        title = f"SAE probe of {num_images} held-out images, epoch {epoch}"
+        title = f"SAE probe of {num_images} held-out images, {label}"
         log_figure(trainer, "probe/finding", finding_figure(report.rows, title))
         figure = probe_figure(self.history, epoch, panels, title, control, self.published_curves)
         log_figure(trainer, "probe/by_layer", figure)
@@ -207,9 +210,7 @@ class SAEProbe(pl.Callback):
         layers = list(self.probe.layers.values())
         for name, tables in report.matrices.items():
             images = min(self.intervention_images, num_images)
-            title = (
-                f"Image tokens through the SAEs of other layers. {images} held-out images, epoch {epoch}"
-            )
+            title = f"Image tokens through the SAEs of other layers. {images} held-out images, {label}"
             log_figure(trainer, f"probe/{name}", matrix_figure(layers, tables, title))
 
     def _matching_patches(

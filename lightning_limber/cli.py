@@ -11,13 +11,12 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_limber.callbacks import CaptionSamples, Checkpoints, RunRecord, SAEProbe
@@ -32,6 +31,7 @@ from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoin
 from lightning_limber.utils.commands import COMMANDS, program
 from lightning_limber.utils.config_files import config_dir, default_experiment, find_configs, split_exports
 from lightning_limber.utils.parser import Parser
+from lightning_limber.utils.trainer import SaveConfig, Trainer
 from lightning_limber.utils.trust import class_paths, read_config
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "export")
@@ -65,26 +65,13 @@ def default_precision(accelerator: str) -> str:
     return "32-true"
 
 
-class Trainer(pl.Trainer):
-    """Options of Lightning's Trainer."""
-
-    def plan(self) -> None:
-        """Says what a run will cost (FLOPs, memory, hours), without loading a weight."""
-
-    def export(self, ckpt_path: str = "last", output: str = "export") -> None:
-        """Writes a run's adapter as a folder for a hub: weights, config, model card.
-
-        Args:
-            ckpt_path: A checkpoint, a run's folder, or ``last``.
-            output: The folder.
-        """
-
-
 class LimberCLI(LightningCLI):
     """LightningCLI with the probe, the caption samples and the checkpoints as config groups of their
     own (``probe``, ``captions``, ``checkpoint``), with a resume that never changes a setting
     silently, and with the subcommands ``plan`` and ``export``.
     """
+
+    _run_folder: Path | None = None  # Of a run that goes on.
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -178,13 +165,14 @@ class LimberCLI(LightningCLI):
         for file, text in stored:
             layers += [
                 "--config",
-                read_config(text, options, file, named, *self._log_folder(path), _upgrade),
+                read_config(text, options, file, named, *self._log_folder(path), _as_given),
             ]
         self.config = parser.parse_args([*command, *(layers or default_experiment(own)), *own])
         if path is None:
             self._name_slurm_run()
         elif self.config.subcommand == "fit":
-            self._continue_logs(path, checkpoint["global_step"])
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+            self._continue_logs(path, checkpoint["global_step"], is_between_epochs=not progress["ready"])
 
     def _find_checkpoint(self) -> tuple[Path | None, bool]:
         """The checkpoint to start from, and whether it is that of a requeued SLURM job."""
@@ -200,8 +188,16 @@ class LimberCLI(LightningCLI):
         if checkpoint is not None and checkpoint.parent.name == "checkpoints":
             run = checkpoint.parent.parent
             return str(run.parent.parent), run.parent.name
-        options = getattr(self._settings.trainer.logger, "init_args", None) or {}
+        loggers = self._loggers() or self._loggers(("",))
+        options = loggers[0].init_args if loggers else {}
         return options.get("save_dir") or "runs", options.get("name") or "default"
+
+    def _loggers(self, kinds: tuple[str, ...] = ("TensorBoardLogger", "CSVLogger")) -> list[Any]:
+        """Settings of the loggers of these classes, by default of those that have a folder for each run."""
+        loggers = self._settings.trainer.logger
+        specs = loggers if isinstance(loggers, list) else [loggers]
+        specs = [spec for spec in specs if isinstance(spec, Namespace) and "init_args" in spec]
+        return [spec for spec in specs if spec.class_path.endswith(kinds)]
 
     def _name_slurm_run(self) -> Path | None:
         """Names a batch job's run after the job; the checkpoint to go on from when the job was requeued."""
@@ -216,15 +212,28 @@ class LimberCLI(LightningCLI):
         path = Path(options.save_dir) / options.name / str(options.version) / "checkpoints/last.ckpt"
         return path if path.is_file() else None
 
-    def _continue_logs(self, path: Path, step: int) -> None:
-        """Logs go on in the run's own folder; what was logged after the checkpoint is replaced."""
-        logger = self._settings.trainer.logger
-        is_tensorboard = getattr(logger, "class_path", "").endswith("TensorBoardLogger")
-        if path.parent.name == "checkpoints" and is_tensorboard:
-            logger.init_args.save_dir, logger.init_args.name = self._log_folder(path)
-            logger.init_args.version = path.parent.parent.name
-            logger.dict_kwargs = {"purge_step": step + 1}
+    def _continue_logs(self, path: Path, step: int, is_between_epochs: bool) -> None:
+        """Logs go on in the run's own folder; what was logged after the checkpoint is replaced.
+
+        A batch is logged at the number of steps before it, the end of an epoch at that of all.
+        """
+        if path.parent.name == "checkpoints":
+            self._run_folder = path.parent.parent
+            for logger in self._loggers():
+                logger.init_args.save_dir, logger.init_args.name = self._log_folder(path)
+                logger.init_args.version = self._run_folder.name
+                if logger.class_path.endswith("TensorBoardLogger"):
+                    logger.dict_kwargs = {"purge_step": step + is_between_epochs}
+            # CSVLogger begins its file anew.
+            table = self._run_folder / "metrics.csv"
+            if table.is_file():
+                rank_zero_only(table.replace)(table.with_name(f"metrics_to_step_{step}.csv"))
         rank_zero_info(f"[resume] continuing {path} from step {step}")
+        if step == self._settings.trainer.max_steps:
+            rank_zero_info(
+                f"[resume] it has all its steps: a trainer.max_steps above {step} makes the run longer, "
+                "and `validate` measures it again"
+            )
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's own would put the checkpoint's settings over the flags without a word."""
@@ -246,7 +255,12 @@ class LimberCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """None for a plan or an export: they run nothing, and a plan's devices are elsewhere."""
-        return None if self.subcommand in ("plan", "export") else super().instantiate_trainer(**kwargs)
+        if self.subcommand in ("plan", "export"):
+            return None
+        trainer = cast(Trainer, super().instantiate_trainer(**kwargs))
+        trainer.runs = Path(*self._log_folder(None))
+        trainer.run_folder = str(self._run_folder) if self._run_folder else None
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "plan":
@@ -304,6 +318,17 @@ def _upgrade(config: dict[str, Any]) -> dict[str, Any]:
     return upgrade_config(in_present_form(config))
 
 
+def _as_given(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored config of an older version as this one's, with a schedule that still follows max_steps."""
+    config = _upgrade(config)
+    trainer, model = (config.get(name) for name in ("trainer", "model"))
+    optimizer = model.get("optimizer") if isinstance(model, dict) else None
+    follows = isinstance(trainer, dict) and isinstance(optimizer, dict)
+    if follows and optimizer.get("total_steps") == trainer.get("max_steps"):  # type: ignore[union-attr]
+        optimizer.pop("total_steps", None)  # type: ignore[union-attr]
+    return config
+
+
 def main(args: list[str] | None = None) -> LimberCLI:
     """The command line. `args` replaces ``sys.argv[1:]``."""
     # Workers of torch's loader and of tokenizers do not mix otherwise.
@@ -324,7 +349,7 @@ def main(args: list[str] | None = None) -> LimberCLI:
             trainer_defaults={"callbacks": [RunRecord()]},
             subclass_mode_data=True,
             parser_class=Parser,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
             parser_kwargs={
                 "prog": program(),
                 "parser_mode": "omegaconf+",
@@ -332,7 +357,9 @@ def main(args: list[str] | None = None) -> LimberCLI:
             },
             auto_configure_optimizers=False,
         )
-    except (OSError, ValueError, MisconfigurationException) as error:
+    except KeyboardInterrupt:  # Before or after the run, which saves first: callbacks/signals.py.
+        sys.exit(130)
+    except (OSError, ValueError, FloatingPointError, MisconfigurationException) as error:
         if os.environ.get("LIGHTNING_LIMBER_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -27,6 +27,19 @@ def models(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def straight(models, tmp_path_factory) -> Path:
+    """The uninterrupted run: 3 epochs of 4 steps. Dropout makes the random stream matter."""
+    from process import HELPERS, run_cli
+    from runs import crash_flags
+
+    root = tmp_path_factory.mktemp("straight")
+    flags = [*tiny.arguments(models, probe=False), "--model.adapter.dropout=0.3", *crash_flags("batches")]
+    done = run_cli("fit", *flags, cwd=root, env=HELPERS)
+    assert done.returncode == 0, done.stdout
+    return root
+
+
 @pytest.fixture
 def fit(models, monkeypatch):
     """Runs the CLI in this process on the tiny models; returns the CLI object.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -141,6 +142,13 @@ class BatchSource:
         return self.records[index] if row is None else self.records.decode(row)
 
 
+def _leave_signals_alone(worker_id: int) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach workers too: the run still needs them for the step under way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The next SIGTERM is that of the main process.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 class BatchLoader:
     """Batches in an order that is a pure function of (seed, epoch): so a resumed run sees exactly the
     batches that it has not seen, with any number of workers.
@@ -258,6 +266,7 @@ class BatchLoader:
             sampler=cast(Any, ((epoch, items) for items in islice(self.batches(epoch), start, None))),
             num_workers=min(self.num_workers, len(self) - start),
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_alone,
             persistent_workers=False,
         )
         seen = bad = 0

@@ -24,12 +24,13 @@ must be multiplied by sqrt(D_l) first).
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lightning_limber.utils.checkpoints import EXPORTED, newest_checkpoint, read_checkpoint
+from lightning_limber.utils.checkpoints import EXPORTED, damage, newest_checkpoint, read_checkpoint
 
 # What stands before the projector's own keys in a file that may hold much else.
 STEMS = ("mm_projector", "multi_modal_projector", "image_prefix.proj")
@@ -95,6 +96,8 @@ def read_projector(path: str | Path) -> dict[str, Tensor]:
 
         weights = load_file(path)
     else:
+        if (Path(path).suffix == ".ckpt" or zipfile.is_zipfile(path)) and (reason := damage(path)):
+            raise ValueError(f"model.adapter_weights={path} is damaged ({reason}).")
         weights = torch.load(path, map_location="cpu", weights_only=True)
     if "lightning_limber" in weights:
         own = read_checkpoint(path)["state_dict"]

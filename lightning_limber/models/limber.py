@@ -25,12 +25,14 @@ from lightning_limber.models.adapters import Adapter, Linear
 from lightning_limber.models.adapters.spec import adapter_from_spec, adapter_spec
 from lightning_limber.models.build import build
 from lightning_limber.models.feature_cache import FeatureCache, KeptFeatures, open_feature_cache
+from lightning_limber.models.finite import FiniteCheck
 from lightning_limber.models.generation import Caption, Decoding, generate
 from lightning_limber.models.held_out import HeldOut, HeldOutSums, in_words
 from lightning_limber.models.llm import LLM
-from lightning_limber.models.optimizer import OptimizerConfig, clip_gradients, make_optimizer
+from lightning_limber.models.optimizer import OptimizerConfig, StepMean, clip_gradients, make_optimizer
 from lightning_limber.models.vision import VisionConfig, VisionEncoder
 from lightning_limber.utils.checkpoints import check_same_run, training_settings
+from lightning_limber.utils.loop_state import stored_epoch
 
 
 class Limber(pl.LightningModule):
@@ -95,6 +97,8 @@ class Limber(pl.LightningModule):
         self._cache: FeatureCache | None = None
         self._kept = KeptFeatures(held_out_features_gb * 1e9)
         self._collator: Collator | None = None
+        self.finite, self._mean = FiniteCheck(optimizer), StepMean()
+        self.loaded_epoch = (0, True)
         self.run_config: str | None = None
         """The run's whole config as YAML, set by the CLI; travels in the checkpoint."""
         self.decoding = Decoding()
@@ -130,6 +134,7 @@ class Limber(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self._calibrate()
+        self.finite = FiniteCheck(self.optimizer_config)
         if self.hparams["cache_features"]:
             key = [self.backbones["vision"], self.hparams["vision"]]
             self._cache = open_feature_cache(key, self._feature_shape, self.trainer)
@@ -222,10 +227,11 @@ class Limber(pl.LightningModule):
         if world_size > 1:
             torch.distributed.all_reduce(sums)
         loss_sum, correct_sum, norm_sum, count, image_count, real, padded, cut, texts = sums
-        # The mean over the tokens of the whole batch, also when it is split over processes that hold
+        # The mean over the tokens of the whole step, also when it is split over processes that hold
         # captions of different lengths (DDP averages the processes' gradients). The image tokens are
         # named for a share of the batch that has none.
-        loss = losses.sum() * world_size / count.clamp_min(1) + 0.0 * image_tokens[:0].sum()
+        loss = self._mean.loss(losses.sum(), count, batch_idx, self.trainer) + 0.0 * image_tokens[:0].sum()
+        self.finite.note(loss_sum, self.global_step)
         log = {
             "train/loss": loss_sum / count,
             "train/perplexity": (loss_sum / count).exp(),
@@ -245,7 +251,10 @@ class Limber(pl.LightningModule):
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Lightning's, with one norm for the log and the clipping, and for a fused optimiser too."""
+        self._mean.scale_gradients(self.adapter, self.trainer)
         norm = clip_gradients(self.adapter, gradient_clip_val, gradient_clip_algorithm)
+        if self.trainer.precision != "16-mixed":  # There a gradient that overflows is skipped.
+            self.finite.note(norm, self.global_step)
         self.log("train/grad_norm", norm)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -275,6 +284,7 @@ class Limber(pl.LightningModule):
     # -- checkpoints ------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.finite.check()  # Whoever saves.
         checkpoint["lightning_limber"] = {
             "version": __version__,
             "backbones": dict(self.backbones),
@@ -285,3 +295,5 @@ class Limber(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another run, see `check_same_run`."""
         check_same_run(checkpoint, self.backbones, dict(self.hparams), self._trainer)
+        if self._trainer is not None:
+            self.loaded_epoch = stored_epoch(checkpoint)

@@ -40,6 +40,28 @@ def lr_factor(step: int, config: OptimizerConfig) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def stretched(saved: OptimizerConfig, now: OptimizerConfig, step: int) -> str:
+    """Says what a longer schedule changes for a run that goes on from `step`; empty if it is the same."""
+    if saved.total_steps == now.total_steps:
+        return ""
+    before, after = (config.lr * lr_factor(step, config) for config in (saved, now))
+    return (
+        f"[resume] the schedule of {saved.total_steps} steps is stretched to {now.total_steps}: the "
+        f"learning rate goes from {before:.2e} to {after:.2e} at step {step}"
+    )
+
+
+def set_learning_rate(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Gives the optimiser the learning rate of where the schedule stands."""
+    rates = [
+        base * factor(schedule.last_epoch)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
+
+
 def make_optimizer(module: nn.Module, config: OptimizerConfig, fused: bool) -> dict[str, Any]:
     """Optimiser and schedule of a module's parameters, as Lightning wants them.
 
@@ -58,6 +80,28 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig, fused: bool) -> d
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class StepMean:
+    """The mean over the tokens of a step that is made of several batches, as if they were one.
+
+    Each batch's sum is divided by the tokens of the first, until all are known; Lightning divides by the
+    number of batches, also where the end of an epoch leaves fewer.
+    """
+
+    def loss(self, loss_sum: Tensor, count: Tensor, batch_idx: int, trainer: Any) -> Tensor:
+        """The loss of a batch: `loss_sum` is this process', `count` the number of tokens in all of them."""
+        parts = trainer.accumulate_grad_batches
+        if batch_idx % parts == 0:
+            self._first, self._all = count.clamp_min(1), torch.zeros_like(count)
+        self._all = self._all + count
+        return loss_sum * (trainer.world_size * parts) / self._first
+
+    def scale_gradients(self, module: nn.Module, trainer: Any) -> None:
+        """Makes a module's gradients those of the mean, before the step."""
+        if trainer.accumulate_grad_batches > 1:
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, self._first / self._all.clamp_min(1))
 
 
 def clip_gradients(module: nn.Module, value: float | None, algorithm: str | None) -> Tensor:

@@ -22,6 +22,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_limber.utils.files import write_whole
+
 FIELDS = {
     "model_id": "modelId",
     "layer": "layer",
@@ -140,8 +142,8 @@ def write_explanations(rows: Iterable[Explanation], path: Path) -> None:
         record = {theirs: getattr(row, ours) for ours, theirs in FIELDS.items()}
         # Neuronpedia writes indices as strings.
         lines.append(json.dumps({**record, "index": str(row.index)}, ensure_ascii=False))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))
+    packed = gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0)
+    write_whole(path, lambda part: part.write_bytes(packed))
 
 
 def _files(where: str) -> Iterator[tuple[str, bytes]]:

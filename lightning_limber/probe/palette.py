@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_limber.assets import ASSETS
+from lightning_limber.utils.files import write_text
 
 COLOURS = {
     "image": "#D55E00",
@@ -62,7 +63,7 @@ def ordered_groups(groups: Iterable[str]) -> dict[str, str]:
 
 def write_panels(panels: Iterable[Panel], folder: Path) -> None:
     text = json.dumps([asdict(panel) for panel in panels], indent=1)
-    (folder / PANELS_FILE).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / PANELS_FILE, text + "\n")
 
 
 def read_panels(folder: Path) -> list[dict[str, Any]]:

@@ -24,10 +24,9 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,6 +44,7 @@ from lightning_limber.probe.metrics.geometry import reconstruction_metrics
 from lightning_limber.probe.screened_encoder import make_encoder
 from lightning_limber.probe.token_stats import TokenStats
 from lightning_limber.utils.cache import cache_dir
+from lightning_limber.utils.files import write_text
 
 TEXT = ASSETS / "plain_text.txt"
 CONTEXT_SIZE = 128
@@ -243,12 +243,10 @@ def measure_once(
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     path = cache_dir() / "sanity_check" / f"{digest}.json"
     if path.is_file():
-        return {name: TextStats(**stats) for name, stats in json.loads(path.read_text()).items()}
+        with suppress(ValueError, TypeError):  # What is damaged is measured again.
+            return {name: TextStats(**stats) for name, stats in json.loads(path.read_text()).items()}
     found = measure(llm, saes, prefix_ids, outlier_factor, context)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps({name: asdict(stats) for name, stats in found.items()}))
-    scratch.replace(path)  # Whole or not at all.
+    write_text(path, json.dumps({name: asdict(stats) for name, stats in found.items()}))
     return found
 
 

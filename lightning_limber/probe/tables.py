@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from lightning_limber.utils.files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,15 +85,14 @@ def write_tables(
     """
     import pandas as pd
 
-    folder.mkdir(parents=True, exist_ok=True)
     run = f"{folder.parent.name}/{folder.name}"
     table = pd.DataFrame(
         [(run, at, *row) for at, rows in sorted(history.items()) for row in rows],
         columns=["run", "epoch", *Row._fields],
     ).astype({"layer": "Int64"})
-    table.to_csv(folder / "probe.csv", index=False)
-    table.to_parquet(folder / "probe.parquet", index=False)
+    write_whole(folder / "probe.csv", lambda part: table.to_csv(part, index=False))
+    write_whole(folder / "probe.parquet", lambda part: table.to_parquet(part, index=False))
     for name, rows in tables.items():
         found = pd.DataFrame(rows)
         found.insert(0, "epoch", epoch)
-        found.to_csv(folder / f"{name}_epoch_{epoch}.csv", index=False)
+        write_whole(folder / f"{name}_epoch_{epoch}.csv", partial(found.to_csv, index=False))

@@ -42,6 +42,7 @@ from lightning_limber.models.llm import LLM
 from lightning_limber.probe.explanations import Explanation, write_explanations
 from lightning_limber.sae_training.evaluate import load_release
 from lightning_limber.sae_training.train import CARD
+from lightning_limber.utils.files import write_text
 
 EXPLAINER = "lightning_limber-token-statistics-2"
 KINDS = ("on", "after", "before", "near")
@@ -121,7 +122,7 @@ def describe_release(
         if write:
             write_explanations(found, folder / "descriptions" / name / "batch-0.jsonl.gz")
     if write:
-        (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+        write_text(folder / CARD, json.dumps(card, indent=1) + "\n")
     for name, row in random.Random(seed).sample(every, min(show, len(every))):
         print(f"\n{name} latent {row.index}, density {row.density}, score {row.score}\n  {row.description}")
         for context in top_contexts(firings, name, row.index):

@@ -33,6 +33,7 @@ from lightning_limber.probe.saes import load_saes, release_folder
 from lightning_limber.probe.token_stats import TokenStats
 from lightning_limber.sae_training.corpus import read_texts
 from lightning_limber.sae_training.train import CARD
+from lightning_limber.utils.files import write_text
 
 SAE_ID = "blocks.{layer}.hook_resid_post"
 SCORES = ("explained_variance", "l0", "ce_recovered", "dead")
@@ -73,7 +74,7 @@ def evaluate_release(
         for name, score in scores.items():
             # What the sanity check is to find again.
             card["layers"][name] |= {"scores": _rounded(score), "gate": _rounded(stats[name].for_card())}
-        (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+        write_text(folder / CARD, json.dumps(card, indent=1) + "\n")
 
 
 def load_release(release: str, text: str, bf16: bool, max_tokens: int) -> tuple[Path, Any, LLM, Any, list]:

@@ -30,6 +30,7 @@ from lightning_limber import __version__
 from lightning_limber.models import activations
 from lightning_limber.models.llm import LLM
 from lightning_limber.sae_training.corpus import read_documents
+from lightning_limber.utils.files import write_text, write_whole
 
 CARD = "card.json"
 
@@ -219,7 +220,7 @@ def train(config: TrainConfig) -> Path:
             for layer, name in zip(config.layers, names, strict=True)
         },
     }
-    (out / CARD).write_text(json.dumps(card, indent=1) + "\n")
+    write_text(out / CARD, json.dumps(card, indent=1) + "\n")
     return out
 
 
@@ -280,11 +281,11 @@ def _save(sae: Any, scale: float, folder: Path) -> None:
         sae.topk_threshold /= scale
     weights_path, config_path = sae.save_inference_model(folder)
     weights = {k: v.to(torch.float16).contiguous() for k, v in load_file(weights_path).items()}
-    save_file(weights, weights_path)
+    write_whole(weights_path, lambda part: save_file(weights, part))
     # SAELens casts to the config's dtype when it loads: computing stays in float32.
     config = json.loads(config_path.read_text())
     config["device"] = "cpu"
-    config_path.write_text(json.dumps(config, indent=1) + "\n")
+    write_text(config_path, json.dumps(config, indent=1) + "\n")
 
 
 @torch.no_grad()
@@ -305,9 +306,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 def _write_state(work: Path, config: TrainConfig, state: dict[str, Any]) -> None:
     """Names the newest checkpoint, then removes older ones: an interruption loses neither."""
-    temporary = work / "state.json.tmp"
-    temporary.write_text(json.dumps({"config": _settings(config), **state}, indent=1))
-    temporary.replace(work / "state.json")
+    write_text(work / "state.json", json.dumps({"config": _settings(config), **state}, indent=1))
     for old in work.glob("block_*"):
         if old.name != state["checkpoint"]:
             shutil.rmtree(old)

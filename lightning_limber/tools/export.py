@@ -22,7 +22,9 @@ from lightning_limber.api import Trained
 from lightning_limber.probe.metrics import DEFAULT_METRICS, Panel, resolve_metrics
 from lightning_limber.probe.tables import Row
 from lightning_limber.utils.checkpoints import EXPORTED, newest_checkpoint, read_checkpoint
+from lightning_limber.utils.files import write_text, write_whole
 from lightning_limber.utils.hub import source
+from lightning_limber.utils.loop_state import stored_epoch
 
 # The rest of the config is about one machine: devices, loggers, files.
 SECTIONS = ("seed_everything", "model", "data", "probe", "captions")
@@ -47,12 +49,12 @@ def export(ckpt_path: str | Path, output: str | Path) -> Path:
     notes = {"version": __version__, "backbones": trained.backbones, "trainer": trained.trainer}
     metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in notes.items()}
     weights = {key: value.contiguous() for key, value in trained.weights.items()}
-    save_file(weights, folder / EXPORTED, metadata)
+    write_whole(folder / EXPORTED, lambda part: save_file(weights, part, metadata))
     config = {key: trained.config[key] for key in SECTIONS if key in trained.config}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     has_figure = _draw(checkpoint, trained, folder / "probe.png")
     card = _card(checkpoint, trained, _logged(path, checkpoint["global_step"]), has_figure)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
     print(f"[export] {path} to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
     return folder
 
@@ -65,7 +67,7 @@ def _history(checkpoint: dict[str, Any], callback: str) -> dict[int, Any]:
 def _draw(checkpoint: dict[str, Any], trained: Trained, path: Path) -> bool:
     """The last probe's figure, if there was a probe."""
     history = _history(checkpoint, "SAEProbe")
-    if not history:
+    if not history or (not max(history) and checkpoint["global_step"]):  # Not of an untrained adapter.
         return False
     from lightning_limber.probe.figures import probe_figure
 
@@ -78,7 +80,8 @@ def _draw(checkpoint: dict[str, Any], trained: Trained, path: Path) -> bool:
     control = "untrained adapter" if fresh else "adapter at the start"
     title = f"SAE probe of held-out images, epoch {max(rows)}"
     published = trained.config.get("probe", {}).get("published_curves", False)
-    probe_figure(rows, max(rows), panels, title, control, published).savefig(path, dpi=80)
+    figure = probe_figure(rows, max(rows), panels, title, control, published)
+    write_whole(path, lambda part: figure.savefig(part, dpi=80))
     return True
 
 
@@ -140,15 +143,17 @@ def _card(checkpoint: dict[str, Any], trained: Trained, logged: dict[str, float]
     if data := trained.config.get("data"):
         lines.append(f"```yaml\n{yaml.safe_dump({'data': data}, sort_keys=False)}```")
     optimizer = model["optimizer"]
+    epoch, is_whole = stored_epoch(checkpoint)
     lines.append(
         f"{checkpoint['global_step']} steps of AdamW (peak learning rate {optimizer['lr']:g}), precision "
         f"{trainer['precision']}, seed {trainer['seed_everything'] or 'none'}; "
-        f"lightning_limber {checkpoint['lightning_limber']['version']}."
+        f"lightning_limber {checkpoint['lightning_limber']['version']}. The weights are those "
+        f"{'at the end of' if is_whole else 'within'} epoch {epoch}."
     )
     lines += _scores(checkpoint, logged)
     if has_figure:
         lines += [
-            "## SAE probe",
+            f"## SAE probe after epoch {max(_history(checkpoint, 'SAEProbe'))}",
             "Where in the language model the image tokens look like text, by layer; bands are 95 % "
             "bootstrap intervals over images. Reconstruction alone does not show alignment: read it "
             "against `text`, `noise` and the adapter at the start.",
@@ -164,14 +169,15 @@ def _card(checkpoint: dict[str, Any], trained: Trained, logged: dict[str, float]
 
 def _scores(checkpoint: dict[str, Any], logged: dict[str, float]) -> list[str]:
     """Scores of captions on held-out images with their intervals, and the held-out loss."""
-    rows = [[name, f"{value:.3f}", ""] for name, value in logged.items()]
+    rows, head = [[name, f"{value:.3f}", ""] for name, value in logged.items()], "## Held-out images"
     if validations := _history(checkpoint, "RunRecord"):  # By step; older checkpoints have none.
         rows = [_row(name, *score) for name, score in validations[max(validations)][1].items()]
+        head += f", after {max(validations)} steps"
     if captions := _history(checkpoint, "CaptionSamples"):
         rows += [_row(name, *score) for name, score in captions[max(captions)].items()]
     if not rows:
         return []
-    return ["## Held-out images", _table(["", "value", "95 % over images"], rows)]
+    return [head, _table(["", "value", "95 % over images"], rows)]
 
 
 def _row(name: str, value: float, low: float, high: float) -> list[str]:

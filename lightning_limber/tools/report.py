@@ -31,6 +31,7 @@ from lightning_limber.probe.finding import sentences
 from lightning_limber.probe.tables import Row
 from lightning_limber.tools.compare import Interval, comparison, differences
 from lightning_limber.utils.adapter_config import upgrade_adapter
+from lightning_limber.utils.files import write_text
 
 SCALARS = ("train/", "val/", "captions/", "captions_chance/", "probe_seconds/", "memory/", "flops/")
 MAX_POINTS = 200
@@ -48,7 +49,7 @@ def main(args: list[str] | None = None) -> None:
     except (FileNotFoundError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
     page = render(runs)
-    options.out.write_text(page, encoding="utf-8")
+    write_text(options.out, page)
     print(f"[report] {options.out}: {len(page.encode()) / 1e6:.2f} MB, {len(options.runs)} run(s)")
     if len(runs) > 1:
         print(f"\n{comparison(runs)}")

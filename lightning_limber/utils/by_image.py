@@ -7,12 +7,13 @@ part's images. A metric [I, 2] is the first column's sum over images divided by 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from lightning_limber.utils.files import write_whole
 
 
 def images_file(folder: Path, epoch: int, testing: bool = False) -> Path:
@@ -26,8 +27,5 @@ def add_arrays(path: Path, part: str, arrays: Mapping[str, Any]) -> None:
     if path.is_file():
         with np.load(path) as found:
             kept = {name: found[name] for name in found.files if not name.startswith(f"{part}/")}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    with aside.open("wb") as file:
-        np.savez_compressed(file, **kept, **{f"{part}/{name}": array for name, array in arrays.items()})
-    os.replace(aside, path)
+    added = {f"{part}/{name}": array for name, array in arrays.items()}
+    write_whole(path, lambda aside: np.savez_compressed(aside, **kept, **added))

@@ -8,6 +8,9 @@ models, and resuming compares them before the first step.
 from __future__ import annotations
 
 import os
+import pickle
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +63,28 @@ def check_same_run(
         trainer: Lightning's; None outside a run. Settings are compared only where training goes on.
 
     Raises:
-        ValueError: the frozen models differ, or (when training goes on) any setting does.
+        ValueError: the frozen models differ, or (when training goes on) any setting does; a longer
+            schedule may.
     """
     saved = checkpoint["lightning_limber"]
     lines = differences(saved["backbones"], backbones, "weights")
     if trainer is not None and trainer.state.fn == "fit":
+        if "optimizer_states" not in checkpoint:
+            raise ValueError(
+                "This checkpoint holds weights only (save_weights_only): start a new run from its adapter "
+                "with --model.adapter_weights PATH (and no --ckpt_path)."
+            )
         model = checkpoint["hyper_parameters"]
         model = {**model, "adapter": upgrade_adapter(model["adapter"])}
+        steps, now = model["optimizer"]["total_steps"], hparams["optimizer"]["total_steps"]
+        if now > steps:  # A run that is made longer; the model says what that changes.
+            model["optimizer"] = {**model["optimizer"], "total_steps": now}
         lines += differences(model, hparams, "model")
+        if now < steps:
+            lines[-1] += f"; --model.optimizer.total_steps={steps} keeps the schedule"
+        step = checkpoint["global_step"]
+        if -1 < trainer.max_steps < step:
+            lines.append(f"trainer.max_steps: {trainer.max_steps}, but the checkpoint is of step {step}")
         data = dict(trainer.datamodule.hparams)
         lines += differences(checkpoint.get("datamodule_hyper_parameters", {}), data, "data")
         lines += differences(saved["trainer"], training_settings(trainer), "trainer")
@@ -109,11 +126,38 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a checkpoint of this project.
+        ValueError: it is damaged, or not a checkpoint of this project.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"No checkpoint at '{path}'. Give an existing .ckpt file, or 'last'.")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if "lightning_limber" not in checkpoint:
-        raise ValueError(f"'{path}' was not written by lightning_limber (keys: {list(checkpoint)}).")
+    reason = damage(path)
+    try:
+        checkpoint = None if reason else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"'{path}' was not written by lightning_limber: {first}") from error
+    except RuntimeError as error:
+        reason = str(error).partition(". ")[0]
+    if reason:
+        beside = sorted(other for other in Path(path).parent.glob("*.ckpt") if other != Path(path))
+        whole = [other.name for other in beside if not damage(other)]
+        advice = f"Whole beside it: {', '.join(whole)}." if whole else "No whole one is beside it."
+        raise ValueError(f"'{path}' is damaged ({reason}). {advice}")
+    if not isinstance(checkpoint, dict) or "lightning_limber" not in checkpoint:
+        keys = list(checkpoint) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"'{path}' was not written by lightning_limber (keys: {keys}).")
     return checkpoint
+
+
+def damage(path: str | Path) -> str:
+    """What is wrong with a checkpoint's file; empty if it is whole.
+
+    torch.save writes a zip archive, whose checksums (CRC-32) torch.load does not look at.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+        size = Path(path).stat().st_size if Path(path).exists() else 0
+        return f"{size:,} bytes, {error}"
+    return f"the checksum of {member} is wrong" if member else ""

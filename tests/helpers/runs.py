@@ -16,6 +16,20 @@ def crash_flags(log: str, hook: str = "", step: int = -1, kill: bool = False) ->
     return [f"--trainer.callbacks={json.dumps([{'class_path': 'crash.CrashAt', 'init_args': init_args}])}"]
 
 
+def batches(path: Path) -> list[str]:
+    """Lines "step ids"; a step that was lost and done again must have had the same batch."""
+    return list(dict.fromkeys(path.read_text().splitlines()))
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """(step, value) of all points of a curve in TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
 def final(root: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(root / "checkpoints/last.ckpt")["state_dict"]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from runs import scalars
 from scenes import mixed_records
 
 from lightning_limber.data.scenes import SceneSet
@@ -412,3 +414,18 @@ def test_a_held_out_image_is_encoded_once_in_a_run(fit, monkeypatch, budget, tim
     held_out = cli.datamodule.val_set
     pixels = [cli.model.vision.transform(held_out[i].image) for i in range(len(held_out))]
     assert {seen[image.numpy().tobytes()] for image in pixels} == times
+
+
+def test_accumulated_batches_weigh_by_their_tokens(fit):
+    """With a learning rate of 0 the gradient of 4 batches of 4 images is that of one batch of 16; and where
+    the end of an epoch cuts a step short, that of the batches that it has.
+    """
+    norms = []
+    for size, parts in ((16, 1), (4, 4), (4, 1), (4, 3)):
+        flags = [f"--data.batch_size={size}", f"--trainer.accumulate_grad_batches={parts}"]
+        cli = fit(*flags, "--model.optimizer.lr=0", "--trainer.max_steps=4", "--captions.num_images=0")
+        norms.append([value for _, value in scalars(Path(cli.trainer.log_dir), "train/grad_norm")])
+    whole, four, each, three = norms
+    assert four == pytest.approx(whole, rel=1e-5)
+    assert three[1] == pytest.approx(each[3], rel=1e-5)  # The epoch's fourth batch alone.
+    assert three[0] != pytest.approx(each[0], rel=1e-3)

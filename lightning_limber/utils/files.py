@@ -1,0 +1,57 @@
+"""Files that are there whole or not at all, whatever ends the process or fills the disk."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+LEFT_SECONDS = 600
+"""A part that nobody has written to for so long was left by a process that was killed."""
+
+
+def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Puts a new file in the place of `path` once it is written and on the disk.
+
+    Args:
+        path: The file; its folder is made.
+        write: Writes the path that it is given, which lies beside `path` and has its ending.
+
+    Raises:
+        OSError: the disk is full or may not be written; it names `path`, which is as before.
+    """
+    path = Path(path)
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".part-*-{path.name}"):
+            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                left.unlink(missing_ok=True)
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_whole` of text in UTF-8."""
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def new_folder(parent: Path) -> str:
+    """Makes the first ``version_N`` in `parent` that nobody has."""
+    for number in count():
+        folder = parent / f"version_{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return str(folder)
+    raise AssertionError

@@ -1,0 +1,66 @@
+"""Lightning's Trainer with a folder for each run, and what it leaves there for the next one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lightning_limber.utils.files import new_folder, write_text
+
+
+class Trainer(pl.Trainer):
+    """Options of Lightning's Trainer."""
+
+    runs = Path("runs/default")
+    """Where a run whose logger has no folder for it gets one."""
+    run_folder: str | None = None
+
+    @property
+    def log_dir(self) -> str | None:
+        """The run's own folder, whatever the logger. Lightning's is shared by all runs where the logger is
+        neither TensorBoard's nor CSV. Ask for it in all processes.
+        """
+        for logger in self.loggers:
+            if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+                return self.strategy.broadcast(logger.log_dir)
+        if self.run_folder is None:
+            folder = new_folder(self.runs) if self.is_global_zero else None
+            self.run_folder = self.strategy.broadcast(folder)
+        return self.run_folder
+
+    def plan(self) -> None:
+        """Says what a run will cost (FLOPs, memory, hours), without loading a weight."""
+
+    def export(self, ckpt_path: str = "last", output: str = "export") -> None:
+        """Writes a run's adapter as a folder for a hub: weights, config, model card.
+
+        Args:
+            ckpt_path: A checkpoint, a run's folder, or ``last``.
+            output: The folder.
+        """
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml``, for a new run: it names no checkpoint and no version of this one's folder,
+    and a schedule that follows trainer.max_steps still does.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        folder = trainer.log_dir  # Asks all processes.
+        if self.already_saved or not trainer.is_global_zero or folder is None:
+            return
+        config, self.already_saved = self.config.clone(), True
+        for key in ("config", "ckpt_path"):
+            config.pop(key, None)
+        loggers = config.trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if "version" in (getattr(logger, "init_args", None) or {}):
+                logger.init_args.version = None
+                logger.pop("dict_kwargs", None)
+        if config.model.optimizer.total_steps == config.trainer.max_steps:
+            config.model.optimizer.total_steps = "${trainer.max_steps}"
+        text = self.parser.dump(config, skip_unset=False, skip_validation=True)
+        write_text(Path(folder) / self.config_filename, text)

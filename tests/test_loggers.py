@@ -1,0 +1,61 @@
+"""Each run has a folder of its own, whatever logs it, and goes on there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_limber.utils.checkpoints import read_checkpoint
+
+CSV = {
+    "class_path": "lightning.pytorch.loggers.CSVLogger",
+    "init_args": {"save_dir": "runs", "name": "csv"},
+}
+OTHER = {"class_path": "wandb_like.WandbLogger"}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("logger", "parent"),
+    [
+        pytest.param(None, "runs/default", id="TensorBoard"),
+        pytest.param(False, "runs/default", id="none"),
+        pytest.param(CSV, "runs/csv", id="CSV"),
+        pytest.param(OTHER, "logs/project", id="one without folders"),
+        pytest.param([OTHER, CSV], "runs/csv", id="list"),
+    ],
+)
+def test_each_run_has_its_own_folder(fit, logger, parent):
+    flags = [] if logger is None else [f"--trainer.logger={json.dumps(logger)}"]
+    first, second = (Path(parent) / f"version_{i}" for i in range(2))
+    fit(*flags, "--trainer.max_steps=4")
+    before = content(first)
+    fit(*flags, "--trainer.max_steps=4")
+    assert content(first) == before
+    names = {"run.json", "config.yaml", "captions.csv"}
+    for folder in (first, second):
+        assert names <= {path.name for path in folder.iterdir()}
+        assert (folder / "checkpoints/epoch_1.ckpt").is_file()
+    before = content(second)
+    again = flags if "wandb_like" in str(flags) else []  # A class of one's own is named again.
+    fit("--ckpt_path=" + str(first), *again, "--trainer.max_steps=8", base=False)
+    assert content(second) == before
+    assert read_checkpoint(first / "checkpoints/last.ckpt")["global_step"] == 8
+    assert len(json.loads((first / "run.json").read_text())) == 2
+    assert sorted(path.name for path in Path(parent).iterdir()) == ["version_0", "version_1"]
+    if "CSV" in str(flags):  # Lightning's deletes the file that is there.
+        assert (first / "metrics_to_step_4.csv").is_file()
+        assert (first / "metrics.csv").is_file()
+    fit("--ckpt_path=last", *flags, "--trainer.max_steps=8")  # Of these settings: the newest there.
+
+
+def test_nothing_is_overwritten(fit):
+    flags = ["--trainer.logger.init_args.version=mine", "--trainer.max_steps=1"]
+    fit(*flags)
+    with pytest.raises(ValueError, match=r"runs/default/mine holds a run already: go on"):
+        fit(*flags)
