@@ -9,7 +9,7 @@ import hashlib
 import random
 from collections.abc import Callable
 
-from lightning_limber.data.records import Record
+from lightning_limber.data.records import UNREADABLE, Record
 
 TRIES = 32
 """So many images are drawn until one has other captions."""
@@ -32,7 +32,7 @@ def stand_in(record: Record, index: int, count: int, read: Callable[[int], Recor
         record: The record that it stands in for.
         index: The index of that record.
         count: Number of records to draw from.
-        read: Reads a record; one that it cannot read (OSError, SyntaxError) is passed over.
+        read: Reads a record; one that it cannot read is passed over.
 
     Returns:
         The record itself, where no other can be read; one with a caption in common, where none of those
@@ -42,7 +42,7 @@ def stand_in(record: Record, index: int, count: int, read: Callable[[int], Recor
     for _ in range(TRIES if count > 1 else 0):
         try:
             found = read((index + draws.randrange(1, count)) % count)
-        except (OSError, SyntaxError):
+        except UNREADABLE:
             continue
         if set(found.captions).isdisjoint(record.captions):
             break

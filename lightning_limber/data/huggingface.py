@@ -11,7 +11,8 @@ from typing import Any
 from lightning_limber.data.datamodule import CaptionData
 from lightning_limber.data.image_folder import open_image
 from lightning_limber.data.loader import RecordSet, RecordStream
-from lightning_limber.data.records import Record
+from lightning_limber.data.records import Record, UnreadableRecord
+from lightning_limber.data.text import sort_captions, usable_captions
 
 SHUFFLE_BUFFER = 10_000
 
@@ -23,15 +24,15 @@ class Columns:
         self.image, self.caption = image, caption
 
     def captions(self, row: dict[str, Any]) -> list[str]:
-        value = row[self.caption]
-        texts = [value] if isinstance(value, str) else list(value or ())
-        return [" ".join(text.split()) for text in texts if text and text.strip()]
+        return usable_captions(row[self.caption])
+
+    def length(self, row: dict[str, Any]) -> int:
+        return sum(map(len, sort_captions(row[self.caption])[0]))
 
     def record(self, row: dict[str, Any], name: str) -> Record:
-        captions = self.captions(row)
-        if not captions:
-            raise OSError("it has no caption")
-        image = row[self.image]
+        captions, image = self.captions(row), row[self.image]
+        if image is None or (image["bytes"] is None and not image["path"]):
+            raise UnreadableRecord("its image is null")
         source = io.BytesIO(image["bytes"]) if image["bytes"] is not None else Path(image["path"])
         return Record(name, open_image(source), captions)
 
@@ -46,14 +47,17 @@ class TableSet:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Record:
-        return self.columns.record(self.table[index], f"{self.split}/{index}")
+        return self.columns.record(self.table[index], self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"{self.split}/{index}"
 
     def captions(self, index: int) -> list[str]:
         return self.columns.captions(self._texts[index])
 
     @cached_property
     def lengths(self) -> list[int]:
-        return [sum(map(len, self.columns.captions(row))) for row in self._texts]
+        return [self.columns.length(row) for row in self._texts]
 
     @cached_property
     def _texts(self) -> Any:
@@ -78,13 +82,16 @@ class StreamSet(RecordStream):
             yield row.pop("_place"), row
 
     def length(self, row: tuple[int, dict[str, Any]]) -> int:
-        return sum(map(len, self.captions(row)))
+        return self.columns.length(row[1])
 
     def captions(self, row: tuple[int, dict[str, Any]]) -> list[str]:
         return self.columns.captions(row[1])
 
     def decode(self, row: tuple[int, dict[str, Any]]) -> Record:
-        return self.columns.record(row[1], f"{self.split}/{row[0]}")
+        return self.columns.record(row[1], self.name(row))
+
+    def name(self, row: tuple[int, dict[str, Any]]) -> str:
+        return f"{self.split}/{row[0]}"
 
 
 class HuggingFaceCaptions(CaptionData):

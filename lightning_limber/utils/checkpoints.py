@@ -18,9 +18,9 @@ from lightning_limber.utils.adapter_config import upgrade_adapter
 
 EXPORTED = "adapter.safetensors"
 """Weights in a folder that ``export`` wrote."""
-# Settings that change speed or logging, never a number of the run.
+# Settings that change speed or logging, never a number of the run; and how many bad records it allows.
 FREE = {
-    *("num_workers", "val_batch_size", "_instantiator", "_class_path"),
+    *("num_workers", "max_bad_share", "val_batch_size", "_instantiator", "_class_path"),
     *("adapter_weights", "shard_llm", "held_out_features_gb"),
 }
 
