@@ -28,6 +28,8 @@ def spread(count: int, limit: int) -> list[int]:
 def stand_in(record: Record, index: int, count: int, read: Callable[[int], Record]) -> Record:
     """Another image's record, drawn at random as a function of `index`, without any of the same captions.
 
+    It is another image by its pixels: a data set may hold one under two names.
+
     Args:
         record: The record that it stands in for.
         index: The index of that record.
@@ -44,6 +46,11 @@ def stand_in(record: Record, index: int, count: int, read: Callable[[int], Recor
             found = read((index + draws.randrange(1, count)) % count)
         except UNREADABLE:
             continue
-        if set(found.captions).isdisjoint(record.captions):
+        if set(found.captions).isdisjoint(record.captions) and _pixels(found) != _pixels(record):
             break
     return found
+
+
+def _pixels(record: Record) -> object:
+    """What differs between different images, and between records without one."""
+    return record if record.image is None else (record.image.size, record.image.tobytes())

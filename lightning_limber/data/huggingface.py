@@ -8,7 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightning_limber.data.datamodule import CaptionData
+from lightning_limber.data.fingerprint import Content, file_stamps
 from lightning_limber.data.image_folder import open_image
 from lightning_limber.data.loader import RecordSet, RecordStream
 from lightning_limber.data.records import Record, UnreadableRecord
@@ -38,30 +41,78 @@ class Columns:
 
 
 class TableSet:
-    """A map-style data set."""
+    """A map-style data set; neighbouring rows of one image are one record."""
 
     def __init__(self, table: Any, columns: Columns, split: str) -> None:
         self.table, self.columns, self.split = table, columns, split
+        self.first_rows = first_rows(table, columns.image)
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.first_rows)
 
     def __getitem__(self, index: int) -> Record:
-        return self.columns.record(self.table[index], self.name(index))
+        row = {**self.table[int(self.first_rows[index])], self.columns.caption: self._said(index)}
+        return self.columns.record(row, self.name(index))
 
     def name(self, index: int) -> str:
-        return f"{self.split}/{index}"
+        return f"{self.split}/{self.first_rows[index]}"
 
     def captions(self, index: int) -> list[str]:
-        return self.columns.captions(self._texts[index])
+        return usable_captions(self._said(index))
+
+    def contents(self, times: bool) -> Iterator[Content]:
+        import pyarrow.compute as pc
+
+        sizes: list[int | None] = []
+        paths: list[str | None] = []
+        for column in image_columns(self.table, self.columns.image):
+            sizes += pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
+            paths += pc.struct_field(column, "path").to_pylist()
+        # Bytes in the table change with the library's name of it.
+        table = self.table._fingerprint if times else ""
+        files = [Path(path or "") for path, size in zip(paths, sizes, strict=True) if size is None]
+        stamps = iter(file_stamps(files, times))
+        known = [next(stamps) if size is None else f"{size} {table}" for size in sizes]
+        for index, first in enumerate(self.first_rows.tolist()):
+            yield Content(self.name(index), self._said(index), known[first])
 
     @cached_property
     def lengths(self) -> list[int]:
-        return [self.columns.length(row) for row in self._texts]
+        of_rows = [self.columns.length(row) for row in self._texts]
+        return np.add.reduceat(np.array(of_rows, dtype=np.int64), self.first_rows).tolist()
+
+    def _said(self, index: int) -> list[Any]:
+        """The captions of the record's rows as they stand."""
+        end = self.first_rows[index + 1] if index + 1 < len(self) else len(self.table)
+        values = self._texts[int(self.first_rows[index]) : int(end)][self.columns.caption]
+        return [text for value in values for text in (value if isinstance(value, list) else [value])]
 
     @cached_property
     def _texts(self) -> Any:
         return self.table.select_columns([self.columns.caption])
+
+
+def image_columns(table: Any, image: str) -> Iterator[Any]:
+    """The undecoded images in parts, as Arrow arrays of {bytes, path}: nothing is read until it is used."""
+    for part in table.select_columns([image]).with_format("arrow").iter(1000):
+        yield part[image].combine_chunks()
+
+
+def first_rows(table: Any, image: str) -> np.ndarray:
+    """The rows at which another image begins than that of the row before."""
+    import pyarrow.compute as pc
+
+    firsts, start, last = [], 0, None
+    for column in image_columns(table, image):
+        sizes = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), -1)
+        sizes = sizes.to_numpy(zero_copy_only=False)
+        same = np.concatenate([[last is not None], sizes[1:] == sizes[:-1]])
+        for i in same.nonzero()[0].tolist():
+            before = column[i - 1] if i else last
+            same[i] = column[i].is_valid and column[i].equals(before)
+        firsts.append(start + (~same).nonzero()[0])
+        start, last = start + len(column), column[len(column) - 1]
+    return np.concatenate(firsts) if firsts else np.zeros(0, dtype=np.int64)
 
 
 class StreamSet(RecordStream):
@@ -96,6 +147,8 @@ class StreamSet(RecordStream):
 
 class HuggingFaceCaptions(CaptionData):
     """An image column and a caption column (a string, or a list of them) of a Hugging Face data set.
+
+    Neighbouring rows of one image are one record; of a stream each row is one.
 
     Streamed, nothing is stored: every process reads the stream and decodes its own share, and a resumed
     run reads (without decoding) up to where it stopped. The held-out split is always map-style.
