@@ -13,6 +13,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 
 from lightning_limber.data.collate import Batch, Collator
+from lightning_limber.data.fingerprint import data_differences, fingerprint
 from lightning_limber.data.left_out import listing
 from lightning_limber.data.loader import BatchLoader, BatchSource, Purpose, RecordSet, RecordStream
 from lightning_limber.data.records import UNREADABLE
@@ -57,6 +58,7 @@ class CaptionData(pl.LightningDataModule):
         self.length_window = length_window
         self.max_bad_share = max_bad_share
         self.share_prefix = share_prefix
+        self._fingerprint: dict[str, dict[str, str]] | None = None
         self.train_set: RecordSet | RecordStream
         self.val_set: RecordSet
 
@@ -176,6 +178,33 @@ class CaptionData(pl.LightningDataModule):
                 yield from captions(row)
             except UNREADABLE:
                 continue
+
+    def fingerprint(self) -> dict[str, dict[str, str]]:
+        """What both parts hold (`fingerprint.py`), looked up once."""
+        if self._fingerprint is None:
+            parts = {"training": self.train_set, "held-out": self.val_set}
+            self._fingerprint = {part: fingerprint(records) for part, records in parts.items()}
+        return self._fingerprint
+
+    def state_dict(self) -> dict[str, Any]:
+        """Into every checkpoint."""
+        return {"fingerprint": self.fingerprint()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Refuses to train on with other data than those that the run began with.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        if lines := data_differences(state["fingerprint"], self.fingerprint()):
+            raise ValueError(
+                "The data are not those that this run began with:\n  "
+                + "\n  ".join(lines)
+                + "\nBring them back to continue the run, or start a new one from its adapter with "
+                "--model.adapter_weights PATH (and no --ckpt_path)."
+            )
 
     def calibration_batch(self, num_images: int = 64) -> Batch:
         """The first training images that can be read, the same in every process: see `Adapter.calibrate`.

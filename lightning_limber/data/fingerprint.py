@@ -18,7 +18,7 @@ LOOKED_AT = 20_000
 
 
 class Content(NamedTuple):
-    """What tells one record from another."""
+    """What tells one record from another, or all those of one file."""
 
     name: str
     captions: list[Any]
@@ -59,3 +59,19 @@ def fingerprint(records: Any, times: bool = False) -> dict[str, str]:
         for digest, part in zip(hashes.values(), content, strict=True):
             digest.update(repr(part).encode())
     return found | {name: digest.hexdigest()[:16] for name, digest in hashes.items()}
+
+
+WORDS = {"names": "names of records", "captions": "captions", "pictures": "picture files (by size)"}
+
+
+def data_differences(saved: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -> list[str]:
+    """One line for each part of the data that differs, with what differs in it."""
+    lines = []
+    for part, before in saved.items():
+        after = now.get(part, {})
+        found = [f"other {word}" for key, word in WORDS.items() if before.get(key) != after.get(key)]
+        if before["records"] != after.get("records"):
+            found.insert(0, f"{before['records']} records in the checkpoint, {after.get('records')} now")
+        if found:
+            lines.append(f"{part}: {', '.join(found)}")
+    return lines

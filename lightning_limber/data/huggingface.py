@@ -63,18 +63,22 @@ class TableSet:
     def contents(self, times: bool) -> Iterator[Content]:
         import pyarrow.compute as pc
 
+        said = [
+            value for part in arrow_parts(self._texts, self.columns.caption) for value in part.to_pylist()
+        ]
         sizes: list[int | None] = []
         paths: list[str | None] = []
-        for column in image_columns(self.table, self.columns.image):
-            sizes += pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
-            paths += pc.struct_field(column, "path").to_pylist()
-        # Bytes in the table change with the library's name of it.
+        for part in arrow_parts(self.table, self.columns.image):
+            sizes += pc.binary_length(pc.struct_field(part, "bytes")).to_pylist()
+            paths += pc.struct_field(part, "path").to_pylist()
+        # Where the table itself holds the pictures, the library's name of it changes with them.
         table = self.table._fingerprint if times else ""
         files = [Path(path or "") for path, size in zip(paths, sizes, strict=True) if size is None]
         stamps = iter(file_stamps(files, times))
-        known = [next(stamps) if size is None else f"{size} {table}" for size in sizes]
-        for index, first in enumerate(self.first_rows.tolist()):
-            yield Content(self.name(index), self._said(index), known[first])
+        pictures = [next(stamps) if size is None else f"{size} {table}" for size in sizes]
+        firsts = self.first_rows.tolist()
+        for first, end in zip(firsts, [*firsts[1:], len(said)], strict=True):
+            yield Content(f"{self.split}/{first}", said[first:end], pictures[first])
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -92,10 +96,10 @@ class TableSet:
         return self.table.select_columns([self.columns.caption])
 
 
-def image_columns(table: Any, image: str) -> Iterator[Any]:
-    """The undecoded images in parts, as Arrow arrays of {bytes, path}: nothing is read until it is used."""
-    for part in table.select_columns([image]).with_format("arrow").iter(1000):
-        yield part[image].combine_chunks()
+def arrow_parts(table: Any, column: str) -> Iterator[Any]:
+    """A column in parts, as Arrow arrays {bytes, path} of undecoded images, which are read when used."""
+    for part in table.select_columns([column]).with_format("arrow").iter(1000):
+        yield part[column].combine_chunks()
 
 
 def first_rows(table: Any, image: str) -> np.ndarray:
@@ -103,7 +107,7 @@ def first_rows(table: Any, image: str) -> np.ndarray:
     import pyarrow.compute as pc
 
     firsts, start, last = [], 0, None
-    for column in image_columns(table, image):
+    for column in arrow_parts(table, image):
         sizes = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), -1)
         sizes = sizes.to_numpy(zero_copy_only=False)
         same = np.concatenate([[last is not None], sizes[1:] == sizes[:-1]])

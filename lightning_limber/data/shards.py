@@ -147,10 +147,13 @@ class ShardSet:
             return [self._caption(file, index)]
 
     def contents(self, times: bool) -> Iterator[Content]:
-        tars = file_stamps([Path(path) for path in self.paths], times)
-        for index, row in enumerate(self.index.tolist()):
-            of_tar = tars[self._shard(index)] if times else ""
-            yield Content(self.name(index), row[3:], f"{of_tar} {row[:2]}")
+        stamps = file_stamps([Path(path) for path in self.paths], times)
+        rows = np.split(self.index, self.starts[1:])
+        for name, of_tar, stamp in zip(self.names, rows, stamps, strict=True):
+            texts, pictures = (
+                hashlib.sha256(part.tobytes()).hexdigest() for part in (of_tar[:, 3:], of_tar[:, 1])
+            )
+            yield Content(f"{name}: {len(of_tar)}", [texts], f"{pictures} {stamp if times else ''}")
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self.starts, index, side="right")) - 1

@@ -45,7 +45,10 @@ def differences(saved: Any, now: Any, name: str) -> list[str]:
         ]
     if isinstance(saved, (list, tuple)) and isinstance(now, (list, tuple)):
         saved, now = list(saved), list(now)
-    return [] if saved == now else [f"{name}: {saved!r} in the checkpoint, {now!r} now"]
+    # A setting that a run of an older version did not have, at null.
+    if saved == now or (saved == "unset" and now is None):
+        return []
+    return [f"{name}: {saved!r} in the checkpoint, {now!r} now"]
 
 
 def check_same_run(
