@@ -65,7 +65,7 @@ class CaptionSamples(pl.Callback):
 
     Args:
         num_images: Number of held-out images to caption; 0 switches this off.
-        num_shown: Number of captioned images to draw.
+        num_shown: Number of captioned images to draw; 0 draws none.
         max_new_tokens: Longest caption, in tokens.
         clip: Name or folder of a CLIP of transformers for CLIPScore, such as
             ``openai/clip-vit-base-patch32`` (of published scores); null leaves these scores out.
@@ -130,7 +130,8 @@ class CaptionSamples(pl.Callback):
             (Path(folder) / f"{name}_baselines.json").write_text(words, encoding="utf-8")
             write_gallery(Path(folder) / f"{name}_epoch_{epoch}.jsonl", found)
         first = [captions[0] for captions in found.references]
-        log_figure(trainer, name, caption_figure(found.shown, first, found.written))
+        if found.shown:
+            log_figure(trainer, name, caption_figure(found.shown, first, found.written))
         chance = slot_scores(data, found.written, found.scenes[1:] + found.scenes[:1])
         tags = {name: scores, f"{name}_chance": chance}
         _log(trainer, tags | {f"{name}_{writer}": of.scores for writer, of in baselines.items()})
@@ -238,8 +239,9 @@ def write_gallery(path: Path, found: Captioned) -> None:
         picture.thumbnail((112, 112))
         picture.save(jpeg, "JPEG", quality=75)
         thumbnail = base64.b64encode(jpeg.getvalue()).decode()
-        lines.append(json.dumps({"references": captions, "caption": caption, "jpeg": thumbnail}))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        line = {"references": captions, "caption": caption, "jpeg": thumbnail}
+        lines.append(json.dumps(line) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def slot_scores(data: CaptionData, written: list[str], scenes: list[Any]) -> dict[str, Score]:
