@@ -74,7 +74,7 @@ class CaptionSamples(pl.Callback):
 
     Args:
         num_images: Number of held-out images to caption; 0 switches this off.
-        num_shown: Number of captioned images to draw.
+        num_shown: Number of captioned images to draw; 0 draws none.
         max_new_tokens: Longest caption, in tokens.
         clip: Name or folder of a CLIP of transformers for CLIPScore, such as
             ``openai/clip-vit-base-patch32`` (of published scores); null leaves these scores out.
@@ -144,7 +144,8 @@ class CaptionSamples(pl.Callback):
             arrays["names"] = found.names
             add_arrays(images_file(Path(folder), epoch, testing), "captions", arrays)
         first = [captions[0] for captions in found.references]
-        log_figure(trainer, name, caption_figure(found.shown, first, found.written))
+        if found.shown:
+            log_figure(trainer, name, caption_figure(found.shown, first, found.written))
         of_others = slot_counts(data, found.written, found.scenes[1:] + found.scenes[:1])
         chance = scores_of_set(of_others)
         tags = {name: scores, f"{name}_chance": chance}
@@ -254,8 +255,9 @@ def write_gallery(path: Path, found: Captioned) -> None:
         picture.thumbnail((112, 112))
         picture.save(jpeg, "JPEG", quality=75)
         thumbnail = base64.b64encode(jpeg.getvalue()).decode()
-        lines.append(json.dumps({"references": captions, "caption": caption, "jpeg": thumbnail}))
-    write_text(path, "\n".join(lines) + "\n")
+        line = {"references": captions, "caption": caption, "jpeg": thumbnail}
+        lines.append(json.dumps(line) + "\n")
+    write_text(path, "".join(lines))
 
 
 def slot_counts(data: CaptionData, written: list[str], scenes: list[Any]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lightning_limber.utils.figures import new_figure, wrap
+from lightning_limber.utils.figures import as_written, new_figure, wrap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def caption_figure(images: list[torch.Tensor], references: list[str], written: list[str]) -> Figure:
     """Pictures [3, H, W] in 0..1, as the encoder sees them, with both captions."""
     columns = 4
-    rows = -(-len(images) // columns)
+    rows = max(1, -(-len(images) // columns))
     figure = new_figure(15, 4.2 * rows)
     figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.45 / (4.2 * rows), bottom=0.01, hspace=0.2)
     for axis, image, reference, caption in zip(
@@ -26,4 +26,4 @@ def caption_figure(images: list[torch.Tensor], references: list[str], written: l
         axis.set_title(f"true: {wrap(reference)}\nmodel: {wrap(caption)}", fontsize=8.5, loc="left")
     for axis in figure.axes:
         axis.axis("off")
-    return figure
+    return as_written(figure)

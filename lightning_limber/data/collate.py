@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_limber.data.layout import Packing, Parts, Sequences, lay_out
 from lightning_limber.data.prompt import Prompt, Text
-from lightning_limber.data.records import Record, Turns
+from lightning_limber.data.records import Record, Skipped, Turns, UnreadableRecord
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,8 +51,8 @@ class Batch(Sequences):
     """Another image for each, with other captions, laid out without captions; for interventions."""
     held_out: bool = False
     """Whether the images are of a fixed set that comes again: their features are worth keeping."""
-    skipped: list[tuple[int, str]] = field(default_factory=list)
-    """Records that could not be read and are not in the batch: index and reason."""
+    skipped: list[Skipped] = field(default_factory=list)
+    """Records that could not be read and are not in the batch."""
 
     def pin_memory(self) -> Batch:
         return apply_to_collection(self, Tensor, Tensor.pin_memory)
@@ -90,7 +90,7 @@ class Collator:
         records: Sequence[Record],
         captions: Sequence[Sequence[str | Turns]],
         index: Sequence[int] = (),
-        skipped: Sequence[tuple[int, str]] = (),
+        skipped: Sequence[Skipped] = (),
         *,
         share_prefix: bool = False,
         other_captions: Sequence[Sequence[str | Turns]] = (),
@@ -110,6 +110,14 @@ class Collator:
             for_probe: Give each sequence a row of its own, name its groups of tokens, and lay out the
                 captions without their images too, and the images without their captions.
         """
+        texts, lost = self._texts(records, captions)
+        if lost:  # A caption of which the tokenizer makes nothing.
+            skipped = [*skipped, *(Skipped(index[i], records[i].id, why) for i, why in lost.items())]
+            kept = [i for i in range(len(records)) if i not in lost]
+            records, index = [records[i] for i in kept], [index[i] for i in kept]
+            texts = [texts[i] for i in kept]
+            other_captions = [other_captions[i] for i in kept] if other_captions else ()
+            others = [others[i] for i in kept] if others else ()
         image_of: list[int] = []  # Index of each record's image among the batch's; -1: it has none.
         with_image: list[Record] = []
         for record in records:
@@ -117,10 +125,9 @@ class Collator:
             with_image += [] if record.image is None else [record]
         sequences: list[Parts] = []
         own = 0
-        for chosen_captions in filter(None, (captions, other_captions)):
-            for image, chosen in zip(image_of, chosen_captions, strict=True):
-                texts = [self.prompt.text(caption, has_image=image >= 0) for caption in chosen]
-                groups = [texts] if share_prefix else [[text] for text in texts]
+        for of_records in (texts, self._texts(records, other_captions)[0] if other_captions else []):
+            for image, said in zip(image_of, of_records, strict=False):
+                groups = [said] if share_prefix else [[text] for text in said]
                 sequences += [Parts(image, group) for group in groups if group]
             own = own or len(sequences)
         # Nothing could be read, or nothing is said: one sequence without a label.
@@ -149,6 +156,21 @@ class Collator:
             other=self(others, [[]] * len(others), for_probe=True) if others else None,
             skipped=list(skipped),
         )
+
+    def _texts(
+        self, records: Sequence[Record], captions: Sequence[Sequence[str | Turns]]
+    ) -> tuple[list[list[Text]], dict[int, str]]:
+        """The tokens of each record's captions, and by place why those of a record are none."""
+        texts: list[list[Text]] = []
+        lost: dict[int, str] = {}
+        for i, (record, chosen) in enumerate(zip(records, captions, strict=True)):
+            try:
+                has_image = record.image is not None
+                texts.append([self.prompt.text(caption, has_image) for caption in chosen])
+            except UnreadableRecord as error:
+                texts.append([])
+                lost[i] = str(error)
+        return texts, lost
 
     def opening(self, images: int | None) -> Sequences:
         """What the LLM goes on from when it writes a caption: [prefix | image | prompt text].

@@ -7,13 +7,16 @@ loader.py: which records make a batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, cast
 
 import lightning.pytorch as pl
 
 from lightning_limber.data.collate import Batch, Collator
+from lightning_limber.data.fingerprint import data_differences, fingerprint
+from lightning_limber.data.left_out import listing
 from lightning_limber.data.loader import BatchLoader, BatchSource, Purpose, RecordSet, RecordStream
+from lightning_limber.data.records import UNREADABLE
 
 
 class CaptionData(pl.LightningDataModule):
@@ -55,6 +58,7 @@ class CaptionData(pl.LightningDataModule):
         self.length_window = length_window
         self.max_bad_share = max_bad_share
         self.share_prefix = share_prefix
+        self._fingerprint: dict[str, dict[str, str]] | None = None
         self.train_set: RecordSet | RecordStream
         self.val_set: RecordSet
 
@@ -172,24 +176,60 @@ class CaptionData(pl.LightningDataModule):
         for row in rows:
             try:
                 yield from captions(row)
-            except (OSError, SyntaxError):
+            except UNREADABLE:
                 continue
 
-    def calibration_batch(self, num_images: int = 64) -> Batch:
-        """The first training images, the same in every process: see `Adapter.calibrate`.
+    def fingerprint(self) -> dict[str, dict[str, str]]:
+        """What both parts hold (`fingerprint.py`), looked up once."""
+        if self._fingerprint is None:
+            parts = {"training": self.train_set, "held-out": self.val_set}
+            self._fingerprint = {part: fingerprint(records) for part, records in parts.items()}
+        return self._fingerprint
+
+    def state_dict(self) -> dict[str, Any]:
+        """Into every checkpoint."""
+        return {"fingerprint": self.fingerprint()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Refuses to train on with other data than those that the run began with.
 
         Raises:
-            ValueError: there is no image among them, or all captions are cut.
+            ValueError: they differ.
+        """
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        if lines := data_differences(state["fingerprint"], self.fingerprint()):
+            raise ValueError(
+                "The data are not those that this run began with:\n  "
+                + "\n  ".join(lines)
+                + "\nBring them back to continue the run, or start a new one from its adapter with "
+                "--model.adapter_weights PATH (and no --ckpt_path)."
+            )
+
+    def calibration_batch(self, num_images: int = 64) -> Batch:
+        """The first training images that can be read, the same in every process: see `Adapter.calibrate`.
+
+        Raises:
+            ValueError: no record has an image that can be read, or all captions are cut.
         """
         count = min(num_images, len(self.train_set))
         source = BatchSource(self.train_set, self.collate, 1, self.seed, "training")
-        rows = self.train_set.rows(0) if isinstance(self.train_set, RecordStream) else [None] * count
-        batch = source[(0, list(enumerate(islice(rows, count))))]
+        rows = self.train_set.rows(0) if isinstance(self.train_set, RecordStream) else repeat(None)
+        items = enumerate(islice(rows, len(self.train_set)))
+        batch = source[(0, list(islice(items, count)))]
+        skipped = [*batch.skipped]
+        while not len(batch.pixel_values) and (more := list(islice(items, count))):
+            batch = source[(0, more)]
+            skipped += batch.skipped
+        if not len(batch.pixel_values):
+            lines = listing([f"{name}: {why}" for _, name, why in skipped])
+            raise ValueError(
+                f"None of the {len(self.train_set)} training records has an image"
+                + (f" that can be read:\n  {lines}" if skipped else ".")
+            )
         if all(batch.truncated):
             raise ValueError(
                 f"model.max_caption_tokens={self.collate.prompt.max_caption_tokens} cuts all of the first "
                 f"{len(batch.truncated)} captions: raise it."
             )
-        if not len(batch.pixel_values):
-            raise ValueError(f"None of the first {len(batch.ids)} training records has an image.")
         return batch

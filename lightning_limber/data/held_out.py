@@ -9,7 +9,7 @@ import hashlib
 import random
 from collections.abc import Callable
 
-from lightning_limber.data.records import Record
+from lightning_limber.data.records import UNREADABLE, Record
 
 TRIES = 32
 """So many images are drawn until one has other captions."""
@@ -28,11 +28,13 @@ def spread(count: int, limit: int) -> list[int]:
 def stand_in(record: Record, index: int, count: int, read: Callable[[int], Record]) -> Record:
     """Another image's record, drawn at random as a function of `index`, without any of the same captions.
 
+    It is another image by its pixels: a data set may hold one under two names.
+
     Args:
         record: The record that it stands in for.
         index: The index of that record.
         count: Number of records to draw from.
-        read: Reads a record; one that it cannot read (OSError, SyntaxError) is passed over.
+        read: Reads a record; one that it cannot read is passed over.
 
     Returns:
         The record itself, where no other can be read; one with a caption in common, where none of those
@@ -42,8 +44,13 @@ def stand_in(record: Record, index: int, count: int, read: Callable[[int], Recor
     for _ in range(TRIES if count > 1 else 0):
         try:
             found = read((index + draws.randrange(1, count)) % count)
-        except (OSError, SyntaxError):
+        except UNREADABLE:
             continue
-        if set(found.captions).isdisjoint(record.captions):
+        if set(found.captions).isdisjoint(record.captions) and _pixels(found) != _pixels(record):
             break
     return found
+
+
+def _pixels(record: Record) -> object:
+    """What differs between different images, and between records without one."""
+    return record if record.image is None else (record.image.size, record.image.tobytes())

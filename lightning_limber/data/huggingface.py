@@ -8,10 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightning_limber.data.datamodule import CaptionData
+from lightning_limber.data.fingerprint import Content, file_stamps
 from lightning_limber.data.image_folder import open_image
 from lightning_limber.data.loader import RecordSet, RecordStream
-from lightning_limber.data.records import Record
+from lightning_limber.data.records import Record, UnreadableRecord
+from lightning_limber.data.text import sort_captions, usable_captions
 
 SHUFFLE_BUFFER = 10_000
 
@@ -23,41 +27,96 @@ class Columns:
         self.image, self.caption = image, caption
 
     def captions(self, row: dict[str, Any]) -> list[str]:
-        value = row[self.caption]
-        texts = [value] if isinstance(value, str) else list(value or ())
-        return [" ".join(text.split()) for text in texts if text and text.strip()]
+        return usable_captions(row[self.caption])
+
+    def length(self, row: dict[str, Any]) -> int:
+        return sum(map(len, sort_captions(row[self.caption])[0]))
 
     def record(self, row: dict[str, Any], name: str) -> Record:
-        captions = self.captions(row)
-        if not captions:
-            raise OSError("it has no caption")
-        image = row[self.image]
+        captions, image = self.captions(row), row[self.image]
+        if image is None or (image["bytes"] is None and not image["path"]):
+            raise UnreadableRecord("its image is null")
         source = io.BytesIO(image["bytes"]) if image["bytes"] is not None else Path(image["path"])
         return Record(name, open_image(source), captions)
 
 
 class TableSet:
-    """A map-style data set."""
+    """A map-style data set; neighbouring rows of one image are one record."""
 
     def __init__(self, table: Any, columns: Columns, split: str) -> None:
         self.table, self.columns, self.split = table, columns, split
+        self.first_rows = first_rows(table, columns.image)
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.first_rows)
 
     def __getitem__(self, index: int) -> Record:
-        return self.columns.record(self.table[index], f"{self.split}/{index}")
+        row = {**self.table[int(self.first_rows[index])], self.columns.caption: self._said(index)}
+        return self.columns.record(row, self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"{self.split}/{self.first_rows[index]}"
 
     def captions(self, index: int) -> list[str]:
-        return self.columns.captions(self._texts[index])
+        return usable_captions(self._said(index))
+
+    def contents(self, times: bool) -> Iterator[Content]:
+        import pyarrow.compute as pc
+
+        said = [
+            value for part in arrow_parts(self._texts, self.columns.caption) for value in part.to_pylist()
+        ]
+        sizes: list[int | None] = []
+        paths: list[str | None] = []
+        for part in arrow_parts(self.table, self.columns.image):
+            sizes += pc.binary_length(pc.struct_field(part, "bytes")).to_pylist()
+            paths += pc.struct_field(part, "path").to_pylist()
+        # Where the table itself holds the pictures, the library's name of it changes with them.
+        table = self.table._fingerprint if times else ""
+        files = [Path(path or "") for path, size in zip(paths, sizes, strict=True) if size is None]
+        stamps = iter(file_stamps(files, times))
+        pictures = [next(stamps) if size is None else f"{size} {table}" for size in sizes]
+        firsts = self.first_rows.tolist()
+        for first, end in zip(firsts, [*firsts[1:], len(said)], strict=True):
+            yield Content(f"{self.split}/{first}", said[first:end], pictures[first])
 
     @cached_property
     def lengths(self) -> list[int]:
-        return [sum(map(len, self.columns.captions(row))) for row in self._texts]
+        of_rows = [self.columns.length(row) for row in self._texts]
+        return np.add.reduceat(np.array(of_rows, dtype=np.int64), self.first_rows).tolist()
+
+    def _said(self, index: int) -> list[Any]:
+        """The captions of the record's rows as they stand."""
+        end = self.first_rows[index + 1] if index + 1 < len(self) else len(self.table)
+        values = self._texts[int(self.first_rows[index]) : int(end)][self.columns.caption]
+        return [text for value in values for text in (value if isinstance(value, list) else [value])]
 
     @cached_property
     def _texts(self) -> Any:
         return self.table.select_columns([self.columns.caption])
+
+
+def arrow_parts(table: Any, column: str) -> Iterator[Any]:
+    """A column in parts, as Arrow arrays {bytes, path} of undecoded images, which are read when used."""
+    for part in table.select_columns([column]).with_format("arrow").iter(1000):
+        yield part[column].combine_chunks()
+
+
+def first_rows(table: Any, image: str) -> np.ndarray:
+    """The rows at which another image begins than that of the row before."""
+    import pyarrow.compute as pc
+
+    firsts, start, last = [], 0, None
+    for column in arrow_parts(table, image):
+        sizes = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), -1)
+        sizes = sizes.to_numpy(zero_copy_only=False)
+        same = np.concatenate([[last is not None], sizes[1:] == sizes[:-1]])
+        for i in same.nonzero()[0].tolist():
+            before = column[i - 1] if i else last
+            same[i] = column[i].is_valid and column[i].equals(before)
+        firsts.append(start + (~same).nonzero()[0])
+        start, last = start + len(column), column[len(column) - 1]
+    return np.concatenate(firsts) if firsts else np.zeros(0, dtype=np.int64)
 
 
 class StreamSet(RecordStream):
@@ -78,17 +137,22 @@ class StreamSet(RecordStream):
             yield row.pop("_place"), row
 
     def length(self, row: tuple[int, dict[str, Any]]) -> int:
-        return sum(map(len, self.captions(row)))
+        return self.columns.length(row[1])
 
     def captions(self, row: tuple[int, dict[str, Any]]) -> list[str]:
         return self.columns.captions(row[1])
 
     def decode(self, row: tuple[int, dict[str, Any]]) -> Record:
-        return self.columns.record(row[1], f"{self.split}/{row[0]}")
+        return self.columns.record(row[1], self.name(row))
+
+    def name(self, row: tuple[int, dict[str, Any]]) -> str:
+        return f"{self.split}/{row[0]}"
 
 
 class HuggingFaceCaptions(CaptionData):
     """An image column and a caption column (a string, or a list of them) of a Hugging Face data set.
+
+    Neighbouring rows of one image are one record; of a stream each row is one.
 
     Streamed, nothing is stored: every process reads the stream and decodes its own share, and a resumed
     run reads (without decoding) up to where it stopped. The held-out split is always map-style.

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from lightning_limber.data.datamodule import CaptionData
+from lightning_limber.data.fingerprint import Content, file_stamps
+from lightning_limber.data.left_out import LeftOut
 from lightning_limber.data.loader import RecordSet
-from lightning_limber.data.records import Record
+from lightning_limber.data.records import UNREADABLE, Record, UnreadableRecord, printable, reason
+from lightning_limber.data.tables import EXPECTED, TABLES, Said, read_table
+from lightning_limber.data.text import decode, sort_captions
 from lightning_limber.utils.cache import cache_dir
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-TABLES = {".jsonl", ".csv"}
 
 
 @dataclass(frozen=True)
@@ -42,45 +45,80 @@ def open_image(path: Path | BinaryIO) -> Image.Image:
 
     Raises:
         OSError: the file is missing, truncated or no picture.
+        UnreadableRecord: Pillow raises anything else over what it holds.
     """
-    with Image.open(path) as opened:
-        image: Image.Image = ImageOps.exif_transpose(opened)
-        image.load()
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype("uint8"))
-        elif image.mode == "F":
-            raise OSError("floating-point picture: its range of values is unknown")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+    try:
+        with Image.open(path) as opened:
+            return _as_rgb(opened)
+    except (OSError, MemoryError):
+        raise
+    # Over what a file holds Pillow's decoders also raise SyntaxError, struct.error, zlib.error and others.
+    except Exception as error:
+        raise UnreadableRecord(reason(error)) from error
 
 
-def read_entries(root: Path, exclude: str | None) -> Iterator[tuple[str, list[str]]]:
-    """Yields (image name, captions) from a table, or from the sidecar ``.txt`` files of a folder."""
-    if root.suffix == ".jsonl":
-        for line in root.read_text(encoding="utf-8").splitlines():
-            if line.strip():
-                yield _row(json.loads(line), root)
-    elif root.suffix == ".csv":
-        with root.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                yield _row(row, root)
-    else:
-        pattern = re.compile(exclude) if exclude else None
-        for path in sorted(root.rglob("*")):
-            name = path.relative_to(root).as_posix()
-            if path.suffix.lower() in SUFFIXES and not (pattern and pattern.search(name)):
-                sidecar = path.with_suffix(".txt")
-                text = sidecar.read_text("utf-8", errors="replace") if sidecar.is_file() else ""
-                yield name, text.strip().splitlines()[:1]
+def _as_rgb(opened: Image.Image) -> Image.Image:
+    image: Image.Image = ImageOps.exif_transpose(opened)
+    image.load()
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype("uint8"))
+    elif image.mode == "F":
+        raise OSError("floating-point picture: its range of values is unknown")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
-def _row(row: dict[str, Any], table: Path) -> tuple[str, list[str]]:
-    captions = row.get("captions") or row.get("caption")
-    if "image" not in row or ("captions" not in row and "caption" not in row):
-        raise ValueError(f"{table}: each row needs `image` and `caption` or `captions`, found {row}.")
-    return row["image"], [captions] if isinstance(captions, str) else list(captions or [])
+def find_pictures(root: Path) -> list[Path]:
+    """The pictures in a folder and below, in order; a folder that cannot be listed stands for its own.
+
+    Links to folders are followed, and each folder is read once: under its own name, if it lies in `root`.
+    """
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    folders, links = [root], list[Path]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            stat = folder.stat()
+            if (stat.st_dev, stat.st_ino) in seen:
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            found.append(folder)
+            continue
+        for entry in entries:
+            path = Path(entry.path)
+            # A link is asked through its path, which takes links in a circle for no folder.
+            link = entry.is_symlink()
+            if path.is_dir() if link else entry.is_dir():
+                (links if link else folders).append(path)
+            elif path.suffix.lower() in SUFFIXES:
+                found.append(path)
+    return sorted(found)
+
+
+def read_entries(root: Path, exclude: str | None) -> Iterator[Said]:
+    """Yields each image of a folder with the caption of its sidecar ``.txt``, or each row of a table."""
+    if not root.is_dir():
+        yield from read_table(root)
+        return
+    pattern = re.compile(exclude) if exclude else None
+    for path in find_pictures(root):
+        name = path.relative_to(root).as_posix()
+        if not (pattern and pattern.search(name)):
+            yield name, _sidecar(path.with_suffix(".txt"))
+
+
+def _sidecar(path: Path) -> Any:
+    """The first line of a sidecar; what makes it unreadable; or None without one."""
+    try:
+        text = decode(path.read_bytes()) if path.is_file() else ""
+    except UNREADABLE as error:
+        return UnreadableRecord(reason(error))
+    return text.strip().replace("\r", "\n").split("\n")[0]
 
 
 class EntrySet:
@@ -95,25 +133,37 @@ class EntrySet:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Record:
-        entry = self.entries[index]
-        return Record(entry.name, open_image(self.folder / entry.name), self.captions(index))
+        image = open_image(self.folder / self.entries[index].name)
+        return Record(self.name(index), image, self.captions(index))
+
+    def name(self, index: int) -> str:
+        return printable(self.entries[index].name)
 
     def captions(self, index: int) -> list[str]:
         return list(self.entries[index].captions)
 
+    def contents(self, times: bool) -> Iterator[Content]:
+        stamps = file_stamps([self.folder / entry.name for entry in self.entries], times)
+        for index, stamp in enumerate(stamps):
+            yield Content(self.name(index), self.captions(index), stamp)
+
 
 class ImageFolder(CaptionData):
-    """A folder of images with sidecar ``.txt`` captions, or a ``.jsonl``/``.csv`` table.
+    """A folder of images with sidecar ``.txt`` captions, or a table of images and captions.
 
-    In a sidecar the first line is the caption; other lines are ignored. A table has the columns
-    ``image`` (path relative to the table) and ``caption`` or ``captions`` (JSONL only: a list).
+    In a sidecar the first line is the caption; other lines are ignored. Folders below and links to folders
+    are read too. A table is ``.jsonl`` or ``.csv`` and has the columns ``image`` (a path relative to
+    `images`) and ``caption`` or ``captions`` (JSONL: also a list), or it is Flickr8k's ``captions.txt`` or
+    Flickr30k's ``results.csv`` as published. All rows of one image are one record.
 
     Every record is decoded once before training; the verdict is cached by name, size and time. Bad ones
-    (missing, undecodable, no caption) are skipped, counted and named; too many of them stop the run.
+    (missing, undecodable, no caption, no UTF-8) are skipped, counted and named; too many of them stop the
+    run.
 
     Args:
         root: The folder or the table.
         exclude: Regular expression on the path relative to `root`; images that match are left out.
+        images: Folder that the paths in a table are relative to; null is the table's own.
         val_share: Share of the images held out, chosen by a hash of the file name: adding images never
             moves another image from one side to the other.
     """
@@ -122,18 +172,22 @@ class ImageFolder(CaptionData):
         self,
         root: str,
         exclude: str | None = None,
+        images: str | None = None,
         val_share: float = 0.1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.root = Path(root).expanduser()
         self.exclude = exclude
+        self.images = images
         self.val_share = val_share
         self.save_hyperparameters()
 
     @property
     def folder(self) -> Path:
-        return self.root.parent if self.root.suffix in TABLES else self.root
+        if self.images is not None:
+            return Path(self.images).expanduser()
+        return self.root if self.root.is_dir() else self.root.parent
 
     def prepare_data(self) -> None:
         self._checked()  # Once per machine; the other processes read the cached verdicts.
@@ -153,69 +207,79 @@ class ImageFolder(CaptionData):
             FileNotFoundError: `root` does not exist.
             ValueError: it holds no images, or more bad ones than `max_bad_share`.
         """
-        if not self.root.exists():
-            raise FileNotFoundError(f"data.root: there is no '{self.root}'. Give a folder or a table.")
-        rows = list(read_entries(self.root, self.exclude))
-        if not rows:
+        if not self.root.exists() or not (self.root.is_dir() or self.root.suffix in TABLES):
+            problem = f"'{self.root}' is neither" if self.root.exists() else f"there is no '{self.root}'"
+            raise FileNotFoundError(
+                f"data.root: {problem}. Give a folder or a table ({', '.join(sorted(TABLES))})."
+            )
+        found: dict[str, tuple[list[str], list[str]]] = {}
+        for name, said in read_entries(self.root, self.exclude):
+            captions, reasons = found.setdefault(name, ([], []))
+            good, bad = ([], [str(said)]) if isinstance(said, UnreadableRecord) else sort_captions(said)
+            captions += good
+            reasons += bad
+        if not found:
             raise ValueError(
                 f"data.root: no image in '{self.root}'. Known: {', '.join(sorted(SUFFIXES))}"
                 + (f"; data.exclude is {self.exclude!r}." if self.exclude else ".")
             )
-        reasons = self._verdicts([name for name, _ in rows])
-        bad = {
-            name: reasons[name] or "no caption"
-            for name, captions in rows
-            if reasons[name] or not any(caption.strip() for caption in captions)
-        }
-        if bad:
-            listing = "\n  ".join(f"{name}: {reason}" for name, reason in bad.items())
-            message = f"{len(bad)} of {len(rows)} records in '{self.root}' are bad:\n  {listing}"
-            if len(bad) > self.max_bad_share * len(rows):
-                raise ValueError(
-                    f"{message}\nThat is more than data.max_bad_share={self.max_bad_share:g}: mend or "
-                    "remove them, or raise the share."
-                )
-            rank_zero_warn(f"Skipped: {message}")
-        return [
-            Entry(name, tuple(caption.strip() for caption in captions if caption.strip()))
-            for name, captions in rows
-            if name not in bad
-        ]
+        verdicts = self._verdicts([name for name, (captions, _) in found.items() if captions])
+        left_out = LeftOut(self.root, self.max_bad_share)
+        entries = []
+        for name, (captions, reasons) in found.items():
+            if why := verdicts.get(name, reasons[0] if reasons else "no caption"):
+                left_out.record(name, why)
+                continue
+            entries.append(Entry(name, tuple(captions)))
+            for why in reasons:
+                left_out.caption(name, why)
+        beside = "pictures, each with a caption in UTF-8 in a .txt file of its name beside it"
+        left_out.check(len(found), beside if self.root.is_dir() else EXPECTED)
+        return entries
 
     def _verdicts(self, names: list[str]) -> dict[str, str]:
-        """Decodes every image that has not been decoded before; '' is good, anything else the reason."""
-        key = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:16]
+        """Decodes every image that has not been found good before; '' is good, anything else the reason."""
+        key = hashlib.sha256(str(self.root.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
         ledger = cache_dir() / "image_folders" / f"{key}.json"
-        known: dict[str, str] = json.loads(ledger.read_text()) if ledger.is_file() else {}
+        try:
+            good = {stamp for stamp, why in json.loads(ledger.read_text()).items() if not why}
+        except (OSError, ValueError, AttributeError):  # There is none yet, or it is cut.
+            good = set()
         stamps = {name: _stamp(self.folder / name) for name in names}
-        new = [name for name in names if stamps[name] not in known]
+        new = [name for name in names if stamps[name] not in good]
+        verdicts = dict.fromkeys(names, "")
         if new:
             with ThreadPoolExecutor() as pool:
                 reasons = pool.map(lambda name: _reason(self.folder / name), new)
-                bar = tqdm(
+                verdicts |= tqdm(
                     zip(new, reasons, strict=True), "Checking images", len(new), disable=len(new) < 100
                 )
-                known |= {stamps[name]: reason for name, reason in bar}
-            ledger.parent.mkdir(parents=True, exist_ok=True)
-            scratch = ledger.with_suffix(f".{hashlib.sha256(str(new).encode()).hexdigest()[:8]}")
-            scratch.write_text(json.dumps(known))
-            scratch.replace(ledger)
-        return {name: known[stamps[name]] for name in names}
+            # Bad ones are looked at again: a permission can change, or a disk be mounted.
+            good |= {stamps[name] for name in new if not verdicts[name]}
+            with suppress(OSError):  # It only saves time.
+                ledger.parent.mkdir(parents=True, exist_ok=True)
+                scratch = ledger.with_suffix(f".{hashlib.sha256(str(new).encode()).hexdigest()[:8]}")
+                scratch.write_text(json.dumps(dict.fromkeys(sorted(good), "")))
+                scratch.replace(ledger)
+        return verdicts
 
 
 def hash_share(name: str) -> float:
     """A number in [0, 1) that depends on the file name alone."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32
+    return int(hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8], 16) / 2**32
 
 
 def _stamp(path: Path) -> str:
-    stat = path.stat() if path.is_file() else None
-    return f"{path.name}/{stat.st_size}/{stat.st_mtime_ns}/{path}" if stat else f"missing/{path}"
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):  # ValueError: what can be no name at all.
+        return f"missing/{path}"
+    return f"{path.name}/{stat.st_size}/{stat.st_mtime_ns}/{path}"
 
 
 def _reason(path: Path) -> str:
     try:
         open_image(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return "missing" if isinstance(error, FileNotFoundError) else f"{error}" or type(error).__name__
+    except UNREADABLE as error:
+        return reason(error)
     return ""

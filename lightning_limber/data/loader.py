@@ -16,16 +16,19 @@ from torch.utils.data import DataLoader
 
 from lightning_limber.data.collate import Batch, choose_captions
 from lightning_limber.data.held_out import spread, stand_in
-from lightning_limber.data.records import Record, Turns
+from lightning_limber.data.records import UNREADABLE, Record, Skipped, Turns, UnreadableRecord, reason
 
 
 class RecordSet(Protocol):
     """A map-style data set: the same index always gives the same record, in any process.
 
-    Three attributes are optional: ``lengths`` (about how long each record's text is, in any unit) lets
+    ``[index]`` raises one of `UNREADABLE` for a record that cannot be used.
+
+    These attributes are optional: ``lengths`` (about how long each record's text is, in any unit) lets
     batches hold texts of like length, ``blocks`` (first index of each file, if many records lie in one)
-    keeps what is read at a time near together, and ``captions(index)`` gives a record's captions without
-    decoding its image.
+    keeps what is read at a time near together, ``captions(index)`` gives a record's captions without
+    decoding its image, ``name(index)`` its name in messages, and ``contents(times)`` what tells the records
+    from others (`fingerprint`).
     """
 
     def __len__(self) -> int: ...
@@ -54,6 +57,10 @@ class RecordStream(ABC):
     def captions(self, row: Any) -> list[str]:
         """The row's captions; better without decoding its image."""
         return self.decode(row).captions
+
+    def name(self, row: Any) -> str:
+        """The row's name in messages."""
+        return "of a stream"
 
 
 class PackedList(Sequence):
@@ -108,9 +115,9 @@ class BatchSource:
             try:
                 records.append(self._read(index, row))
                 indices.append(index)
-            # A picture that cannot be read: left out, counted, and too many stop the run (BatchLoader).
-            except (OSError, SyntaxError) as error:
-                skipped.append((index, str(error)))
+            # Left out, counted and named, and too many stop the run (BatchLoader).
+            except UNREADABLE as error:
+                skipped.append(Skipped(index, self._name(index, row), reason(error)))
         others: list[Record] = []
         if self.purpose in ("validation", "interventions"):  # The control.
             count = len(self.records)
@@ -139,7 +146,14 @@ class BatchSource:
         ]
 
     def _read(self, index: int, row: Any) -> Record:
-        return self.records[index] if row is None else self.records.decode(row)
+        record = self.records[index] if row is None else self.records.decode(row)
+        if not record.captions and self.purpose != "prediction":
+            raise UnreadableRecord("no caption")
+        return record
+
+    def _name(self, index: int, row: Any) -> str:
+        named = getattr(self.records, "name", None)
+        return f"record {index}" if named is None else named(index if row is None else row)
 
 
 def _leave_signals_alone(worker_id: int) -> None:
@@ -277,9 +291,10 @@ class BatchLoader:
                 self._report(batch.skipped, bad, seen)
             yield batch
 
-    def _report(self, skipped: list[tuple[int, str]], bad: int, seen: int) -> None:
-        lines = "\n  ".join(f"record {index}: {reason}" for index, reason in skipped)
-        if bad > max(8, self.max_bad_share * max(seen, 1000)):
+    def _report(self, skipped: list[Skipped], bad: int, seen: int) -> None:
+        lines = "\n  ".join(f"{name}: {why}" for _, name, why in skipped)
+        # A few at first are no sign of their share.
+        if bad > (max(8, self.max_bad_share * max(seen, 1000)) if self.max_bad_share else 0):
             raise ValueError(
                 f"{bad} of {seen} records could not be read, more than data.max_bad_share="
                 f"{self.max_bad_share:g}; the last:\n  {lines}\nMend or remove them, or raise the share."

@@ -16,6 +16,8 @@ or, for records that are conversations, their own turns in that chat template:
 
 Everything before the image is the prefix; what follows it is the text. The loss is taken on the
 caption (the assistant's turns) and on each end token: the one that directly follows a caption.
+
+Special tokens are the template's. What a record says is text: `</s>` in a caption is four characters.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from bisect import bisect_right
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from lightning_limber.data.records import Template, Turns
+from lightning_limber.data.records import Template, Turns, UnreadableRecord
 
 CAPTION_QUESTION = "Describe the image concisely."
 """What a model that is trained on conversations is asked when it shall write a caption."""
@@ -52,8 +54,16 @@ class Prompt:
     """
 
     def __init__(self, template: Template, tokenizer: Any, max_caption_tokens: int) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"model.llm: its tokenizer ({type(tokenizer).__name__}) is written in Python only and does "
+                "not say which characters a token stands for. Choose an LLM with a tokenizer.json."
+            )
         self.tokenizer = tokenizer
         self.max_caption_tokens = max_caption_tokens
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special.sort(key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
         if not isinstance(template, str):
             template = self._render(list(template))
         self.is_conversation = "{conversation}" in template
@@ -117,8 +127,8 @@ class Prompt:
     def generation_ids(self) -> list[int]:
         """Tokens between image and caption: what stands there when the LLM starts to write."""
         if self.is_conversation:
-            text, spans = self._conversation([(CAPTION_QUESTION, "?")], has_image=True)
-            before = text[: spans[0][0]]
+            before, between, _ = self._conversation(1, has_image=True)
+            before += CAPTION_QUESTION + between
         else:
             before = self.before
         # A space that ends the prompt belongs to the caption's first token.
@@ -147,16 +157,18 @@ class Prompt:
                     'model.prompt has "{conversation}", but this data set has captions without turns: use '
                     '"{caption}", or chat messages around it.'
                 )
-            whole = f"{self.before}{caption}{self.after}"
-            spans = [(len(self.before), len(self.before) + len(caption))]
+            said = [caption]
+            pieces = [self.before, self.after]
         else:
-            whole, spans = self._conversation(caption, has_image)
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+            said = [text for turn in caption for text in turn]
+            pieces = self._conversation(len(caption), has_image)
+        ids, offsets, spans = self._tokens(pieces, said)
+        if not isinstance(caption, str):
+            spans = spans[1::2]
         is_caption = [_inside(spans, a, b) for a, b in offsets]
         if isinstance(caption, str):
             if not any(is_caption):
-                raise ValueError(f"This tokenizer makes no token of the caption {caption!r}.")
+                raise UnreadableRecord(f"this tokenizer makes no token of the caption {caption!r}")
             first = is_caption.index(True)
             last = len(is_caption) - is_caption[::-1].index(True)  # One past the caption.
             cut = min(last, first + self.max_caption_tokens)
@@ -171,24 +183,54 @@ class Prompt:
 
     def caption_spans(self, caption: str) -> list[tuple[int, int]]:
         """Characters [start, end) of a caption that its tokens stand for, those that `text` keeps."""
-        start, end = len(self.before), len(self.before) + len(caption)
-        whole = f"{self.before}{caption}{self.after}"
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = [
-            (a - start, b - start) for a, b in encoded["offset_mapping"] if _inside([(start, end)], a, b)
-        ]
-        return offsets[: self.max_caption_tokens]
+        _, offsets, [(start, end)] = self._tokens([self.before, self.after], [caption])
+        inside = [(a - start, b - start) for a, b in offsets if _inside([(start, end)], a, b)]
+        return inside[: self.max_caption_tokens]
 
-    def _conversation(self, turns: Turns, has_image: bool) -> tuple[str, list[tuple[int, int]]]:
-        """The text after the image, and where the assistant's turns are in it."""
-        pieces = self._between_turns(len(turns))
-        text = "\n" * has_image if self._image_within else self.before + pieces[0]
-        spans = []
-        for i, (user, assistant) in enumerate(turns):
-            text += user + pieces[2 * i + 1]
-            spans.append((len(text), len(text) + len(assistant)))
-            text += assistant + pieces[2 * i + 2]
-        return text + self.after, spans
+    def _conversation(self, count: int, has_image: bool) -> list[str]:
+        """The template's text after the image, around the contents of `count` turns of each side."""
+        first, *others, last = self._between_turns(count)
+        opening = "\n" * has_image if self._image_within else self.before + first
+        return [opening, *others, last + self.after]
+
+    def _tokens(
+        self, pieces: list[str], said: list[str]
+    ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
+        """Tokens of `said` with the template's `pieces` around and between, as one text.
+
+        Returns:
+            Token ids, the characters that each stands for, and those of each of `said`.
+        """
+        whole, spans = "", []
+        special: list[tuple[int, int]] = []  # The template's own.
+        for piece, text in zip(pieces, [*said, ""], strict=True):
+            start = len(whole)
+            special += [(start + m.start(), start + m.end()) for m in self._special.finditer(piece)]
+            whole += piece + text
+            spans.append((start + len(piece), len(whole)))
+        spans.pop()
+        if not any(self._special.search(text) for text in said):
+            encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+            return encoded["input_ids"], encoded["offset_mapping"], spans
+        # The text between the template's special tokens is encoded as one without any.
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        start = 0
+        for begin, end in [*special, (len(whole), len(whole))]:
+            if start < begin:
+                encoded = self.tokenizer(
+                    whole[start:begin],
+                    add_special_tokens=False,
+                    return_offsets_mapping=True,
+                    split_special_tokens=True,
+                )
+                ids += encoded["input_ids"]
+                offsets += [(a + start, b + start) for a, b in encoded["offset_mapping"]]
+            if begin < end:
+                ids.append(self.tokenizer.convert_tokens_to_ids(whole[begin:end]))
+                offsets.append((begin, end))
+            start = end
+        return ids, offsets, spans
 
 
 def _inside(spans: list[tuple[int, int]], start: int, end: int) -> bool:

@@ -9,23 +9,32 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
 import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
 from lightning_limber.data.datamodule import CaptionData
+from lightning_limber.data.fingerprint import Content, file_stamps
 from lightning_limber.data.image_folder import SUFFIXES, open_image
 from lightning_limber.data.loader import RecordSet
-from lightning_limber.data.records import Record
+from lightning_limber.data.records import Record, UnreadableRecord
+from lightning_limber.data.text import clean, decode, parse_object
 from lightning_limber.utils.cache import cache_dir
+
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstandard"}
+"""The first two bytes of compressed files."""
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -42,26 +51,66 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(choice) for choice in product(*parts)]
 
 
-def index_shard(path: str) -> np.ndarray:
-    """Where the samples of one tar are: [n, 5] of image offset and size, text offset and size, is-JSON.
+class Index(NamedTuple):
+    """Where the samples of one tar are."""
+
+    rows: np.ndarray
+    """[n, 6] of image offset and size, text offset and size, is-JSON, and the text's CRC-32. A text that is
+    not there has offset -1.
+    """
+    cut: str = ""
+    """What is wrong with the tar's end; '' if it is whole."""
+
+
+def index_shard(path: str) -> Index:
+    """Looks up every sample of a tar.
 
     A sample is the files of one name: an image, and a ``.txt`` or (if there is none) the ``caption`` of
-    a ``.json``. Names without both are left out: img2dataset writes none for failed downloads.
+    a ``.json``. Names without an image are no sample: img2dataset writes such for failed downloads. Of a
+    tar that was cut, the samples that are whole are read.
+
+    Raises:
+        ValueError: it is compressed, empty or no tar.
     """
     found: dict[str, dict[str, tuple[int, int]]] = {}
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            if member.isfile():
-                folder, name = os.path.split(member.name)
-                key, _, suffix = name.partition(".")
-                kind = "image" if f".{suffix.lower()}" in SUFFIXES else suffix.lower()
-                found.setdefault(f"{folder}/{key}", {})[kind] = (member.offset_data, member.size)
-    rows = [
-        (*files["image"], *files.get("txt", files.get("json", ())), "txt" not in files)
-        for files in found.values()
-        if "image" in files and ("txt" in files or "json" in files)
-    ]
-    return np.array(rows, dtype=np.int64).reshape(-1, 5)
+    with open(path, "rb") as file:
+        if kind := COMPRESSED.get(file.read(2)):
+            raise ValueError(
+                f"data.shards: '{path}' is compressed ({kind}), and its samples are read where they lie. "
+                "Unpack it to a plain .tar."
+            )
+        size, cut, members = os.path.getsize(path), "", 0
+        file.seek(0)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    members += 1
+                    if member.isfile() and member.offset_data + member.size <= size:
+                        folder, name = os.path.split(member.name)
+                        key, _, suffix = name.partition(".")
+                        kind = "image" if f".{suffix.lower()}" in SUFFIXES else suffix.lower()
+                        found.setdefault(f"{folder}/{key}", {})[kind] = (member.offset_data, member.size)
+                # A whole tar ends with blocks of zeros; tarfile also stops at the end of the file, and at
+                # what is no header.
+                end = tar.offset
+            file.seek(end)
+            if file.read(512) != bytes(512):
+                cut = f"it has no end mark at byte {end}"
+        except tarfile.TarError as error:
+            cut = str(error)
+        if not members:
+            raise ValueError(f"data.shards: '{path}' holds no file" + (f" ({cut})." if cut else "."))
+        rows = []
+        for files in found.values():
+            text = files.get("txt", files.get("json"))
+            if "image" not in files or (text is None and cut):
+                continue
+            crc = 0
+            if text is not None:
+                file.seek(text[0])
+                crc = zlib.crc32(file.read(text[1]))
+            rows.append((*files["image"], *(text or (-1, 0)), "txt" not in files, crc))
+    return Index(np.array(rows, dtype=np.int64).reshape(-1, 6), cut)
 
 
 class ShardSet:
@@ -74,38 +123,53 @@ class ShardSet:
         self.starts = np.concatenate([[0], counts.cumsum()[:-1]])
         self.blocks = self.starts[counts > 0].tolist()
         self.lengths = self.index[:, 3]  # Bytes of the text.
+        stems = [Path(path).stem for path in paths]
+        # Tars of one name in different folders: with their folders.
+        self.names = stems if len({*stems}) == len(stems) else [path.removesuffix(".tar") for path in paths]
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, index: int) -> Record:
-        shard = self._shard(index)
         image, image_size = self.index[index, :2].tolist()
-        with open(self.paths[shard], "rb") as file:
-            captions = self._captions(file, index)
+        with open(self.paths[self._shard(index)], "rb") as file:
+            caption = self._caption(file, index)
             file.seek(image)
             picture = file.read(image_size)
-        if not captions:
-            raise OSError("its caption is empty")
-        name = f"{Path(self.paths[shard]).stem}/{index - int(self.starts[shard])}"
-        return Record(name, open_image(io.BytesIO(picture)), captions)
+        return Record(self.name(index), open_image(io.BytesIO(picture)), [caption])
+
+    def name(self, index: int) -> str:
+        shard = self._shard(index)
+        return f"{self.names[shard]}/{index - int(self.starts[shard])}"
 
     def captions(self, index: int) -> list[str]:
         with open(self.paths[self._shard(index)], "rb") as file:
-            return self._captions(file, index)
+            return [self._caption(file, index)]
+
+    def contents(self, times: bool) -> Iterator[Content]:
+        stamps = file_stamps([Path(path) for path in self.paths], times)
+        rows = np.split(self.index, self.starts[1:])
+        for name, of_tar, stamp in zip(self.names, rows, stamps, strict=True):
+            texts, pictures = (
+                hashlib.sha256(part.tobytes()).hexdigest() for part in (of_tar[:, 3:], of_tar[:, 1])
+            )
+            yield Content(f"{name}: {len(of_tar)}", [texts], f"{pictures} {stamp if times else ''}")
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
-    def _captions(self, file: BinaryIO, index: int) -> list[str]:
-        """The sample's caption; none where it is empty."""
-        text, text_size, is_json = self.index[index, 2:].tolist()
+    def _caption(self, file: BinaryIO, index: int) -> str:
+        """The sample's caption.
+
+        Raises:
+            UnreadableRecord: there is none that can be used.
+        """
+        text, text_size, is_json = self.index[index, 2:5].tolist()
+        if text < 0:
+            raise UnreadableRecord("it has neither a .txt nor a .json")
         file.seek(text)
-        caption = file.read(text_size).decode("utf-8", errors="replace")
-        if is_json:
-            caption = json.loads(caption).get("caption") or ""
-        caption = " ".join(caption.split())
-        return [caption] if caption else []
+        content = decode(file.read(text_size))
+        return clean(parse_object(content).get("caption") if is_json else content)
 
 
 class Shards(CaptionData):
@@ -128,11 +192,20 @@ class Shards(CaptionData):
     def datasets(self) -> tuple[RecordSet, RecordSet]:
         paths = self._paths()
         indices = self._indices(paths)
+        if cut := [f"{path}: {index.cut}" for path, index in zip(paths, indices, strict=True) if index.cut]:
+            lines = "\n  ".join(cut)
+            rank_zero_warn(
+                f"{len(cut)} of {len(paths)} tars are cut; samples up to the cut are read, and what was "
+                f"behind it is lost:\n  {lines}"
+            )
         train, val = slice(None, -self.val_shards), slice(-self.val_shards, None)
-        sets = [ShardSet(paths[part], indices[part]) for part in (train, val)]
+        sets = [ShardSet(paths[part], [index.rows for index in indices[part]]) for part in (train, val)]
         for records, what in zip(sets, ("training", "held-out"), strict=True):
             if not len(records):
-                raise ValueError(f"data.shards: the {what} shards hold no image with a caption.")
+                raise ValueError(
+                    f"data.shards={self.shards}: the {what} shards hold no sample. Expected: an image "
+                    "and a .txt or .json of the same name."
+                )
         return sets[0], sets[1]
 
     def _paths(self) -> list[str]:
@@ -150,20 +223,25 @@ class Shards(CaptionData):
             )
         return paths
 
-    def _indices(self, paths: list[str]) -> list[np.ndarray]:
+    def _indices(self, paths: list[str]) -> list[Index]:
         """The index of every tar, cached by path, size and time."""
         folder = cache_dir() / "shards"
-        folder.mkdir(parents=True, exist_ok=True)
 
-        def cached(path: str) -> np.ndarray:
+        def cached(path: str) -> Index:
             stat = os.stat(path)
-            key = hashlib.sha256(f"{path}/{stat.st_size}/{stat.st_mtime_ns}".encode()).hexdigest()[:24]
-            file = folder / f"{key}.npy"
-            if not file.is_file():
-                scratch = folder / f"{key}.{os.getpid()}.npy"
-                np.save(scratch, index_shard(path))
+            key = hashlib.sha256(f"2/{path}/{stat.st_size}/{stat.st_mtime_ns}".encode()).hexdigest()[:24]
+            file = folder / f"{key}.npz"
+            try:
+                with np.load(file) as kept:
+                    return Index(kept["rows"], str(kept["cut"]))
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # There is none, or half.
+                index = index_shard(path)
+            with suppress(OSError):  # It only saves time.
+                folder.mkdir(parents=True, exist_ok=True)
+                scratch = folder / f"{key}.{os.getpid()}.npz"
+                np.savez(scratch, rows=index.rows, cut=index.cut)
                 scratch.replace(file)
-            return np.load(file)
+            return index
 
         with ThreadPoolExecutor(8) as pool:
             bar = tqdm(pool.map(cached, paths), "Indexing shards", len(paths), disable=len(paths) < 16)

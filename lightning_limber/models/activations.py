@@ -34,7 +34,8 @@ def contexts(texts: Iterable[str], tokenizer: Any, context_size: int) -> Iterato
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     width = context_size - len(bos)
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        # What a document says is text: `</s>` in it ends nothing.
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         for start in range(0, len(ids), width):
             piece = ids[start : start + width]
             if len(piece) >= 4:

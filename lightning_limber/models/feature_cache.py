@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_limber.data.fingerprint import fingerprint
 from lightning_limber.data.loader import RecordStream
 from lightning_limber.utils.cache import cache_dir
 from lightning_limber.utils.checkpoints import FREE
@@ -66,7 +67,9 @@ def open_feature_cache(key: list[Any], shape: tuple[int, ...], trainer: Any) -> 
             "to false."
         )
     settings = {name: repr(value) for name, value in data.hparams.items() if name not in FREE}
-    key = [*key, type(data).__name__, settings, trainer.precision]
+    # Another picture of an old name, or in an old place, must not be given that one's features.
+    contents = fingerprint(data.train_set, times=True)
+    key = [*key, type(data).__name__, settings, contents, trainer.precision]
     return FeatureCache(key, len(data.train_set), shape)
 
 

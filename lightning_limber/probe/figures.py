@@ -12,7 +12,7 @@ import torch
 from lightning_limber.probe.palette import COLOURS, PAPER_NAME, Panel, ordered_groups, published_curves
 from lightning_limber.probe.patches import PatchMap
 from lightning_limber.probe.tables import History, Row
-from lightning_limber.utils.figures import new_figure, wrap
+from lightning_limber.utils.figures import as_written, new_figure, wrap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,7 +91,7 @@ def probe_figure(
         labels = {**dict(zip(names, handles, strict=True)), **labels}
     figure.legend(labels.values(), labels, loc="lower center", ncols=columns, frameon=False)
     figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return as_written(figure)
 
 
 def _log_scale(axis: Any) -> None:
@@ -155,7 +155,7 @@ def heatmap_figure(history: History, panels: Sequence[Panel], title: str) -> Fig
         axis.set_title(panel.label, fontsize=11)
         figure.colorbar(image, ax=axis)
     figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return as_written(figure)
 
 
 def matrix_figure(layers: list[int], tables: dict[str, list[list[float]]], title: str) -> Figure:
@@ -186,7 +186,7 @@ def matrix_figure(layers: list[int], tables: dict[str, list[list[float]]], title
         axis.set_ylabel("layer of the image tokens")
         axis.set_title(label, fontsize=11)
     figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return as_written(figure)
 
 
 def _box(column: int, row: int) -> Any:
@@ -206,12 +206,11 @@ def patch_figure(
         maps: From `matching_latents`, over a square grid of patches.
         layer: Layer of the LLM.
     """
-    columns = 1 + max(1, *(len(found) for found in maps))
-    figure = new_figure(3.4 * columns, 3.5 * len(images) + 0.4)
-    figure.subplots_adjust(
-        left=0.01, right=0.99, top=1 - 1.1 / (3.5 * len(images)), bottom=0.01, hspace=0.3
-    )
-    axes = np.atleast_2d(figure.subplots(len(images), columns))
+    columns = 1 + max([1, *map(len, maps)])
+    rows = max(1, len(images))
+    figure = new_figure(3.4 * columns, 3.5 * rows + 0.4)
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 1.1 / (3.5 * rows), bottom=0.01, hspace=0.3)
+    axes = np.atleast_2d(figure.subplots(rows, columns))[: len(images)]
     for row, image, caption, found in zip(axes, images, captions, maps, strict=True):
         for axis in row:
             axis.axis("off")
@@ -232,4 +231,4 @@ def patch_figure(
             axis.set_title(wrap(title, 44), fontsize=8.5, loc="left")
     title = f"Patches that fire latents whose descriptions match the caption, layer {layer}"
     figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return as_written(figure)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_limber.probe.palette import COLOURS
 from lightning_limber.probe.tables import Row
-from lightning_limber.utils.figures import new_figure
+from lightning_limber.utils.figures import as_written, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,7 +170,7 @@ def finding_figure(rows: Sequence[Row], title: str = "") -> Figure:
             axis.legend(frameon=False, fontsize=9)
     if title:
         figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return as_written(figure)
 
 
 def _band(axis, found: Sequence[Point], colour: str, label: str, style: str = "-") -> None:

@@ -24,13 +24,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image
 from torch import Tensor
 
 from lightning_limber.data import CaptionData
 from lightning_limber.data.collate import Batch
-from lightning_limber.data.image_folder import SUFFIXES, open_image
-from lightning_limber.data.records import Record
+from lightning_limber.data.image_folder import SUFFIXES, find_pictures, open_image
+from lightning_limber.data.records import Record, printable
 from lightning_limber.models.generation import Caption
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig
@@ -41,7 +40,7 @@ from lightning_limber.probe.saes import hook_layer
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
-    """The images among `paths`, and those in the folders among them and below.
+    """The images among `paths`, and those in the folders among them and below, links to folders followed.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -53,7 +52,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
             raise FileNotFoundError(f"--images: there is no '{path}'. Give images or folders.")
         inside = [path]
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            inside = find_pictures(path)
         if not inside:
             known = ", ".join(sorted(SUFFIXES))
             raise ValueError(f"--images: no image in '{path}' or below. Known: {known}.")
@@ -71,11 +70,10 @@ class ImageSet:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Record:
-        path = self.paths[index]
-        try:
-            return Record(str(path), open_image(path), [])
-        except (ValueError, Image.DecompressionBombError) as error:
-            raise OSError(f"{error}") from error
+        return Record(self.name(index), open_image(self.paths[index]), [])
+
+    def name(self, index: int) -> str:
+        return printable(str(self.paths[index]))
 
 
 class Images(CaptionData):
@@ -134,7 +132,6 @@ class CaptionWriter(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        records = trainer.datamodule.val_set  # type: ignore[attr-defined]
         extra = [{} for _ in batch.ids] if self._probe is None else image_latents(self._probe, batch)
         lines = [
             (index, _line(name, caption, references) | more)
@@ -142,9 +139,7 @@ class CaptionWriter(pl.Callback):
                 batch.index, batch.ids, outputs, batch.captions, extra, strict=True
             )
         ]
-        for place, reason in batch.skipped:
-            name = str(records.paths[place]) if isinstance(records, ImageSet) else f"record {place}"
-            lines.append((place, {"image": name, "error": reason}))
+        lines += [(place, {"image": name, "error": why}) for place, name, why in batch.skipped]
         if trainer.world_size > 1:
             parts: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(parts, lines)

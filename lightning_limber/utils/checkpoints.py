@@ -21,9 +21,9 @@ from lightning_limber.utils.adapter_config import upgrade_adapter
 
 EXPORTED = "adapter.safetensors"
 """Weights in a folder that ``export`` wrote."""
-# Settings that change speed or logging, never a number of the run.
+# Settings that change speed or logging, never a number of the run; and how many bad records it allows.
 FREE = {
-    *("num_workers", "val_batch_size", "_instantiator", "_class_path"),
+    *("num_workers", "max_bad_share", "val_batch_size", "_instantiator", "_class_path"),
     *("adapter_weights", "shard_llm", "held_out_features_gb"),
 }
 
@@ -48,7 +48,10 @@ def differences(saved: Any, now: Any, name: str) -> list[str]:
         ]
     if isinstance(saved, (list, tuple)) and isinstance(now, (list, tuple)):
         saved, now = list(saved), list(now)
-    return [] if saved == now else [f"{name}: {saved!r} in the checkpoint, {now!r} now"]
+    # A setting that a run of an older version did not have, at null.
+    if saved == now or (saved == "unset" and now is None):
+        return []
+    return [f"{name}: {saved!r} in the checkpoint, {now!r} now"]
 
 
 def check_same_run(

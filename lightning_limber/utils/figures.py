@@ -17,6 +17,15 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height))
 
 
+def as_written(figure: Figure) -> Figure:
+    """The figure with all of its text shown as it is: a `$` of a caption or a name begins no formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    return figure
+
+
 def wrap(text: str, width: int = 52) -> str:
     """At most four lines of `width` characters."""
     return "\n".join(textwrap.wrap(text, width)[:4])

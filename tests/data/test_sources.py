@@ -263,10 +263,10 @@ def test_broken_conversations_are_counted(tmp_path):
     entries += [{"id": "b", "conversations": talk} for talk in ([], [good[0], good[0]])]
     (tmp_path / "chat.json").write_text(json.dumps(entries))
     data = LLaVAConversations("chat.json", str(tmp_path), max_bad_share=0.5)
-    with pytest.warns(UserWarning, match="2 of 5 records .* are no conversation"):
+    with pytest.warns(UserWarning, match="(?s)2 of 5 records .*human and gpt do not take turns"):
         train, _ = data.datasets()
     assert [train[i].turns for i in range(len(train))] == [[("dog", "cat")]] * 3
-    with pytest.raises(ValueError, match="human and gpt must take turns"):
+    with pytest.raises(ValueError, match="human and gpt do not take turns"):
         LLaVAConversations("chat.json", str(tmp_path)).datasets()
 
 

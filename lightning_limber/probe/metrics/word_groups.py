@@ -43,7 +43,8 @@ def content_tokens(llm: LLM, captions: list[str], count: int) -> list[int]:
     Captions without any give all their tokens; no captions give EOS.
     """
     text = " ".join(words.content_words(". ".join(captions))) or " ".join(captions)
-    ids = llm.tokenizer(f" {text}", add_special_tokens=False)["input_ids"] if text else []
+    plain = {"add_special_tokens": False, "split_special_tokens": True}
+    ids = llm.tokenizer(f" {text}", **plain)["input_ids"] if text else []
     return list(islice(cycle(ids or [llm.tokenizer.eos_token_id]), count))
 
 
