@@ -14,6 +14,7 @@ nats, read on the image's own caption, steered less clean:
     steer_other       log p(target) - log p(their own colour) at the other objects' colours
     steer_background  steer_own with the same vectors added to as many background patches
     steer_random      steer_own with vectors as long, of another latent in each image, on the object's
+    steer_gap         log p(own colour) - log p(target) before: what steer_own needs to change the word
 
 So image positions mean by this latent what text means as far as `steer_target` is above 0 and `steer_own`
 above the last three. `steer_third` is what whatever blurs the own colour brings any other: the likely
@@ -55,7 +56,10 @@ if TYPE_CHECKING:
     from lightning_limber.probe.intervention import Intervention
     from lightning_limber.probe.passes import Probe
 
-METRICS = ("steer_own", "steer_third", "steer_target", "steer_background", "steer_random", "steer_other")
+METRICS = (
+    *("steer_own", "steer_third", "steer_target", "steer_background", "steer_random", "steer_other"),
+    "steer_gap",
+)
 
 
 class ColourLatents(NamedTuple):
@@ -296,8 +300,8 @@ class ObjectSteer(ProbeMetric):
         return self.chosen[hook]
 
     def intervene(self, run: Intervention, hook: str) -> tuple[Tensor, ColourLatents] | None:
-        """[B, 7] sums over each image's colour words: own, third, background, random, other; numbers of
-        own and of others' words. And the latents.
+        """[B, 8] sums over each image's colour words: own, third, background, random, other, gap; numbers
+        of own and of others' words. And the latents.
         """
         batch, probe = run.batch, run.probe
         if not self.colours or not knows_boxes(batch):
@@ -306,7 +310,7 @@ class ObjectSteer(ProbeMetric):
         x = run.image_tokens(hook)
         plan = plan_steering(batch, probe.model, len(x), self.colours)
         if plan is None:
-            return torch.zeros(len(batch.index), 7, dtype=torch.float64, device=x.device), known
+            return torch.zeros(len(batch.index), 8, dtype=torch.float64, device=x.device), known
         tokens, keep = x[plan.cells].float(), run.keep(hook, x)
         off, on, levels = known.latents[plan.own], known.latents[plan.target], known.levels[plan.target]
         if self.relative:
@@ -332,7 +336,7 @@ class ObjectSteer(ProbeMetric):
         by_word = torch.stack(
             [
                 *(steered[:, 0] * own, steered[:, 1] * own, background[:, 0] * own, by_other[:, 0] * own),
-                *(steered[:, 0] * (1 - own), own, 1 - own),
+                *(steered[:, 0] * (1 - own), -clean[:, 0] * own, own, 1 - own),
             ],
             dim=-1,
         )
@@ -349,17 +353,13 @@ class ObjectSteer(ProbeMetric):
         for hook, items in found.interventions.items():
             layer, known = data.layers[hook], items[0][1][1]
             items = [(index, sums) for index, (sums, _) in items]
-            own, third, background, other_latent, other, owned, others = by_image(items).unbind(-1)
-            sums = dict(
-                zip(METRICS, (own, third, own - third, background, other_latent, other), strict=True)
-            )
-            for metric, rise in sums.items():
+            own, third, background, by_chance, other, gap, owned, others = by_image(items).unbind(-1)
+            rises = own, third, own - third, background, by_chance, other, gap
+            weights = data.bootstrap_weights(len(owned))
+            for metric, rise in zip(METRICS, rises, strict=True):
                 count = others if metric == "steer_other" else owned
                 data.add_ratio(metric, "image", layer, rise, count, items)
-                over, under = (data.bootstrap_weights(len(rise)) @ torch.stack([rise, count], -1)).unbind(
-                    -1
-                )
-                yield Estimate(layer, "image", metric, over / under)
+                yield Estimate(layer, "image", metric, weights @ rise / (weights @ count))
             yield Estimate(layer, "text", "steer_auroc", float(known.auroc.mean()))
             self._fill_table(data, hook, known)
         if not found.interventions:

@@ -202,6 +202,7 @@ def test_rises_are_those_of_whole_forwards(run):
                 if not is_own:
                     sums["steer_other"].append(float(rise))
                     continue
+                sums["steer_gap"].append(float(clean[label, said] - clean[label, new]))
                 sums["steer_own"].append(float(rise))
                 sums["steer_third"].append(float(at_cells[label, third] - at_cells[label, said]))
                 sums["steer_target"].append(float(at_cells[label, new] - at_cells[label, third]))
@@ -215,7 +216,8 @@ def test_rises_are_those_of_whole_forwards(run):
         assert abs(expected) > 1e-6
         assert row.value == pytest.approx(expected, rel=2e-3, abs=1e-5)
         assert row.low < row.value < row.high
-        assert rows[2, "image", name].value == pytest.approx(0, abs=1e-6)  # Nothing is read after it.
+        after = expected if name == "steer_gap" else 0.0  # Nothing is read after the last layer.
+        assert rows[2, "image", name].value == pytest.approx(after, rel=2e-3, abs=1e-6)
     assert rows[0, "text", "steer_auroc"].value == pytest.approx(float(known.auroc.mean()))
 
 
@@ -261,7 +263,7 @@ def test_nothing_steered_is_no_rise(run, monkeypatch):
         for batch in run.datamodule.probe_dataloader(10, True):
             sums, _ = metric.intervene(Intervention(probe, batch), HOOK)
             assert torch.equal(sums[:, :5], torch.zeros_like(sums[:, :5]))
-            assert sums[:, 5].sum() > 0
+            assert sums[:, 6].sum() > 0
 
 
 def test_relative_levels_are_shares_of_a_tokens_length(run):
@@ -319,7 +321,7 @@ def test_saes_that_wait_in_host_memory_give_the_same(run, fit, monkeypatch, tmp_
     flags = [*FLAGS, "--probe.metrics=[object_steer]", "--probe.sae_memory_gb=2.0e-5"]
     found = [sae_probe(cli).history[1] for cli in (run, fit(*flags, probe=True))]
     values = [[row.value for row in rows if row.metric.startswith("steer")] for rows in found]
-    assert len(values[0]) == 2 * 7
+    assert len(values[0]) == 2 * 8
     assert values[1] == pytest.approx(values[0], rel=1e-5, abs=1e-7)
 
 
