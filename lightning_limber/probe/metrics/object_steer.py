@@ -171,8 +171,8 @@ def plan_steering(batch: Batch, model: Limber, tokens: int, colours: Sequence[st
     """
     grid, prompt = model.token_grid, model.collator().prompt
     assert grid is not None  # `ObjectSteer.setup`
-    by_image = tokens // len(batch.index)
-    before = by_image - grid[0] * grid[1]  # Tokens before the grid's; -1: its first is never counted.
+    per_image = tokens // len(batch.index)
+    before = per_image - grid[0] * grid[1]  # Tokens before the grid's; -1: its first is never counted.
     steered: list[tuple[int, int, int, int, float]] = []
     read: list[tuple[int, tuple[int, int, int], bool]] = []
     first_label = 0
@@ -208,7 +208,7 @@ def plan_steering(batch: Batch, model: Limber, tokens: int, colours: Sequence[st
                 # No third colour is read there.
                 read.append((labels_before + changed[0], (*changed[1:], changed[2]), False))
         pair = colours.index(scene["objects"][number]["colour"]), colours.index(target)
-        chance, start = rng.random(), image * by_image + before
+        chance, start = rng.random(), image * per_image + before
         steered += [
             (start + cell, start + place, *pair, chance) for cell, place in zip(*swaps, strict=True)
         ]
