@@ -205,6 +205,21 @@ class LLM(nn.Module):
             logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits
 
+    def token_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Logits [n, k] of some token ids [n, k], from final hidden states [n, D_l], in float32.
+
+        Differences of a row are differences of log-probability. Those of logits in bfloat16, in which the
+        head multiplies under autocast, are in steps of a tenth of a nat.
+        """
+        head = self.model.get_output_embeddings()
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = (head.weight[tokens].float() @ hidden.float()[:, :, None])[..., 0]  # [n, k]
+        if head.bias is not None:
+            logits = logits + head.bias[tokens]
+        if self._softcap is not None:
+            logits = self._softcap * torch.tanh(logits / self._softcap)
+        return logits
+
     def token_losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy in nats [n] and correctness [n] of final hidden states [n, D_l] (head_loss.py)."""
         return FrozenHeadLoss.apply(hidden, *self._head(), targets, self._softcap)

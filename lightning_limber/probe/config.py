@@ -22,15 +22,16 @@ class ProbeConfig:
         layers: Layers to probe; null takes every layer that has an SAE.
         metrics: Metrics beside reconstruction and sparsity, each of which costs its own time (printed
             after every probe): direction, noise, words_long, match, neighbours, lens_hit, knn, detectors,
-            linear_probe, use, loss_recovered, cross_layer by default; words, told and object_patches
-            besides. A class of your own is named by its path, or as {class_path: ..., init_args: {...}}.
+            linear_probe, use, loss_recovered, cross_layer by default; words, told, object_patches and
+            object_steer besides. A class of your own is named by its path, or as {class_path: ...,
+            init_args: {...}}.
         sanity_check: What to do when the SAEs do not behave on plain text as is known of them (see
             sanity_check.py): ``stop``, ``warn`` or ``off``.
         sae_memory_gb: Most memory that the SAEs' weights may take on the device, in 1e9 bytes; null keeps
             all there. With a number they wait in host memory, and a probe makes its passes once for each
             chunk of layers that fits: more time, the same numbers.
-        intervention_images: Images for use, loss_recovered, cross_layer and object_patches, which need many
-            forwards.
+        intervention_images: Images for use, loss_recovered, cross_layer, object_patches and object_steer,
+            which need many forwards.
         outlier_factor: Leave out tokens of more than this many times the median norm of plain text, beside
             those that point as attention sinks do; null leaves out the latter alone. The share of all that
             is left out is logged as ``outliers``.

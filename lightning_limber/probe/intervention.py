@@ -82,6 +82,19 @@ class Intervention:
         """As `clean_label_losses`, with tokens [n, D] in place of `image_tokens` at this layer."""
         return self._branch(self._clean, hook, self.batch.groups["image_copies"][0], new)
 
+    def token_logits(
+        self, labels: Tensor, tokens: Tensor, hook: str = "", new: Tensor | None = None
+    ) -> Tensor:
+        """[m, k] logits of token ids [m, k] where labels of numbers [m] stand, all before them as it is.
+
+        With nothing replaced, or with tokens `new` as in `label_losses`.
+        """
+        hidden = self._clean.hidden
+        if new is not None:
+            hidden = self._decode(self._clean, hook, self.batch.groups["image_copies"][0], new)
+        rows = hidden.flatten(0, 1).index_select(0, self.batch.label_positions[labels])
+        return self.probe.model.llm.token_logits(rows, tokens)
+
     def losses(self, hook: str, new: Tensor) -> Tensor:
         """Losses with tokens [n, D] in place of `image_tokens` at this layer."""
         return self._sum(self.batch, self.label_losses(hook, new))
@@ -147,10 +160,13 @@ class Intervention:
         return _Forward(sequences, residuals, hidden)
 
     def _branch(self, clean: _Forward, hook: str, positions: Tensor, new: Tensor) -> Tensor:
+        return self._label_losses(clean.sequences, self._decode(clean, hook, positions, new))
+
+    def _decode(self, clean: _Forward, hook: str, positions: Tensor, new: Tensor) -> Tensor:
+        """[R, W, D] last hidden states with tokens `new` at flat positions of this layer."""
         residual = clean.residuals[hook]
         spliced = residual.flatten(0, 1).index_copy(0, positions, new).view_as(residual)
-        hidden = self.probe.model.llm.decode(spliced, first_layer=next_layer(hook))
-        return self._label_losses(clean.sequences, hidden)
+        return self.probe.model.llm.decode(spliced, first_layer=next_layer(hook))
 
     def _label_losses(self, sequences: Sequences, hidden: Tensor) -> Tensor:
         return self.probe.model.target_losses(sequences, hidden)[0]

@@ -138,7 +138,7 @@ def probe_flops(
     compared = text_tokens * min(len(saes), MAX_LAYERS)
     clean += ("neighbours" in metrics) * len(saes) * image * (1 + fills) * 2 * llm.hidden_size * compared
     intervened = 0.0
-    if metrics & {"use", "loss_recovered", "cross_layer", "object_patches"}:
+    if metrics & {"use", "loss_recovered", "cross_layer", "object_patches", "object_steer"}:
         # The encoder's features are kept from the first pass.
         intervened += flops["adapter forward"] + decode
     onward = sum(decode * (1 - sae.next_layer / len(llm.layers)) + head for sae in saes)
@@ -149,6 +149,8 @@ def probe_flops(
     if "loss_recovered" in metrics:
         intervened += onward + all_saes * image
     intervened += ("object_patches" in metrics) * 2 * onward
+    # The head's product is with a few of its rows.
+    intervened += ("object_steer" in metrics) * 3 * (onward - len(saes) * head)
     if "cross_layer" in metrics:
         controls = "noise" in metrics
         intervened += len(saes) * all_saes * image * (1 + controls)

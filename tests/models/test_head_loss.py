@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 
 from lightning_limber.models import head_loss as losses
 from lightning_limber.models.head_loss import FrozenHeadLoss
+from lightning_limber.models.llm import LLM
 
 
 def reference(hidden, weight, bias, targets, softcap):
@@ -96,3 +98,18 @@ def test_training_goes_on_after_inference_mode(monkeypatch):
     again, _ = FrozenHeadLoss.apply(hidden.clone().requires_grad_(), weight, None, targets, None)
     assert torch.equal(again, first)
     again.sum().backward()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gptj"])
+def test_logits_of_some_tokens(architecture, tmp_path):
+    """With a soft cap (Gemma 2) and with a bias (GPT-J); under autocast in float32."""
+    llm = LLM(tiny.write_llm(tmp_path, architecture)).load()
+    generator = torch.Generator().manual_seed(0)
+    if architecture == "gptj":
+        bias = llm.model.get_output_embeddings().bias
+        bias.copy_(torch.randn(bias.shape, generator=generator))
+    hidden = 20 * torch.randn(7, 32, generator=generator)
+    tokens = torch.randint(llm.vocab_size, (7, 3), generator=generator)
+    expected = llm.logits(hidden).gather(1, tokens)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(llm.token_logits(hidden, tokens), expected, rtol=1e-5, atol=1e-5)

@@ -221,6 +221,20 @@ def test_probe_flops_are_those_of_a_real_probe(models, fit, monkeypatch):
     assert sum(2 * 32 * sae.d_sae + 32 + sae.d_sae for sae in saes) == parameters
 
 
+@pytest.mark.parametrize(("metric", "forwards"), [("object_patches", 2), ("object_steer", 3)])
+def test_flops_of_interventions_on_objects(models, metric, forwards):
+    """So many forwards on from behind layers 0 and 2 of 3."""
+    model = Limber(VisionConfig(str(models / "vision"), image_size=32), str(models / "llm"))
+    planned = Rehearsal(model, "32-true", 8)
+    saes = sae_sizes(str(models / "saes"), "layer_{layer}", None, model.llm)
+    flops = planned.step(1).flops
+    found = probe_flops(planned, flops, saes, {metric})["images of interventions"]
+    decode, head = flops["LLM forward"], flops["head"] / 2
+    expected = flops["adapter forward"] + decode + forwards * decode * 2 / 3
+    expected += (1 + 2 * forwards) * head if metric == "object_patches" else 0
+    assert found == pytest.approx(expected)
+
+
 def test_checkpoint_has_the_planned_size(models, fit):
     cli = fit("--trainer.max_steps=2", "--model.adapter.input_norm=channel")
     checkpoint = torch.load(Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt", weights_only=True)

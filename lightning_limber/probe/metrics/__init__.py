@@ -30,6 +30,7 @@ from lightning_limber.probe.metrics.match import Match
 from lightning_limber.probe.metrics.neighbours import Neighbours
 from lightning_limber.probe.metrics.noise import Noise
 from lightning_limber.probe.metrics.object_patches import ObjectPatches
+from lightning_limber.probe.metrics.object_steer import ObjectSteer
 from lightning_limber.probe.metrics.shared import Shared
 from lightning_limber.probe.metrics.use import Use
 from lightning_limber.probe.metrics.word_groups import Told, Words, WordsLong
@@ -57,7 +58,7 @@ REGISTRY: dict[str, type[ProbeMetric]] = {
     for metric in (
         *(Geometry, Shared, Direction, Noise, WordsLong, Words, Told),
         *(Match, Neighbours, LensHit, KNN, Detectors, LinearProbe, Use, LossRecovered, CrossLayer),
-        *(ObjectPatches, Excess, Convergence),
+        *(ObjectPatches, ObjectSteer, Excess, Convergence),
     )
 }
 """The metrics that ship, by name."""

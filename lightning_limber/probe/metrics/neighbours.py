@@ -150,16 +150,23 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
 
 
 @torch.no_grad()
-def make_bank(probe: Probe, texts: Sequence[str]) -> Bank | None:
-    """Reads texts with the probe's LLM; None where they have no content word."""
+def read_places(
+    probe: Probe, ids: Sequence[list[int]], places: Sequence[Place], hooks: Iterable[str]
+) -> tuple[list[Place], dict[str, Tensor]]:
+    """What the probe's LLM makes of tokens in texts.
+
+    Args:
+        probe: The probe.
+        ids: Token ids of each text, from `word_places`.
+        places: T tokens of the texts.
+        hooks: Hook names.
+
+    Returns:
+        The places in the order of the tokens, and the tokens [T, D] float32 by hook name.
+    """
     llm, device = probe.model.llm, probe.model.device
-    texts = spread(texts, MAX_TEXTS)
-    ids, places = word_places(llm.tokenizer, texts) if texts else ([], [])
-    if not places:
-        return None
     bos, prefix = llm.tokenizer.bos_token_id, probe.model.collator().prompt.prefix_ids
     opening = [bos] if prefix[:1] == [bos] else []
-    hooks = spread(list(probe.layers), MAX_LAYERS)
     found: dict[str, list[Tensor]] = {name: [] for name in hooks}
     order: list[Place] = []
     read_texts = sorted({place.text for place in places})  # Others need no forward.
@@ -173,12 +180,23 @@ def make_bank(probe: Probe, texts: Sequence[str]) -> Bank | None:
         positions = torch.tensor(flat, dtype=torch.long, device=device)
 
         def read(name: str, residual: Tensor, positions: Tensor = positions) -> None:
-            found[name].append(normalize(residual.flatten(0, 1).index_select(0, positions).float(), dim=-1))
+            found[name].append(residual.flatten(0, 1).index_select(0, positions).float())
 
         padded = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-        with probe.context(), llm.residual_hooks({name: partial(read, name) for name in hooks}):
+        with probe.context(), llm.residual_hooks({name: partial(read, name) for name in found}):
             llm.decode(llm.embed(padded))
-    return Bank.of(order, texts, {probe.layers[name]: torch.cat(found[name]) for name in hooks})
+    return order, {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def make_bank(probe: Probe, texts: Sequence[str]) -> Bank | None:
+    """Reads texts with the probe's LLM; None where they have no content word."""
+    texts = spread(texts, MAX_TEXTS)
+    ids, places = word_places(probe.model.llm.tokenizer, texts) if texts else ([], [])
+    if not places:
+        return None
+    order, found = read_places(probe, ids, places, spread(list(probe.layers), MAX_LAYERS))
+    directions = {probe.layers[name]: normalize(x, dim=-1) for name, x in found.items()}
+    return Bank.of(order, texts, directions)
 
 
 def lift(hits: Tensor, tokens: Tensor, weights: Tensor, permuted: Tensor) -> Comparison:

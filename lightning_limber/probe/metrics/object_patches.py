@@ -101,6 +101,34 @@ def replacements(
     return dropped, replaced
 
 
+def choose_object(
+    scene: dict[str, Any], centres: Tensor, first: int, rng: random.Random
+) -> tuple[int, tuple[dict[int, int], dict[int, int]]] | None:
+    """Number of an object, by chance, and its `replacements`; None where no object has any."""
+    found = [
+        (number, swaps)
+        for number in range(len(scene["objects"]))
+        if (swaps := replacements(scene, number, centres, first, rng)) is not None
+    ]
+    return rng.choice(found) if found else None
+
+
+def knows_boxes(batch: Batch) -> bool:
+    """Whether the truth of every image is known, with its objects' boxes."""
+    return bool(batch.scenes) and all(scene and "image_size" in scene for scene in batch.scenes)
+
+
+def check_places(name: str, probe: Probe) -> None:
+    """Raises ValueError where the adapter's tokens are no places in the image, as metric `name` needs."""
+    if probe.model.token_grid is None:
+        adapter = type(probe.model.adapter).__name__
+        raise ValueError(
+            f"probe.metrics: {name} needs image tokens that are places in the image, and those of "
+            f"{adapter} are not. Give an adapter that has a token_grid, such as Linear, or leave {name} "
+            "out."
+        )
+
+
 def plan(batch: Batch, model: Limber, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Chooses an object of each image, by the image's name.
 
@@ -124,14 +152,10 @@ def plan(batch: Batch, model: Limber, tokens: int) -> tuple[np.ndarray, np.ndarr
         assert scene is not None  # `ObjectPatches.intervene`
         centres = patch_centres(model.vision.transform, scene["image_size"], grid)
         rng = random.Random(batch.image_ids[image])
-        found = [
-            (number, swaps)
-            for number in range(len(scene["objects"]))
-            if (swaps := replacements(scene, number, centres, max(0, -before), rng)) is not None
-        ]
-        if not found:
+        found = choose_object(scene, centres, max(0, -before), rng)
+        if found is None:
             continue
-        chosen, swaps = rng.choice(found)
+        chosen, swaps = found
         for table, cells in zip(sources, swaps, strict=True):
             for place, source in cells.items():
                 table[image, before + place] = image * by_image + before + source
@@ -155,20 +179,14 @@ class ObjectPatches(ProbeMetric):
     )
 
     def setup(self, probe: Probe) -> None:
-        if probe.model.token_grid is None:
-            adapter = type(probe.model.adapter).__name__
-            raise ValueError(
-                f"probe.metrics: object_patches needs image tokens that are places in the image, and those "
-                f"of {adapter} are not. Give an adapter that has a token_grid, such as Linear, or leave "
-                "object_patches out."
-            )
+        check_places(self.name, probe)
 
     def intervene(self, run: Intervention, hook: str) -> Tensor | None:
         """[B, 5] sums over each image's tokens: rise of the loss of own words, of others' and of own with
         the background replaced; number of own and of others' tokens.
         """
         batch, model = run.batch, run.probe.model
-        if not batch.scenes or any(scene is None or "image_size" not in scene for scene in batch.scenes):
+        if not knows_boxes(batch):
             return None
         x = run.image_tokens(hook)
         keep = run.keep(hook, x)[:, None]
