@@ -57,11 +57,11 @@ def stored_epoch(checkpoint: dict[str, Any]) -> tuple[int, bool]:
 
 def measured_epoch(trainer: Any) -> tuple[int, str]:
     """The epoch that a measurement belongs to, counted from 1, and what to call it: in `fit` the one under
-    way, else that of the checkpoint which the module has loaded.
+    way or that ended in this process, else that of the checkpoint which the module has loaded.
     """
     now = place(trainer)
     epoch, is_whole = now.epochs + (now.batches > 0), now.is_whole or not now.batches
-    if trainer.state.fn != "fit":
+    if trainer.state.fn != "fit" and not now.all_batches:
         epoch, is_whole = trainer.lightning_module.loaded_epoch
     return epoch, f"epoch {epoch}" + ("" if is_whole else f" (unfinished, step {trainer.global_step})")
 

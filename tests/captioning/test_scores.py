@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_limber.captioning import scores
 from lightning_limber.captioning.scores import caption_scores, scores_of_set, tokenize
 from lightning_limber.data import CaptionData
+from lightning_limber.data.held_out import spread
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
 
@@ -311,7 +312,7 @@ def test_captions_stand_beside_two_that_do_not_look(fit, tmp_path, monkeypatch, 
     assert train[words["most_frequent"]] > 1
     assert words["no_image"] == cli.model.generate(None, Decoding(8))[0].text
     calls.count = 0
-    records = [SceneSet("val", 10, 112, 0)[i] for i in range(4)]
+    records = [SceneSet("val", 10, 112, 0)[i] for i in spread(10, 4)]
     table = pd.read_csv(run / "captions.csv")
     assert table.groupby("epoch").writer.unique().map(list).tolist() == [["model", *words]] * 2
     for (_, writer, name), rows in table.groupby(["epoch", "writer", "metric"]):
@@ -393,7 +394,8 @@ def test_test_scores_the_test_part_and_leaves_validation_alone(fit, models, tmp_
     assert set(found) == {f"test/{name}" for name in names}
     assert {path: path.read_bytes() for path in files} == files
     assert callback(cli, "CaptionSamples").history == history
-    records = [cli.datamodule.test_dataset()[i] for i in range(4)]
+    test_set = cli.datamodule.test_dataset()
+    records = [test_set[i] for i in spread(len(test_set), 4)]
     assert records[0].captions != cli.datamodule.val_set[0].captions
     pixels = torch.stack([cli.model.vision.transform(record.image) for record in records])
     with torch.no_grad():

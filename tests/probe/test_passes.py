@@ -290,7 +290,7 @@ def test_saes_of_another_llm_stop(fit, tmp_path):
 
 
 def test_the_probe_can_be_rare_or_off(fit):
-    assert sae_probe(fit("--probe.every_n_epochs=2", probe=True)).history.keys() == {0, 2}
+    assert sae_probe(fit("--probe.every_n_epochs=2", probe=True)).history.keys() == {0, 2, 3}  # The end.
     assert not sae_probe(fit("--probe.every_n_epochs=0")).history
 
 

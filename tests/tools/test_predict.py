@@ -441,7 +441,7 @@ def test_probe_is_the_runs_own(run):
     expected = pd.read_csv(run / "probe.csv").astype({"layer": "Int64"})
     expected = expected[expected.epoch == expected.epoch.max()].drop(columns=["run", "epoch"])
     # What is true of a scene is not in its picture, nor training captions; controls are drawn by name.
-    expected = expected[~expected.metric.str.contains("^(?:detectors|linear_probe)")]
+    expected = expected[~expected.metric.str.contains("^(?:detectors|linear_probe|neighbour)")]
     assert len(table) == len(expected) > 100
     assert set(table.group) == {"image", "caption", "text", "noise", "words_long"}
     table, expected = (

@@ -46,7 +46,8 @@ def top_latents(
     if described is not None:
         dropped |= ~described
     strength = strength.masked_fill(dropped, 0)
-    values, index = strength.topk(min(count, strength.shape[1]), dim=-1)
+    # Of equal ones the first, everywhere: in bfloat16 many are equal.
+    values, index = (found[:, :count] for found in strength.sort(dim=-1, descending=True, stable=True))
     return torch.zeros_like(strength, dtype=torch.bool).scatter_(-1, index, values > 0)
 
 

@@ -136,7 +136,7 @@ def test_figures_have_its_panel(run):
     }
     figure = probe_figure(history, 2, panels, "title", "untrained adapter")
     axes = {axis.get_title(): axis for axis in figure.axes}
-    assert len(axes) == 19  # Of shipped ones all but two: no descriptions, too few images for detectors.
+    assert len(axes) == 21  # Of shipped ones all but two: no descriptions, too few images for detectors.
     assert axes[LABEL].get_yscale() == "log"
     curves = {line.get_label(): list(line.get_ydata()) for line in axes[LABEL].lines}
     rows = [row for row in history[2] if (row.group, row.metric) == ("image", "l0_strong")]
