@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_limber.callbacks import CaptionSamples, Checkpoints, RunRecord, SAEProbe
 from lightning_limber.data import CaptionData
+from lightning_limber.data.prompt import check_template
 from lightning_limber.models.frozen import cpu_multiplies_bfloat16
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
@@ -29,8 +30,15 @@ from lightning_limber.tools.predict import CaptionWriter, Images
 from lightning_limber.utils.adapter_config import upgrade_config
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
 from lightning_limber.utils.commands import COMMANDS, program
-from lightning_limber.utils.config_files import config_dir, default_experiment, find_configs, split_exports
+from lightning_limber.utils.config_files import (
+    config_dir,
+    config_with,
+    default_experiment,
+    find_configs,
+    split_exports,
+)
 from lightning_limber.utils.parser import Parser
+from lightning_limber.utils.ranges import check_ranges
 from lightning_limber.utils.trainer import SaveConfig, Trainer
 from lightning_limber.utils.trust import class_paths, read_config
 
@@ -144,6 +152,7 @@ class LimberCLI(LightningCLI):
         self.config = parser.parse_args([*command, *first])
         if "subcommand" not in self.config:
             return
+        self._check_values()
         path, requeued = self._find_checkpoint()
         if path is None and not exports:
             return
@@ -168,11 +177,17 @@ class LimberCLI(LightningCLI):
                 read_config(text, options, file, named, *self._log_folder(path), _as_given),
             ]
         self.config = parser.parse_args([*command, *(layers or default_experiment(own)), *own])
+        self._check_values()
         if path is None:
             self._name_slurm_run()
         elif self.config.subcommand == "fit":
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
             self._continue_logs(path, checkpoint["global_step"], is_between_epochs=not progress["ready"])
+
+    def _check_values(self) -> None:
+        """What can be said of the settings before a model is loaded."""
+        check_ranges(self._settings.as_dict(), lambda key: config_with(key, sys.argv[2:]) or "")
+        check_template(self._settings.model.prompt)
 
     def _find_checkpoint(self) -> tuple[Path | None, bool]:
         """The checkpoint to start from, and whether it is that of a requeued SLURM job."""

@@ -106,7 +106,8 @@ def config_with(key: str, args: list[str]) -> str | None:
     for _, _, name in reversed(list(_configs(args))):
         found: Any = _read(name)
         for part in key.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
+            found = found if isinstance(found, dict) else {}
+            found = found.get(part, (found.get("init_args") or {}).get(part))
         if found is not None:
             return name if Path(name).is_file() else None
     return None
