@@ -50,7 +50,7 @@ def _read(name: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise ValueError(
             f"{where}{line}: no valid YAML: {problem}. Check brackets and indentation."
         ) from error
@@ -73,6 +73,10 @@ def find_configs(args: list[str]) -> list[str]:
         if not Path(name).exists() and shipped.is_file():
             found[last] = str(shipped) if first < last else f"--config={shipped}"
             name = str(shipped)
+        if Path(name).is_dir():
+            raise FileNotFoundError(
+                f"--config {name}: this is a folder. Give a YAML file, such as one in it."
+            )
         if not Path(name).is_file() and not re.search(r":|\n", name):
             shipped_names = [
                 f"configs/{path.relative_to(config_dir())}" for path in config_dir().rglob("*.yaml")

@@ -49,7 +49,11 @@ def count_or_share(low: int, hint: str = "") -> Range:
     """Of Lightning's limits: a whole number counts batches, any other number is a share."""
     return Range(
         f"a whole number, {low} or more, or a share such as 0.5, up to 1.0{hint}",
-        lambda value: (0 < value <= 1 or value == low) if isinstance(value, float) else value >= low,
+        lambda value: (
+            (0 < value <= 1 or value == low)
+            if isinstance(value, float)
+            else isinstance(value, str) or value >= low
+        ),
     )
 
 
@@ -65,7 +69,14 @@ RANGES: dict[str, Range] = {
     "trainer.limit_test_batches": count_or_share(0),
     "trainer.limit_predict_batches": count_or_share(0),
     "trainer.overfit_batches": count_or_share(0),
-    "trainer.val_check_interval": count_or_share(1),
+    "trainer.val_check_interval": count_or_share(1, ", or a time such as 00:01:00:00"),
+    "trainer.precision": Range(
+        "32-true, bf16-mixed, 16-mixed or 64-true: the adapter is float32 at least",
+        lambda value: value not in ("bf16-true", "16-true") and "transformer" not in str(value),
+    ),
+    "trainer.enable_checkpointing": Range(
+        "true (checkpoint.every_n_steps 0 and checkpoint.keep_epochs false save least)", bool
+    ),
     "trainer.check_val_every_n_epoch": at_least(1),
     "trainer.num_sanity_val_steps": at_least(-1, " (-1 takes all)"),
     "trainer.log_every_n_steps": at_least(1),
@@ -156,7 +167,7 @@ def check_ranges(config: Mapping[str, Any], named: Callable[[str], str] = lambda
     """
     for key, value, wanted in _settings(config, "", {}):
         items = value if isinstance(value, (list, tuple)) else [value]
-        if not items or not all(wanted.allows(item) for item in items if isinstance(item, (int, float))):
+        if not items or not all(map(wanted.allows, items)):
             raise ValueError(
                 ": ".join(
                     filter(None, [named(key), key, f"{value!r} is given, allowed is {wanted.words}."])
@@ -179,7 +190,7 @@ def _settings(
             yield from _settings(value, f"{key}.", own)
         else:
             wanted = ranges.get(name, RANGES.get(key))
-            if wanted is not None and value is not None and not isinstance(value, bool):
+            if wanted is not None and value is not None:
                 yield key, value, wanted
 
 
