@@ -148,7 +148,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"No checkpoint at '{path}'. Give an existing .ckpt file, or 'last'.")
     reason = damage(path)
     try:
-        checkpoint = None if reason else torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint: Any = None if reason else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"'{path}' was not written by lightning_limber: {first}") from error
