@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jsonargparse import Namespace, set_parsing_settings
@@ -21,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_limber.callbacks import CaptionSamples, Checkpoints, RunRecord, SAEProbe
 from lightning_limber.data import CaptionData
+from lightning_limber.data.prompt import check_template
 from lightning_limber.models.frozen import cpu_multiplies_bfloat16
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
@@ -29,9 +31,17 @@ from lightning_limber.tools.predict import CaptionWriter, Images
 from lightning_limber.utils.adapter_config import upgrade_config
 from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
 from lightning_limber.utils.commands import COMMANDS, program
-from lightning_limber.utils.config_files import config_dir, default_experiment, find_configs, split_exports
+from lightning_limber.utils.config_files import (
+    config_dir,
+    config_with,
+    default_experiment,
+    find_configs,
+    split_exports,
+)
+from lightning_limber.utils.files import in_words
 from lightning_limber.utils.parser import Parser
-from lightning_limber.utils.trainer import SaveConfig, Trainer
+from lightning_limber.utils.ranges import check_ranges
+from lightning_limber.utils.trainer import SaveConfig, Trainer, make_trainer
 from lightning_limber.utils.trust import class_paths, read_config
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "export")
@@ -144,6 +154,7 @@ class LimberCLI(LightningCLI):
         self.config = parser.parse_args([*command, *first])
         if "subcommand" not in self.config:
             return
+        self._check_values()
         path, requeued = self._find_checkpoint()
         if path is None and not exports:
             return
@@ -168,20 +179,30 @@ class LimberCLI(LightningCLI):
                 read_config(text, options, file, named, *self._log_folder(path), _as_given),
             ]
         self.config = parser.parse_args([*command, *(layers or default_experiment(own)), *own])
+        self._check_values()
         if path is None:
             self._name_slurm_run()
         elif self.config.subcommand == "fit":
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
             self._continue_logs(path, checkpoint["global_step"], is_between_epochs=not progress["ready"])
 
+    def _check_values(self) -> None:
+        """What can be said of the settings before a model is loaded."""
+        check_ranges(self._settings.as_dict(), lambda key: config_with(key, sys.argv[2:]) or "")
+        check_template(self._settings.model.prompt)
+
     def _find_checkpoint(self) -> tuple[Path | None, bool]:
         """The checkpoint to start from, and whether it is that of a requeued SLURM job."""
         given = self._settings.get("ckpt_path")
-        if not given:
+        if given is None:
             path = self._name_slurm_run()
             return path, path is not None
         path = Path(*self._log_folder(None)) if given == "last" else Path(given)
-        return (newest_checkpoint(path) if path.is_dir() or given == "last" else path), False
+        if path.is_dir() or given == "last":
+            path = newest_checkpoint(path, given)
+        # A link to a checkpoint, or one named from within its folder: the run's folder tells where to log.
+        real = path.resolve()
+        return (real if path.parent.name != real.parent.name == "checkpoints" else path), False
 
     def _log_folder(self, checkpoint: Path | None) -> tuple[str, str]:
         """Where runs are logged and the run's name: as the checkpoint lies, else as the command says."""
@@ -257,7 +278,8 @@ class LimberCLI(LightningCLI):
         """None for a plan or an export: they run nothing, and a plan's devices are elsewhere."""
         if self.subcommand in ("plan", "export"):
             return None
-        trainer = cast(Trainer, super().instantiate_trainer(**kwargs))
+        make = partial(super().instantiate_trainer, **kwargs)
+        trainer = make_trainer(make, self._settings.trainer.accelerator)
         trainer.runs = Path(*self._log_folder(None))
         trainer.run_folder = str(self._run_folder) if self._run_folder else None
         return trainer
@@ -362,5 +384,5 @@ def main(args: list[str] | None = None) -> LimberCLI:
     except (OSError, ValueError, FloatingPointError, MisconfigurationException) as error:
         if os.environ.get("LIGHTNING_LIMBER_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         sys.exit(2)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -31,6 +32,9 @@ from lightning_limber.data.records import Template, Turns, UnreadableRecord
 
 CAPTION_QUESTION = "Describe the image concisely."
 """What a model that is trained on conversations is asked when it shall write a caption."""
+
+
+MARKERS = ("{bos}", "{image}", "{caption}", "{conversation}", "{eos}")
 
 
 class Text(NamedTuple):
@@ -64,6 +68,7 @@ class Prompt:
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         special.sort(key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        check_template(template)
         if not isinstance(template, str):
             template = self._render(list(template))
         self.is_conversation = "{conversation}" in template
@@ -71,12 +76,7 @@ class Prompt:
         self._image_within = template == "{conversation}"
         if self._image_within:
             template = "{image}{conversation}"
-        caption = "{conversation}" if self.is_conversation else "{caption}"
-        for marker in ("{image}", caption):
-            if template.count(marker) != 1:
-                raise ValueError(f"model.prompt needs {marker} exactly once, given: {template!r}")
-        if template.index(caption) < template.index("{image}"):
-            raise ValueError(f"model.prompt: {caption} must follow {{image}}, given: {template!r}")
+        caption = _check_markers(template)  # Of a chat template that drops or repeats messages too.
         for marker, name in (("{bos}", "bos_token"), ("{eos}", "eos_token")):
             token = getattr(tokenizer, name)
             if marker in template and token is None:
@@ -237,3 +237,30 @@ def _inside(spans: list[tuple[int, int]], start: int, end: int) -> bool:
     """Whether characters [start, end) touch one of the ordered spans."""
     i = bisect_right(spans, (end - 1, float("inf"))) - 1
     return i >= 0 and end > start and start < spans[i][1]
+
+
+def check_template(template: Template) -> None:
+    """Checks what of a prompt can be checked without a tokenizer.
+
+    Raises:
+        ValueError: a marker is unknown, is missing or stands twice, or the caption precedes the image.
+    """
+    said = template if isinstance(template, str) else "".join(turn.get("content", "") for turn in template)
+    for marker in re.findall(r"\{\w*\}", said):
+        if marker not in MARKERS:
+            near = get_close_matches(marker, MARKERS, 1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"model.prompt: '{marker}' is given, known are {' '.join(MARKERS)}.{hint}")
+    if said != "{conversation}":
+        _check_markers(said)
+
+
+def _check_markers(template: str) -> str:
+    """The marker of the caption."""
+    caption = "{conversation}" if "{conversation}" in template else "{caption}"
+    for marker in ("{image}", caption):
+        if template.count(marker) != 1:
+            raise ValueError(f"model.prompt needs {marker} exactly once, given: {template!r}")
+    if template.index(caption) < template.index("{image}"):
+        raise ValueError(f"model.prompt: {caption} must follow {{image}}, given: {template!r}")
+    return caption

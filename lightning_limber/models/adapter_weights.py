@@ -24,10 +24,14 @@ must be multiplied by sqrt(D_l) first).
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_limber.utils.checkpoints import EXPORTED, damage, newest_checkpoint, read_checkpoint
@@ -91,14 +95,22 @@ def read_projector(path: str | Path) -> dict[str, Tensor]:
             f"No file at '{path}'. Give a checkpoint or projector file (of a model in several files, "
             "the one that holds the projector)."
         )
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        weights = load_file(path)
-    else:
-        if (Path(path).suffix == ".ckpt" or zipfile.is_zipfile(path)) and (reason := damage(path)):
-            raise ValueError(f"model.adapter_weights={path} is damaged ({reason}).")
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+    if (Path(path).suffix == ".ckpt" or zipfile.is_zipfile(path)) and (reason := damage(path)):
+        raise ValueError(f"model.adapter_weights={path} is damaged ({reason}).")
+    try:
+        if Path(path).suffix == ".safetensors":
+            weights: Any = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise ValueError(
+            f"model.adapter_weights={path} is no file of weights, or damaged ({reason})."
+        ) from error
+    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
+        raise ValueError(
+            f"model.adapter_weights={path} holds no weights by name, but {type(weights).__name__}."
+        )
     if "lightning_limber" in weights:
         own = read_checkpoint(path)["state_dict"]
         return {key.removeprefix("adapter."): value for key, value in own.items()}

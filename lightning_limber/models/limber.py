@@ -294,6 +294,6 @@ class Limber(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another run, see `check_same_run`."""
-        check_same_run(checkpoint, self.backbones, dict(self.hparams), self._trainer)
+        check_same_run(checkpoint, self, self._trainer)
         if self._trainer is not None:
             self.loaded_epoch = stored_epoch(checkpoint)

@@ -64,21 +64,28 @@ class LLM(nn.Module):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         with from_hub(self.name) as path:
+            whole = AutoConfig.from_pretrained(path)
+            config = whole.get_text_config(decoder=True)
             if weights:
                 self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-            else:
-                model_config = AutoConfig.from_pretrained(path)
+            if config is not whole or not weights:
                 with torch.device("meta"):
-                    self.model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+                    text = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+                self.model = _text_model(self.model, text) if weights else text
         freeze(self)
-        config = self.model.config.get_text_config()
         self.hidden_size: int = config.hidden_size
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self.longest_row: int | None = getattr(config, "sliding_window", None) or sys.maxsize
         """Longest packed sequence that an attention mask can separate; None if the model ignores masks."""
         self.layers = self._find_layers(config.num_hidden_layers)
         if weights:
-            self._check_steps()
+            try:
+                self._check_steps()
+            except Exception as error:
+                kind, reason = type(self.model).__name__, str(error).strip().partition("\n")[0]
+                raise ValueError(
+                    f"model.llm={self.name} ({kind}) is not supported, because {reason or repr(error)}"
+                ) from error
         return self
 
     def _find_layers(self, count: int) -> nn.ModuleList:
@@ -113,9 +120,8 @@ class LLM(nn.Module):
             and torch.allclose(part, whole, rtol=1e-3, atol=1e-3)
         ):
             raise ValueError(
-                f"{self.name} ({type(self.model).__name__}): embeddings, decoder and output head do "
-                "not add up to the model's own logits. Its head does something this project does not "
-                "know about (a scale, a soft cap); it is not supported."
+                "embeddings, decoder and output head do not add up to the model's own logits. Its head "
+                "does something this project does not know about (a scale, a soft cap)."
             )
         # Twice in one row, kept apart by a mask: recurrent architectures ignore it.
         length = ids.shape[1]
@@ -126,6 +132,14 @@ class LLM(nn.Module):
             both = self.decode(self.embed(ids.repeat(1, 2)), mask=apart, positions=positions)[0]
             if not torch.allclose(both[length:], whole, rtol=1e-3, atol=1e-3):
                 self.longest_row = None
+        self.model.generate(
+            inputs_embeds=self.embed(ids),
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=2,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+        )
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -298,6 +312,16 @@ class LLM(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _text_model(whole: Any, text: Any) -> Any:
+    """The language model of a multimodal one, in the architecture of `text`, whose weights are replaced."""
+    if type(whole) is type(text):
+        return whole
+    setattr(text, text.base_model_prefix, whole.get_decoder())
+    text.set_output_embeddings(whole.get_output_embeddings())
+    text.generation_config = whole.generation_config
+    return text.eval()
 
 
 def _compiled(forward: Callable) -> Callable:

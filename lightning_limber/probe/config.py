@@ -85,6 +85,13 @@ class ProbeConfig:
             raise ValueError(f"probe.text_tokens={self.text_tokens!r}: allowed are caption and prompt.")
         if self.bootstrap_samples < 1:
             raise ValueError(f"probe.bootstrap_samples={self.bootstrap_samples}: at least 1 is needed.")
+        try:
+            (self.descriptions or "").format(layer=0, hook="")
+        except (LookupError, ValueError) as error:
+            raise ValueError(
+                f"probe.descriptions={self.descriptions!r}: {{layer}} and {{hook}} are known, in braces "
+                f"({type(error).__name__}: {error})."
+            ) from error
         self.make_metrics()  # A wrong name is an error before anything is loaded.
 
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ def find_saes(release: str, sae_id: str, layers: list[int] | None) -> tuple[Path
     matches = {int(match[1]): name for name in ids if (match := pattern.fullmatch(name))}
     wanted = sorted(matches) if layers is None else layers
     missing = [layer for layer in wanted if layer not in matches]
+    if not ids:
+        raise ValueError(
+            f"probe.sae_release: '{release}' holds no SAEs: none of the folders in it has a cfg.json."
+        )
     if missing or not matches:
         raise ValueError(
             f"probe.sae_id={sae_id!r} of {release!r} has no SAE for layers {missing or 'at all'}. "
@@ -72,11 +77,19 @@ def load_saes(release: str, sae_id: str, layers: list[int] | None, llm: LLM) -> 
     saes = {}
     for name in ids:
         if folder:
-            sae: Any = SAE.load_from_disk(folder / name, device="cpu")
+            sae: Any = _read_folder(SAE, folder / name)
         else:
             with from_hub(registry_entry(release).repo_id):
                 sae = SAE.from_pretrained(release, name, device="cpu")
         metadata = sae.cfg.metadata
+        if folder and not metadata.hook_name:
+            found = HOOK_NAME.search(name)
+            if found is None:
+                raise ValueError(
+                    f"{folder / name / 'cfg.json'} has no metadata.hook_name, the place that the SAE "
+                    "reads: add it, such as blocks.3.hook_resid_post."
+                )
+            metadata.hook_name = found[0]
         _check_fit(sae, metadata.hook_name, f"{release} {name}", llm)
         if (metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"):
             _pass_mean_by(sae)
@@ -84,6 +97,17 @@ def load_saes(release: str, sae_id: str, layers: list[int] | None, llm: LLM) -> 
         saes[metadata.hook_name] = sae.to(torch.float32).eval().requires_grad_(False)
     _say_of_which_llm(metadata.model_name, release, llm)
     return saes
+
+
+def _read_folder(kind: Any, folder: Path) -> Any:
+    try:
+        return kind.load_from_disk(folder, device="cpu")
+    except Exception as error:  # Of whatever library reads a damaged file.
+        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0].rstrip(" .:")
+        raise ValueError(
+            f"probe.sae_release: the SAE in '{folder}' cannot be read ({reason}). A folder must hold, "
+            "whole, the cfg.json and sae_weights.safetensors that SAELens writes."
+        ) from error
 
 
 def _pass_mean_by(sae: Any) -> None:
@@ -163,7 +187,9 @@ def release_folder(release: str) -> Path | None:
         folder = SHIPPED / release.partition(":")[2]
         if not folder.is_dir():
             known = [f"shipped:{path.name}" for path in SHIPPED.iterdir() if path.is_dir()]
-            raise FileNotFoundError(f"'{release}' does not ship with this package: {known}.")
+            raise FileNotFoundError(
+                f"probe.sae_release: '{release}' does not ship. Known: {', '.join(known)}."
+            )
         return folder
     folder = Path(release).expanduser()
     if folder.is_dir():
@@ -184,10 +210,10 @@ def registry_entry(release: str) -> Any:
 
     directory = get_pretrained_saes_directory()
     if release not in directory:
-        near = sorted(name for name in directory if name[:6] == release[:6])[:10]
+        near = get_close_matches(release, directory, 5)
         raise ValueError(
             f"probe.sae_release={release!r} is no SAELens release and no folder. "
-            + (f"Near: {near}." if near else "See SAELens' table of pretrained SAEs.")
+            + (f"Near: {', '.join(near)}." if near else "See SAELens' table of pretrained SAEs.")
         )
     return directory[release]
 

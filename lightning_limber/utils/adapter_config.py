@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,11 @@ def _full_path(name: str) -> str:
     if "." in name:
         return name
     if name not in KINDS.values():
+        near = get_close_matches(name, KINDS.values(), 1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
         raise ValueError(
             f"model.adapter is {name}: it must be {', '.join(KINDS.values())} or the import path of a "
-            "subclass of Adapter, such as my_adapters.Resampler."
+            f"subclass of Adapter, such as my_adapters.Resampler.{hint}"
         )
     return f"{ADAPTERS}.{name}"
 

@@ -21,6 +21,9 @@ from lightning_limber.utils.adapter_config import upgrade_adapter
 
 EXPORTED = "adapter.safetensors"
 """Weights in a folder that ``export`` wrote."""
+NEEDED = ("state_dict", "hyper_parameters", "loops", "global_step")
+OWN = ("backbones", "trainer", "config")
+"""What every checkpoint has, and its part of this project."""
 # Settings that change speed or logging, never a number of the run; and how many bad records it allows.
 FREE = {
     *("num_workers", "max_bad_share", "val_batch_size", "_instantiator", "_class_path"),
@@ -54,23 +57,27 @@ def differences(saved: Any, now: Any, name: str) -> list[str]:
     return [f"{name}: {saved!r} in the checkpoint, {now!r} now"]
 
 
-def check_same_run(
-    checkpoint: dict[str, Any], backbones: dict[str, str], hparams: dict[str, Any], trainer: Any
-) -> None:
+def check_same_run(checkpoint: dict[str, Any], module: Any, trainer: Any) -> None:
     """Compares the run that wrote a checkpoint with the one that loads it.
 
     Args:
         checkpoint: As it was read.
-        backbones: Fingerprints of this run's frozen models.
-        hparams: Hyper-parameters of this run's model.
+        module: Of this run (`Limber`), with its frozen models and its adapter.
         trainer: Lightning's; None outside a run. Settings are compared only where training goes on.
 
     Raises:
-        ValueError: the frozen models differ, or (when training goes on) any setting does; a longer
-            schedule may.
+        ValueError: the frozen models or the adapter's shapes differ, or (when training goes on) any setting
+            does; a longer schedule may.
     """
     saved = checkpoint["lightning_limber"]
-    lines = differences(saved["backbones"], backbones, "weights")
+    lines = differences(saved["backbones"], module.backbones, "weights")
+    theirs, ours = (
+        {name: list(value.shape) for name, value in state.items()}
+        for state in (checkpoint.get("state_dict", {}), module.state_dict())
+    )
+    if theirs:  # An export's weights are read by themselves.
+        lines += differences(theirs, ours, "shape")
+    hparams = dict(module.hparams)
     if trainer is not None and trainer.state.fn == "fit":
         if "optimizer_states" not in checkpoint:
             raise ValueError(
@@ -108,18 +115,24 @@ def slurm_job() -> str | None:
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
-def newest_checkpoint(folder: Path) -> Path:
-    """The most recently written ``last.ckpt`` of the runs in `folder`, or of the run that it is.
+def newest_checkpoint(folder: Path, given: str = "") -> Path:
+    """The most recently written ``last.ckpt`` of the runs in `folder`, or of the run or its ``checkpoints``
+    that it is.
+
+    Args:
+        folder: The folder.
+        given: What stood for it, for the message.
 
     Raises:
         FileNotFoundError: no run there has saved anything.
     """
-    runs = (*folder.glob("*/checkpoints/last.ckpt"), *folder.glob("checkpoints/last.ckpt"))
+    places = ("*/checkpoints/last.ckpt", "checkpoints/last.ckpt", "last.ckpt")
+    runs = [path for place in places for path in folder.glob(place)]
     found = sorted(runs, key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(
-            f"--ckpt_path last: no run in '{folder}' has saved a checkpoint yet. Start one with `fit` "
-            "without --ckpt_path, or give the path of a .ckpt file."
+            f"--ckpt_path {given or folder}: no run in '{folder}' has saved a checkpoint yet. Start one "
+            "with `fit` without --ckpt_path, or give the path of a .ckpt file."
         )
     return found[-1]
 
@@ -135,7 +148,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"No checkpoint at '{path}'. Give an existing .ckpt file, or 'last'.")
     reason = damage(path)
     try:
-        checkpoint = None if reason else torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint: Any = None if reason else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"'{path}' was not written by lightning_limber: {first}") from error
@@ -146,9 +159,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         whole = [other.name for other in beside if not damage(other)]
         advice = f"Whole beside it: {', '.join(whole)}." if whole else "No whole one is beside it."
         raise ValueError(f"'{path}' is damaged ({reason}). {advice}")
-    if not isinstance(checkpoint, dict) or "lightning_limber" not in checkpoint:
+    own = checkpoint.get("lightning_limber") if isinstance(checkpoint, dict) else None
+    if not isinstance(own, dict):
         keys = list(checkpoint) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"'{path}' was not written by lightning_limber (keys: {keys}).")
+    missing = [name for name in NEEDED if name not in checkpoint] + [
+        name for name in OWN if name not in own
+    ]
+    if missing:
+        raise ValueError(
+            f"'{path}' has no {', '.join(missing)}: it was written by another version of lightning_limber "
+            f"({own.get('version', 'unknown')}) or changed since. Use that version."
+        )
     return checkpoint
 
 

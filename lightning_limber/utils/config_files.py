@@ -50,7 +50,7 @@ def _read(name: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise ValueError(
             f"{where}{line}: no valid YAML: {problem}. Check brackets and indentation."
         ) from error
@@ -73,6 +73,10 @@ def find_configs(args: list[str]) -> list[str]:
         if not Path(name).exists() and shipped.is_file():
             found[last] = str(shipped) if first < last else f"--config={shipped}"
             name = str(shipped)
+        if Path(name).is_dir():
+            raise FileNotFoundError(
+                f"--config {name}: this is a folder. Give a YAML file, such as one in it."
+            )
         if not Path(name).is_file() and not re.search(r":|\n", name):
             shipped_names = [
                 f"configs/{path.relative_to(config_dir())}" for path in config_dir().rglob("*.yaml")
@@ -106,7 +110,8 @@ def config_with(key: str, args: list[str]) -> str | None:
     for _, _, name in reversed(list(_configs(args))):
         found: Any = _read(name)
         for part in key.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
+            found = found if isinstance(found, dict) else {}
+            found = found.get(part, (found.get("init_args") or {}).get(part))
         if found is not None:
             return name if Path(name).is_file() else None
     return None

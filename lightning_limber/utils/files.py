@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -55,3 +56,23 @@ def new_folder(parent: Path) -> str:
             continue
         return str(folder)
     raise AssertionError
+
+
+REMEDIES = {
+    errno.ENOSPC: "Make room, or choose a folder on another disk.",
+    errno.EDQUOT: "Make room, or choose a folder on another disk.",
+    errno.EACCES: "Choose a place that you may use, or change its permissions.",
+    errno.EPERM: "Choose a place that you may use, or change its permissions.",
+    errno.EROFS: "Choose a place that may be written.",
+    errno.ENOTDIR: "A file is where a folder is needed: move it, or choose another path.",
+    errno.EEXIST: "A file is where a folder is needed: move it, or choose another path.",
+    errno.EISDIR: "A folder is where a file is needed: choose another path.",
+    errno.ENOENT: "Check the path.",
+}
+
+
+def in_words(error: BaseException) -> str:
+    """An error as it is shown: of the operating system's the path first, and what to do."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}. {REMEDIES.get(error.errno or 0, '')}".rstrip()
+    return str(error)

