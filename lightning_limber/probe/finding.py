@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CONTROLS = ("noise", "words_long")
+NEGLIGIBLE = 0.01
+"""Share of the use at the first layer from which the picture still counts as read."""
 EXCESS = {"cosine": "reconstruction (cosine)", "l0": "sparsity (l0)"}
 
 
@@ -72,16 +74,17 @@ def _use(rows: Sequence[Row]) -> str:
     use = points(rows, "image", "use")
     if not use:
         return ""
-    probed, read = [point.layer for point in use], [point.layer for point in use if point.low > 0]
+    first = use[0]
+    enough = max(0.0, NEGLIGIBLE * first.value)
+    read = [point.layer for point in use if point.low > 0 and point.value >= enough]
     if not read:
         return "Nothing is read from the picture: another picture does no certain harm at any layer."
-    first = use[0]
-    text = (
-        f"Another picture from layer {first.layer} on costs {_number(first)} nats a token; it does certain "
-        f"harm {at_layers(read, probed)}"
-    )
     half = [point.layer for point in use if point.value < first.value / 2]
-    return text + (f", and less than half of that from layer {half[0]} on." if half else ".")
+    return (
+        f"The picture is read {at_layers(read, [point.layer for point in use])}: another in its place costs "
+        f"{_number(first)} nats a token at layer {first.layer}"
+        + (f", and less than half of that at layer {half[0]}." if half else ".")
+    )
 
 
 def _excess(rows: Sequence[Row], metric: str) -> str:
@@ -167,7 +170,7 @@ def finding_figure(rows: Sequence[Row], title: str = "") -> Figure:
         axis.set_xlabel("layer of the LLM")
         axis.grid(alpha=0.25)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=9)
+            axis.legend(edgecolor="none", framealpha=0.8, fontsize=9)
     if title:
         figure.suptitle(title, x=0.01, ha="left")
     return as_written(figure)
