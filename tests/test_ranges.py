@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -47,7 +48,7 @@ MEANINGLESS = [
     ("--trainer.limit_train_batches=0.0", "a whole number, 1 or more, or a share such as 0.5, up to 1.0."),
     ("--trainer.limit_train_batches=1.5", "a whole number, 1 or more, or a share such as 0.5, up to 1.0."),
     ("--trainer.limit_val_batches=-1", "a whole number, 0 or more, or a share such as 0.5, up to 1.0"),
-    ("--trainer.val_check_interval=0", "a whole number, 1 or more, or a share such as 0.5, up to 1.0."),
+    ("--trainer.val_check_interval=0", "a share such as 0.5, up to 1.0, or a time such as"),
     ("--trainer.check_val_every_n_epoch=0", "1 or more."),
     ("--trainer.accumulate_grad_batches=0", "1 or more."),
     ("--trainer.accumulate_grad_batches=-2", "1 or more."),
@@ -198,7 +199,8 @@ def test_what_lies_on_a_border_is_allowed(monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_is_allowed(path):
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    text = re.sub(r"\$\{.*\}", "1", path.read_text(encoding="utf-8"))
+    config = yaml.safe_load(text)
     optimizer = config.get("model", {}).get("optimizer", {})
     optimizer.pop("total_steps", None)
     config.get("model", {}).pop("adapter", None)  # Named without its module.

@@ -80,10 +80,10 @@ def _use(rows: Sequence[Row]) -> str:
     if not read:
         return "Nothing is read from the picture: another picture does no certain harm at any layer."
     half = [point.layer for point in use if point.value < first.value / 2]
+    where = at_layers(read, [point.layer for point in use])
     return (
-        f"The picture is read {at_layers(read, [point.layer for point in use])}: another in its place costs "
-        f"{_number(first)} nats a token at layer {first.layer}"
-        + (f", and less than half of that at layer {half[0]}." if half else ".")
+        f"The picture is read {where}: another in its place costs {_number(first)} nats a token at layer "
+        f"{first.layer}" + (f", and less than half of that at layer {half[0]}." if half else ".")
     )
 
 

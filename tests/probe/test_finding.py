@@ -46,8 +46,8 @@ def test_each_finding_is_said_with_its_control():
         *rows("words_long", "neighbour_lift", around(1.0), around(1.15), around(1.0), around(1.0)),
     ]
     assert sentences(table) == [
-        "The picture is read at layers 0 to 6: another in its place costs 1.50 [1.40, 1.60] nats a token at "
-        "layer 0, and less than half of that at layer 6.",
+        "The picture is read at layers 0 to 6: another in its place costs 1.50 [1.40, 1.60] nats a token "
+        "at layer 0, and less than half of that at layer 6.",
         "In reconstruction (cosine) image tokens are nearer to text than random words of their length at "
         "layers 3 to 9: by 0.35 [0.25, 0.45] of the way at layer 9.",
         "In sparsity (l0) image tokens are at no layer nearer to text than random words of their length.",

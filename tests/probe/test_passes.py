@@ -271,7 +271,7 @@ def test_resid_pre_saes_read_the_stream_before_the_layer(fit, models, tmp_path):
     [
         (["--probe.sae_release=gemma-scope-2b-pt-ress"], "is no SAELens release and no folder"),
         (["--probe.sae_release=./nowhere"], "there is no folder"),
-        (["--probe.sae_release=suite:gpt9"], "does not ship with this package"),
+        (["--probe.sae_release=suite:gpt9"], "'suite:gpt9' does not ship. Known: shipped:"),
         (["--probe.sae_id=width_16k"], "needs {layer} in it"),
         (["--probe.layers=[1]"], r"has no SAE for layers \[1\]. There are: layer_0, layer_2"),
     ],

@@ -312,7 +312,7 @@ def test_plan_command(models, fit, capsys, monkeypatch):
     [
         (["--gpu", "H1000"], "--gpu H1000: known are H200, H100"),
         (["--gpus", "3"], "--gpus 3: data.batch_size=4 must divide"),
-        (["--utilisation=40"], "--utilisation 40"),
+        (["--utilisation=40"], "utilisation: 40.0 is given, allowed is any number above 0 up to 1."),
         (["--caption_tokens=65"], "allowed are 1 to model.max_caption_tokens=64"),
         (["--trainer.precision=64-true"], "trainer.precision='64-true'"),
         (

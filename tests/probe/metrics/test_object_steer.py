@@ -99,6 +99,7 @@ def test_the_label_that_says_the_colour(models, before):
 def test_words_of_several_tokens_differ_where_they_part():
     """A tokenizer of letters: "green" and "gray" part at their third."""
     letters = {"eos_token_id": 0, "bos_token": None, "eos_token": None}
+    letters |= {"is_fast": True, "added_tokens_decoder": {}}
 
     def encode(text, **_):
         return {
