@@ -243,7 +243,7 @@ def test_the_published_l0_of_every_recipe_is_known(on_hub):
 
 @pytest.mark.parametrize("recipe", VENHOFF)
 def test_descriptions_are_those_of_the_saes(recipe):
-    """Where Neuronpedia has each layer's SAE, by SAELens' registry."""
+    """Where Neuronpedia has each layer's SAE, as SAELens lists them."""
     probe = settings(recipe)["probe"]
     for layer in range(LAYERS[recipe]):
         place = neuronpedia_id(probe["sae_release"], probe["sae_id"].format(layer=layer))
