@@ -14,14 +14,13 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_limber.probe.palette import COLOURS
+from lightning_limber.probe.palette import COLOURS, CONTROLS
 from lightning_limber.probe.tables import Row
 from lightning_limber.utils.figures import as_written, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CONTROLS = ("noise", "words_long")
 NEGLIGIBLE = 0.01
 """Share of the use at the first layer from which the picture still counts as read."""
 EXCESS = {"cosine": "reconstruction (cosine)", "l0": "sparsity (l0)"}

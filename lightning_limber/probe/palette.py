@@ -27,6 +27,8 @@ COLOURS = {
 }
 SPARE = ("#882255", "#332288", "#44AA99")
 """Colours of groups that a user adds."""
+CONTROLS = ("noise", "words_long")
+"""Groups of the image tokens' norms that say nothing: what is no better than they shows length alone."""
 PAPER_NAME = "Venhoff et al., Gemma 2 2B"
 PANELS_FILE = "probe_panels.json"
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_limber.data.collate import Batch
 from lightning_limber.probe import words
-from lightning_limber.probe.palette import Panel
+from lightning_limber.probe.palette import CONTROLS, Panel
 from lightning_limber.probe.statistics import Comparison, bootstrap_weights, interval, permutations
 from lightning_limber.probe.tables import Row
 from lightning_limber.probe.token_stats import ImageStats, sum_by_image
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from lightning_limber.probe.passes import Probe
 
 NAN = float("nan")
-CONTROLS = ("noise", "words_long")
-"""Groups of the image tokens' norms that say nothing: what is no better than they shows length alone."""
 
 
 @dataclass(frozen=True)
