@@ -33,6 +33,7 @@ from bench.measure import Laps, Row
 from bench.sizes import Pictures, Setup, attach, collator, limber, pictures
 from lightning_limber.cli import default_precision
 from lightning_limber.data.collate import Batch
+from lightning_limber.models.image_tokens import embed_sequences
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.passes import Probe
 from lightning_limber.probe.sanity_check import TextStats
@@ -74,9 +75,8 @@ class Contenders:
         self.model.configure_model()
         self.model.to(self.device)
         batch = move_data_to_device(pictures(setup, 1, packed=False).ready[0], self.device)
-        self.model.adapter.calibrate(
-            self.model.vision(batch.pixel_values), torch.tensor(self.model.token_norm, device=self.device)
-        )
+        norm = torch.tensor(self.model.token_norm, device=self.device)
+        self.model.adapter.calibrate(self.model.vision(batch.pixel_values), norm)
         if self.bf16:
             self.model.llm.prepare_autocast(torch.bfloat16)
         self.names = [f"blocks.{i}.hook_resid_post" for i in range(len(self.model.llm.layers))]
@@ -111,8 +111,11 @@ class Contenders:
             saes[name] = sae
 
         with self.context():
-            self._decode(self.model.embed_sequences(batch, self.model.image_tokens(batch)), build)
+            self._decode(self._embeds(batch), build)
         return saes
+
+    def _embeds(self, batch: Batch) -> Tensor:
+        return embed_sequences(self.model.llm, batch, self.model.image_tokens(batch))
 
     def _decode(self, embeds: Tensor, read: Callable[[str, Tensor], Any]) -> None:
         """One forward of the LLM that hands each layer's residual stream to ``read(name, residual)``."""
@@ -129,11 +132,11 @@ class Contenders:
 
     def forwards(self, batch: Batch) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Embeddings of the batch with its images, then of its captions alone, and groups of positions."""
-        embeds = self.model.embed_sequences(batch, self.model.image_tokens(batch))
+        embeds = self._embeds(batch)
         yield embeds, {name: batch.groups[name][0] for name in ("image", "caption")}
         alone = batch.without_image
         assert alone is not None
-        yield self.model.embed_sequences(alone, None), {"text": alone.groups["caption"][0]}
+        yield embed_sequences(self.model.llm, alone, None), {"text": alone.groups["caption"][0]}
 
     # -- contenders -------------------------------------------------------------------------------
 

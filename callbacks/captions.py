@@ -22,6 +22,7 @@ from lightning_limber.captioning.scores import (
 from lightning_limber.data import CaptionData
 from lightning_limber.data.loader import RecordSet
 from lightning_limber.models.generation import Decoding
+from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.models.limber import Limber
 from lightning_limber.utils.by_image import add_arrays, images_file
 from lightning_limber.utils.files import write_text, write_whole
@@ -181,7 +182,7 @@ class CaptionSamples(pl.Callback):
             found.shown += list(model.vision.transform.undo(pixels))
         return found
 
-    def _captions(self, model: Limber, image_tokens: torch.Tensor | None) -> list[str]:
+    def _captions(self, model: Limber, image_tokens: ImageTokens | None) -> list[str]:
         return [caption.text for caption in model.generate(image_tokens, Decoding(self.max_new_tokens))]
 
     def state_dict(self) -> dict[str, Any]:

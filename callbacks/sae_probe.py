@@ -24,6 +24,7 @@ from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.figures import heatmap_figure, matrix_figure, patch_figure, probe_figure
 from lightning_limber.probe.finding import finding_figure, sentences
 from lightning_limber.probe.load import build_probe
+from lightning_limber.probe.metrics.base import IMAGE
 from lightning_limber.probe.palette import write_panels
 from lightning_limber.probe.passes import Probe, Report
 from lightning_limber.probe.patches import PatchMap, patch_maps
@@ -207,7 +208,7 @@ class SAEProbe(pl.Callback):
         figure = probe_figure(self.history, epoch, panels, title, control, self.published_curves)
         log_figure(trainer, "probe/by_layer", figure)
         log_figure(trainer, "probe/by_epoch", heatmap_figure(self.history, panels, "Image tokens"))
-        layers = list(self.probe.layers.values())
+        layers = [self.probe.layers[hook] for hook in self.probe.hooks_of(IMAGE)]
         for name, tables in report.matrices.items():
             images = min(self.intervention_images, num_images)
             title = f"Image tokens through the SAEs of other layers. {images} held-out images, {label}"

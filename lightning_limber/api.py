@@ -29,8 +29,9 @@ from lightning_limber.data.held_out import spread, stand_in
 from lightning_limber.data.image_folder import open_image
 from lightning_limber.data.prompt import CAPTION_QUESTION
 from lightning_limber.data.records import Record, Turns
-from lightning_limber.models.adapter_weights import read_projector
+from lightning_limber.models.adapter_weights import ENTRY, read_projector
 from lightning_limber.models.generation import Decoding
+from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig, in_present_form
 from lightning_limber.probe.load import build_probe
@@ -119,7 +120,9 @@ def load(path: str | Path, device: str | torch.device | None = None) -> TrainedM
     model = Limber(**trained.config["model"])
     model.configure_model()
     model.on_load_checkpoint({"lightning_limber": {"backbones": trained.backbones}})
-    model.adapter.load_state_dict(trained.weights)
+    model.load_state_dict(
+        {key if key.startswith(ENTRY) else f"adapter.{key}": w for key, w in trained.weights.items()}
+    )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return TrainedModel(model.to(device).eval().requires_grad_(False), trained)
 
@@ -235,10 +238,10 @@ class TrainedModel:
                 trusted_class(path, "this adapter", "probe.metrics")
         return build_probe(self.model, ProbeConfig.of(settings), self._context)
 
-    def _image_tokens(self, image: Image | str | Path) -> Tensor:
+    def _image_tokens(self, image: Image | str | Path) -> ImageTokens:
         pixels = self.model.vision.transform(_picture(image))[None].to(self.model.device)  # [1, 3, H, W]
         with self._context():
-            return self.model.adapter(self.model.vision(pixels))  # [1, P, D_l]
+            return self.model.made_of(self.model.vision(pixels))
 
 
 @dataclass

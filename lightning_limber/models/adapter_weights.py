@@ -46,11 +46,16 @@ LAYOUTS = (
 )
 
 
-def load_weights(adapter: nn.Module, path: str) -> None:
-    """Loads an adapter's weights for a new run.
+ENTRY = "entry."
+"""Before the names of the weights of an `Entry`, beside the adapter's, which have nothing before them."""
+
+
+def load_weights(adapter: nn.Module, entry: nn.Module, path: str) -> None:
+    """Loads an adapter's weights for a new run, and those of its entry, if the file has them.
 
     Args:
         adapter: As the config builds it.
+        entry: As the config builds it.
         path: See `read_projector`; or a folder of runs: the newest checkpoint.
 
     Raises:
@@ -61,14 +66,20 @@ def load_weights(adapter: nn.Module, path: str) -> None:
         path = str(newest_checkpoint(Path(path)))
     state = read_projector(path)
     own = {key: value.shape for key, value in adapter.state_dict().items()}
+    of_entry = {key.removeprefix(ENTRY): state.pop(key) for key in list(state) if key.startswith(ENTRY)}
+    if of_entry:
+        own |= {ENTRY + key: value.shape for key, value in entry.state_dict().items()}
     given = {key: value.shape for key, value in state.items()}
+    given |= {ENTRY + key: value.shape for key, value in of_entry.items()}
     if own != given:
         raise ValueError(
             f"model.adapter_weights={path}: the adapter there is {given}, this config builds {own}. "
-            "Set model.adapter, its input_norm (none for another project's adapter), model.vision and "
-            "model.llm to those it was trained with."
+            "Set model.adapter, its input_norm (none for another project's adapter), model.entry, "
+            "model.vision and model.llm to those it was trained with."
         )
     adapter.load_state_dict(state)
+    if of_entry:
+        entry.load_state_dict(of_entry)
 
 
 def read_projector(path: str | Path) -> dict[str, Tensor]:
@@ -79,9 +90,9 @@ def read_projector(path: str | Path) -> dict[str, Tensor]:
             exported folder.
 
     Returns:
-        A checkpoint or export of this project: its adapter, unchanged. Any other: float32
-        ``project.weight`` [D_l, D_v] and ``project.bias`` [D_l] (`Linear`), or the same under
-        ``project.0.`` and ``project.2.`` (`MLP`); a missing bias is zero. ``calibrated`` is true,
+        A checkpoint or export of this project: its adapter and, below ``entry.``, its entry, unchanged. Any
+        other: float32 ``project.weight`` [D_l, D_v] and ``project.bias`` [D_l] (`Linear`), or the same
+        under ``project.0.`` and ``project.2.`` (`MLP`); a missing bias is zero. ``calibrated`` is true,
         so that the published scale is kept; there is no input norm (``input_norm: none``).
 
     Raises:

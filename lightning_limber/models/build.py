@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_limber.models.adapter_weights import load_weights
 from lightning_limber.models.adapters import Adapter
+from lightning_limber.models.entry import Entry, EntryConfig
 from lightning_limber.models.frozen import fingerprint
 from lightning_limber.models.llm import LLM
 from lightning_limber.models.vision import VisionEncoder
@@ -27,6 +29,7 @@ class Built(NamedTuple):
     """What `build` makes and measures."""
 
     adapter: Adapter
+    entry: Entry
     backbones: dict[str, str]
     """Fingerprints of the frozen models' weights."""
     feature_shape: tuple[int, ...]
@@ -42,6 +45,7 @@ def build(
     vision: VisionEncoder,
     llm: LLM,
     make_adapter: Callable[[int, int], Adapter],
+    entry_config: EntryConfig,
     hparams: Mapping[str, Any],
     trainer: Any,
 ) -> Built:
@@ -51,6 +55,7 @@ def build(
         vision: Encoder without its weights.
         llm: LLM without its weights.
         make_adapter: Widths D_v and D_l -> adapter.
+        entry_config: Where image tokens enter the LLM.
         hparams: Of the module (`Limber`).
         trainer: Lightning's; None outside a run.
 
@@ -73,11 +78,12 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapter = make_adapter(features.shape[-1], llm.hidden_size)
+        entry = make_entry(entry_config, make_adapter, features.shape[-1], llm)
     tokens = adapter.count_tokens(features.to(next(adapter.parameters()).device))
     check_length(llm, tokens, hparams["max_caption_tokens"])
     token_norm = float(llm.token_norm())
     if hparams["adapter_weights"] is not None:
-        load_weights(adapter, hparams["adapter_weights"])
+        load_weights(adapter, entry, hparams["adapter_weights"])
     if trainer is not None and trainer.precision == "bf16-mixed":
         llm.prepare_autocast(torch.bfloat16, trainer.strategy.root_device)
         vision.prepare_autocast(torch.bfloat16)
@@ -91,7 +97,17 @@ def build(
         f"[trainable] adapter {_millions(adapter)}  {type(adapter).__name__}, "
         f"{features.shape[1]} x {features.shape[2]} -> {tokens} x {llm.hidden_size}"
     )
-    return Built(adapter, backbones, tuple(features.shape[1:]), tokens, token_norm, seed)
+    return Built(adapter, entry, backbones, tuple(features.shape[1:]), tokens, token_norm, seed)
+
+
+def make_entry(
+    config: EntryConfig, make_adapter: Callable[[int, int], Adapter], vision_size: int, llm: LLM
+) -> Entry:
+    """What stands between an adapter and an LLM."""
+    config.check(len(llm.layers))
+    return Entry(
+        config, partial(make_adapter, vision_size, llm.hidden_size), llm.hidden_size, len(llm.layers)
+    )
 
 
 def check_length(llm: LLM, image_tokens: int, caption_tokens: int) -> None:

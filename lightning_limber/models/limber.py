@@ -10,42 +10,41 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_limber import __version__
-from lightning_limber.data.collate import Batch, Collator
-from lightning_limber.data.layout import Packing, Sequences
-from lightning_limber.data.prompt import Prompt
+from lightning_limber.data.collate import Batch
 from lightning_limber.data.records import Template
 from lightning_limber.models.adapters import Adapter, Linear
 from lightning_limber.models.adapters.spec import adapter_from_spec, adapter_spec
 from lightning_limber.models.build import build
-from lightning_limber.models.feature_cache import FeatureCache, KeptFeatures, open_feature_cache
+from lightning_limber.models.captioner import Captioner
+from lightning_limber.models.entry import EntryConfig, text_moments
+from lightning_limber.models.feature_cache import KeptFeatures, open_feature_cache
 from lightning_limber.models.finite import FiniteCheck
-from lightning_limber.models.generation import Caption, Decoding, generate
+from lightning_limber.models.generation import Caption, Decoding
 from lightning_limber.models.held_out import HeldOut, HeldOutSums, in_words
-from lightning_limber.models.llm import LLM
 from lightning_limber.models.optimizer import OptimizerConfig, StepMean, clip_gradients, make_optimizer
-from lightning_limber.models.vision import VisionConfig, VisionEncoder
+from lightning_limber.models.vision import VisionConfig
 from lightning_limber.utils.checkpoints import check_same_run, training_settings
 from lightning_limber.utils.loop_state import stored_epoch
 
+ADDED_SETTINGS = {"entry": asdict(EntryConfig())}
+NUM_TEXTS = 256
+"""Training records whose captions are the text that `Entry.calibrate` looks at."""
 
-class Limber(pl.LightningModule):
+
+class Limber(Captioner):
     """A trained adapter between a frozen vision encoder and a frozen LLM (LiMBeR).
-
-    The frozen models are no submodules: no checkpoint, optimiser or DDP bucket holds them, and `train()`
-    cannot reach them. `_apply` still moves them with the module.
 
     Args:
         vision: The encoder, and which of its features become image tokens.
         llm: Name of a causal language model: a hub name, a local folder or a ``wheel:`` name.
         adapter: Class of the trained part and its settings: ``Linear``, ``MLP``, ``PixelShuffle``, or the
             import path of a subclass of `Adapter`; see adapters/base.py.
+        entry: Where and at what scale image tokens enter the LLM.
         prompt: Text with ``{image}`` and ``{caption}`` in it, or a list of chat messages {role, content}.
         optimizer: Learning rate and schedule.
         max_caption_tokens: Cut captions that are longer than this many tokens; the end token stays.
@@ -60,15 +59,12 @@ class Limber(pl.LightningModule):
         shard_llm: Split the LLM's decoder layers over the processes of a DDP run; nothing else changes.
     """
 
-    vision: VisionEncoder
-    llm: LLM
-    adapter: Adapter
-
     def __init__(
         self,
         vision: VisionConfig = VisionConfig(),
         llm: str = "wheel:smollm2-135m-instruct",
         adapter: Callable[[int, int], Adapter] = Linear,
+        entry: EntryConfig = EntryConfig(),
         prompt: Template = "{bos}{image}{caption}{eos}",
         optimizer: OptimizerConfig = OptimizerConfig(),
         max_caption_tokens: int = 64,
@@ -78,25 +74,22 @@ class Limber(pl.LightningModule):
         compile_llm: bool = False,
         shard_llm: bool = False,
     ) -> None:
-        super().__init__()
         # A checkpoint's hyper-parameters come back as dicts.
         vision = VisionConfig(**vision) if isinstance(vision, dict) else vision
+        super().__init__(vision, llm)
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
+        entry = EntryConfig(**entry) if isinstance(entry, dict) else entry
         self.make_adapter = adapter_from_spec(adapter) if isinstance(adapter, dict) else adapter
-        self.optimizer_config = optimizer
+        self.optimizer_config, self.entry_config = optimizer, entry
         self.save_hyperparameters({
             "vision": asdict(vision), "llm": llm, "adapter": adapter_spec(self.make_adapter),
+            "entry": asdict(entry),
             "prompt": prompt, "optimizer": asdict(optimizer), "max_caption_tokens": max_caption_tokens,
             "adapter_weights": adapter_weights, "cache_features": cache_features,
             "held_out_features_gb": held_out_features_gb, "compile_llm": compile_llm,
             "shard_llm": shard_llm,
         })  # fmt: skip
-        # Straight into __dict__: a submodule would be saved, optimised, wrapped and set to train.
-        self.__dict__["vision"] = VisionEncoder(vision)
-        self.__dict__["llm"] = LLM(llm)
-        self._cache: FeatureCache | None = None
-        self._kept = KeptFeatures(held_out_features_gb * 1e9)
-        self._collator: Collator | None = None
+        self.kept = KeptFeatures(held_out_features_gb * 1e9)
         self.finite, self._mean = FiniteCheck(optimizer), StepMean()
         self.loaded_epoch = (0, True)
         self.run_config: str | None = None
@@ -107,108 +100,40 @@ class Limber(pl.LightningModule):
         self.held_out_sums: HeldOutSums | None = None
         """What the newest validation found, by image."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Limber:
-        for frozen in (self.vision, self.llm):
-            frozen._apply(fn)
-        return super()._apply(fn, recurse)
-
-    def collator(self) -> Collator:
-        """Makes batches for this model, once it is configured."""
-        if self._collator is None:
-            prompt = Prompt(self.hparams["prompt"], self.llm.tokenizer, self.hparams["max_caption_tokens"])
-            packing = Packing(self.llm.hidden_size, self.llm.longest_row)
-            self._collator = Collator(self.vision.transform, prompt, self.num_image_tokens, packing)
-        return self._collator
-
     def configure_model(self) -> None:
         """Loads the frozen weights and builds the adapter between them."""
         if self.llm.model is None:
-            made = build(self.vision, self.llm, self.make_adapter, self.hparams, self._trainer)
-            self.adapter, self.backbones = made.adapter, made.backbones
+            made = build(
+                self.vision, self.llm, self.make_adapter, self.entry_config, self.hparams, self._trainer
+            )
+            self.adapter, self.entry, self.backbones = made.adapter, made.entry, made.backbones
             self.num_image_tokens, self.token_norm = made.num_image_tokens, made.token_norm
-            self._feature_shape, self._seed = made.feature_shape, made.seed
+            self.feature_shape, self._seed = made.feature_shape, made.seed
 
     def setup(self, stage: str) -> None:
         # Another run in this process may bring other images of the same names.
-        self._kept = KeptFeatures(self.hparams["held_out_features_gb"] * 1e9)
+        self.kept = KeptFeatures(self.hparams["held_out_features_gb"] * 1e9)
 
     def on_fit_start(self) -> None:
         self._calibrate()
         self.finite = FiniteCheck(self.optimizer_config)
         if self.hparams["cache_features"]:
             key = [self.backbones["vision"], self.hparams["vision"]]
-            self._cache = open_feature_cache(key, self._feature_shape, self.trainer)
+            self.cache = open_feature_cache(key, self.feature_shape, self.trainer)
 
     def on_validation_start(self) -> None:
         self._calibrate()
 
     def _calibrate(self) -> None:
         """Gives a fresh adapter the scale of the LLM's embeddings (once; a checkpoint brings its own)."""
-        if not self.adapter.calibrated:
-            batch = cast(Any, self.trainer).datamodule.calibration_batch()
-            features = self.vision(batch.pixel_values.to(self.device)).float()
-            self.adapter.calibrate(features, torch.tensor(self.token_norm, device=self.device))
-
-    # -- forward ----------------------------------------------------------------------------------
-
-    def features(self, batch: Batch) -> Tensor:
-        """The encoder's features [B, P_v, D_v] of a batch; those that are kept are not computed again."""
-        if not len(batch.pixel_values):  # Text alone: the adapter still takes part, for DDP's sake.
-            return batch.pixel_values.new_zeros(0, *self._feature_shape)
-        kept: FeatureCache | KeptFeatures | None = self._cache if self.training else None
-        key: Any = batch.index
-        if batch.held_out:
-            kept, key = self._kept, batch.image_ids
-        if kept is not None and (known := kept.read(key)) is not None:
-            return known.to(self.device)
-        features = self.vision(batch.pixel_values)
-        if kept is not None:
-            kept.write(key, features)
-        return features
-
-    def image_tokens(self, batch: Batch) -> Tensor:
-        """The image tokens [B, P, D_l] of a batch."""
-        return self.adapter(self.features(batch))
-
-    def embed_sequences(self, sequences: Sequences, image_tokens: Tensor | None) -> Tensor:
-        """Embeds token ids and puts the image tokens at their positions: [R, W, D_l]."""
-        embeds = self.llm.embed(sequences.input_ids)  # [R, W, D_l]
-        if image_tokens is None:
-            return embeds
-        tokens = image_tokens.flatten(0, 1).index_select(0, sequences.image_rows)  # [s * P, D_l]
-        flat = embeds.flatten(0, 1).index_copy(0, sequences.image_positions, tokens.to(embeds.dtype))
-        return flat.view_as(embeds)
-
-    def target_losses(self, sequences: Sequences, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy in nats [n] and correctness [n] of every label, from the last hidden states."""
-        rows = hidden.flatten(0, 1).index_select(0, sequences.label_positions)  # [n, D_l]
-        return self.llm.token_losses(rows, sequences.labels)
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Image tokens [B, P, D_l], and losses [n] and correctness [n] of the labels."""
-        features = self.features(batch)  # [B, P_v, D_v], no gradient
-        image_tokens = self.adapter(features)  # [B, P, D_l]
-        embeds = self.embed_sequences(batch, image_tokens)  # [R, W, D_l]
-        hidden = self.llm.decode(embeds, mask=batch.attention_mask(), positions=batch.position_ids)
-        losses, correct = self.target_losses(batch, hidden)  # [n] each
-        return image_tokens, losses, correct
-
-    @property
-    def token_grid(self) -> tuple[int, int] | None:
-        """Rows and columns of an image's tokens, see `Adapter.token_grid`."""
-        return self.adapter.token_grid(self.vision.grid)
-
-    def generate(
-        self, image_tokens: Tensor | None, decoding: Decoding | None = None, log_probabilities: bool = False
-    ) -> list[Caption]:
-        """Captions of image tokens [B, P, D_l] (None: one caption without an image); see generation.py."""
-        if image_tokens is not None and not len(image_tokens):
-            return []
-        collate = self.collator()
-        opening = collate.opening(None if image_tokens is None else len(image_tokens))
-        opening = apply_to_collection(opening, Tensor, lambda tensor: tensor.to(self.device))
-        embeds = self.embed_sequences(opening, image_tokens)
-        return generate(self.llm, embeds, collate.prompt.end_ids, decoding or Decoding(), log_probabilities)
+        if self.adapter.calibrated and self.entry.is_calibrated:
+            return
+        data = cast(Any, self.trainer).datamodule
+        features = self.vision(data.calibration_batch().pixel_values.to(self.device)).float()
+        hooks = self.entry.hooks
+        text = text_moments(self.llm, data.training_captions(NUM_TEXTS), hooks) if hooks else {}
+        norm = torch.tensor(self.token_norm, device=self.device)
+        self.entry.calibrate(self.adapter, features, norm, text)
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -218,7 +143,7 @@ class Limber(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         image_tokens, losses, correct = self(batch)
-        norms = image_tokens.detach().float().norm(dim=-1)  # [B, P]
+        norms = image_tokens.tokens.detach().float().norm(dim=-1)  # [B, P]
         counts = [len(losses), norms.numel(), batch.used_positions, batch.input_ids.numel()]
         counts += [sum(batch.truncated), len(batch.truncated)]
         sums = torch.stack([losses.detach().sum(), correct.sum().float(), norms.sum()])
@@ -230,7 +155,7 @@ class Limber(pl.LightningModule):
         # The mean over the tokens of the whole step, also when it is split over processes that hold
         # captions of different lengths (DDP averages the processes' gradients). The image tokens are
         # named for a share of the batch that has none.
-        loss = self._mean.loss(losses.sum(), count, batch_idx, self.trainer) + 0.0 * image_tokens[:0].sum()
+        loss = self._mean.loss(losses.sum(), count, batch_idx, self.trainer) + image_tokens.nothing()
         self.finite.note(loss_sum, self.global_step)
         log = {
             "train/loss": loss_sum / count,
@@ -242,6 +167,9 @@ class Limber(pl.LightningModule):
             "train/padding": 1 - real / padded,
             "train/truncated": cut / texts,
         }
+        for layer, added in image_tokens.added.items():
+            norm = added.detach().float().norm(dim=-1).mean()
+            log[f"train/injected_norm/layer_{layer:02d}"] = norm / self.token_norm
         self.log_dict(log, batch_size=len(batch.ids))
         self.log("loss", log["train/loss"], prog_bar=True, logger=False, batch_size=len(batch.ids))
         self.log("train/lr", cast(Any, self.lr_schedulers()).get_last_lr()[0])
@@ -251,8 +179,8 @@ class Limber(pl.LightningModule):
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Lightning's, with one norm for the log and the clipping, and for a fused optimiser too."""
-        self._mean.scale_gradients(self.adapter, self.trainer)
-        norm = clip_gradients(self.adapter, gradient_clip_val, gradient_clip_algorithm)
+        self._mean.scale_gradients(self, self.trainer)
+        norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
         if self.trainer.precision != "16-mixed":  # There a gradient that overflows is skipped.
             self.finite.note(norm, self.global_step)
         self.log("train/grad_norm", norm)
@@ -279,7 +207,7 @@ class Limber(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
-        return make_optimizer(self.adapter, self.optimizer_config, fused=not scaled)
+        return make_optimizer(self, self.optimizer_config, fused=not scaled)
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -294,6 +222,8 @@ class Limber(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another run, see `check_same_run`."""
+        if "hyper_parameters" in checkpoint:  # Older ones lack settings that had one value then.
+            checkpoint["hyper_parameters"] = ADDED_SETTINGS | checkpoint["hyper_parameters"]
         check_same_run(checkpoint, self, self._trainer)
         if self._trainer is not None:
             self.loaded_epoch = stored_epoch(checkpoint)

@@ -284,13 +284,14 @@ class LLM(nn.Module):
             layer.forward = _compiled(layer.forward)  # type: ignore[method-assign]
 
     @contextmanager
-    def residual_hooks(self, hooks: dict[str, ResidualHook]) -> Iterator[None]:
+    def residual_hooks(self, hooks: dict[str, ResidualHook], first: bool = False) -> Iterator[None]:
         """Calls ``fn(residual [N, S, D_l])`` at each named place of every forward inside the context
         (in layers that `decode` does not skip).
 
         Names follow TransformerLens: ``blocks.{l}.hook_resid_pre`` is the residual stream entering
         layer l, ``blocks.{l}.hook_resid_post`` the one leaving it (for the last layer: before the
-        final norm). A tensor returned by `fn` replaces the residual stream from there on.
+        final norm). A tensor returned by `fn` replaces the residual stream from there on. With
+        `first`, hooks that are there already see what it returned.
 
         Raises:
             ValueError: a name is not of that form, or names a layer that the model does not have.
@@ -307,7 +308,7 @@ class LLM(nn.Module):
                     )
                 number = int(match[1])
                 register = _hook_pre if match[2] == "pre" else _hook_post
-                handles.append(register(self.layers[number], fn))
+                handles.append(register(self.layers[number], fn, first))
             yield
         finally:
             for handle in handles:
@@ -350,7 +351,7 @@ class _Skipped(nn.Module):
         return self.output
 
 
-def _hook_pre(layer: nn.Module, fn: ResidualHook):
+def _hook_pre(layer: nn.Module, fn: ResidualHook, first: bool):
     def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if args:
             new = fn(args[0])
@@ -358,14 +359,14 @@ def _hook_pre(layer: nn.Module, fn: ResidualHook):
         new = fn(kwargs["hidden_states"])
         return None if new is None else (args, {**kwargs, "hidden_states": new})
 
-    return layer.register_forward_pre_hook(hook, with_kwargs=True)
+    return layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
 
 
-def _hook_post(layer: nn.Module, fn: ResidualHook):
+def _hook_post(layer: nn.Module, fn: ResidualHook, first: bool):
     def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
         if isinstance(output, tuple):  # See `LLM._check_steps`.
             new = fn(output[0])
             return None if new is None else (new, *output[1:])
         return fn(output)
 
-    return layer.register_forward_hook(hook)
+    return layer.register_forward_hook(hook, prepend=first)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_limber.data.collate import Batch
 from lightning_limber.data.layout import Sequences
+from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.probe.saes import hook_layer
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class _Forward:
     """A forward in which nothing is replaced."""
 
     sequences: Sequences
+    image_tokens: ImageTokens | None
     residuals: dict[str, Tensor]
     """[R, W, D] by hook name."""
     hidden: Tensor
@@ -48,7 +50,8 @@ class Intervention:
         self.probe, self.batch, self.known_text = probe, batch, known_text
         self._swapped: dict[str, Tensor] = {}
         self._filled: dict[str, dict[str, Tensor]] = {}
-        self._clean = self._forward(batch, probe.model.image_tokens(batch))
+        self._tokens = probe.model.image_tokens(batch)
+        self._clean = self._forward(batch, self._tokens)
 
     def image_tokens(self, hook: str, once: bool = False) -> Tensor:
         """[n, D] residual stream at all image positions, or at those of each image's first sequence."""
@@ -106,7 +109,11 @@ class Intervention:
             # [B, p, D]; an image that stands in several sequences is replaced in all of them.
             other = self._others[hook].unflatten(0, (len(self.batch.index), -1))
             copies = images.view(-1, other.shape[1])[:, 0]
-            self._swapped[hook] = self.losses(hook, other.index_select(0, copies).flatten(0, 1))
+            new = other.index_select(0, copies).flatten(0, 1)
+            # What enters at later layers is the other image's, too.
+            places = self.batch.groups["image_copies"][0]
+            losses = self._branch(self._clean, hook, places, new, self._other_tokens)
+            self._swapped[hook] = self._sum(self.batch, losses)
         return self._swapped[hook]
 
     def spliced_text_losses(self, hook: str) -> Tensor:
@@ -121,23 +128,26 @@ class Intervention:
     def filled(self, group: str) -> dict[str, Tensor]:
         """[n, D] by hook name: what the LLM makes of a group that stands in the image's place."""
         if group not in self._filled:
-            fill, model = self.probe.groups[group].fill, self.probe.model
-            assert fill is not None
-            tokens = fill(model, self.batch, model.image_tokens(self.batch))
+            tokens = self.probe.filled(self.probe.groups[group], self.batch, self._tokens)
             self._filled[group] = self._read(self.batch, tokens)
         return self._filled[group]
 
     @cached_property
     def _others(self) -> dict[str, Tensor]:
         assert self.batch.other is not None
-        return self._read(self.batch.other, self.probe.model.image_tokens(self.batch.other))
+        return self._read(self.batch.other, self._other_tokens)
+
+    @cached_property
+    def _other_tokens(self) -> ImageTokens:
+        assert self.batch.other is not None
+        return self.probe.model.image_tokens(self.batch.other)
 
     @cached_property
     def _text(self) -> _Forward:
         assert self.batch.without_image is not None
         return self._forward(self.batch.without_image, None)
 
-    def _read(self, batch: Batch, tokens: Tensor) -> dict[str, Tensor]:
+    def _read(self, batch: Batch, tokens: ImageTokens) -> dict[str, Tensor]:
         """[n, D] at image positions by hook name. No token sees what follows it: captions are left out."""
         sequences, found = batch.without_captions, {}
         assert sequences is not None
@@ -148,25 +158,41 @@ class Intervention:
 
         model = self.probe.model
         with model.llm.residual_hooks({name: partial(keep, name) for name in self.probe.saes}):
-            model.llm.decode(model.embed_sequences(sequences, tokens))
+            model.decode(sequences, tokens)
         return found
 
-    def _forward(self, sequences: Sequences, tokens: Tensor | None) -> _Forward:
+    def _forward(self, sequences: Sequences, tokens: ImageTokens | None) -> _Forward:
         model = self.probe.model
         residuals: dict[str, Tensor] = {}
         keep = residuals.__setitem__
         with model.llm.residual_hooks({name: partial(keep, name) for name in self.probe.saes}):
-            hidden = model.llm.decode(model.embed_sequences(sequences, tokens))
-        return _Forward(sequences, residuals, hidden)
+            hidden = model.decode(sequences, tokens)
+        return _Forward(sequences, tokens, residuals, hidden)
 
-    def _branch(self, clean: _Forward, hook: str, positions: Tensor, new: Tensor) -> Tensor:
-        return self._label_losses(clean.sequences, self._decode(clean, hook, positions, new))
+    def _branch(
+        self,
+        clean: _Forward,
+        hook: str,
+        positions: Tensor,
+        new: Tensor,
+        image_tokens: ImageTokens | None = None,
+    ) -> Tensor:
+        hidden = self._decode(clean, hook, positions, new, image_tokens)
+        return self._label_losses(clean.sequences, hidden)
 
-    def _decode(self, clean: _Forward, hook: str, positions: Tensor, new: Tensor) -> Tensor:
+    def _decode(
+        self,
+        clean: _Forward,
+        hook: str,
+        positions: Tensor,
+        new: Tensor,
+        image_tokens: ImageTokens | None = None,
+    ) -> Tensor:
         """[R, W, D] last hidden states with tokens `new` at flat positions of this layer."""
         residual = clean.residuals[hook]
         spliced = residual.flatten(0, 1).index_copy(0, positions, new).view_as(residual)
-        return self.probe.model.llm.decode(spliced, first_layer=next_layer(hook))
+        tokens = clean.image_tokens if image_tokens is None else image_tokens
+        return self.probe.model.decode_from(next_layer(hook), spliced, clean.sequences, tokens)
 
     def _label_losses(self, sequences: Sequences, hidden: Tensor) -> Tensor:
         return self.probe.model.target_losses(sequences, hidden)[0]

@@ -22,10 +22,9 @@ is the metric ``outliers``. Where none of a group's tokens is left, its metrics 
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -37,6 +36,7 @@ from torch import Tensor
 
 from lightning_limber.data.collate import Batch
 from lightning_limber.data.layout import Sequences
+from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.explanations import Descriptions
@@ -49,6 +49,7 @@ from lightning_limber.probe.sanity_check import TextStats, counted
 from lightning_limber.probe.screened_encoder import make_encoder
 from lightning_limber.probe.tables import Row
 from lightning_limber.probe.token_stats import ImageStats, TokenStats
+from lightning_limber.utils.clock import Clock
 
 Kept = dict[tuple[int, str, str], list[tuple[list[int], Any]]]
 """What metrics returned, by number of the metric, group and hook name: indices of the images, and items."""
@@ -70,25 +71,6 @@ class Report:
     seconds: dict[str, float]
     by_image: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
     images: Sequence[str] = ()
-
-
-class Clock:
-    """Adds up seconds by name, without those of another name inside.
-
-    On CUDA they are the host's: work is queued, not waited for.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._inside = 0.0
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start, before, self._inside = time.perf_counter(), self._inside, 0.0
-        yield
-        spent = time.perf_counter() - start
-        self.seconds[name] += spent - self._inside
-        self._inside = before + spent
 
 
 class Probe:
@@ -128,6 +110,11 @@ class Probe:
         self._sinks = {name: sink if len(sink) else None for name, sink in sinks.items()}
         self.context, self.gather, self.texts = context, gather, texts
         self.clock = Clock()
+        if not self.hooks_of(IMAGE):
+            raise ValueError(
+                f"model.entry.layer={model.entry.config.layer}: no SAE reads behind it; they are at layers "
+                f"{', '.join(map(str, self.layers.values()))} (probe.layers)."
+            )
         self.metrics = config.make_metrics()
         needed = [group for metric in self.metrics for group in metric.groups]
         self.groups: dict[str, Group] = {}
@@ -186,7 +173,7 @@ class Probe:
                     any(group in metric.activation_maxima for metric in self.metrics),
                 ).to(self.model.device)
                 for group in self.groups
-                for name in chunk
+                for name in self.hooks_of(self.groups[group], chunk)
                 if group not in known
             }
             for batch in batches:
@@ -197,7 +184,7 @@ class Probe:
             # One by one: parts are freed when their whole is made.
             stats |= {key: accumulators.pop(key).compute() for key in list(accumulators)}
             for batch in intervention_batches if self.intervenes else ():
-                self._intervention_pass(batch, list(chunk), kept, same_captions)
+                self._intervention_pass(batch, self.hooks_of(IMAGE, chunk), kept, same_captions)
         self.model.train(training)
         kept = apply_to_collection(dict(kept), Tensor, lambda tensor: tensor.cpu())
         if same_captions:
@@ -220,7 +207,7 @@ class Probe:
         for key, items in self.gather(list(kept.items())):
             joined[key] += items
         # In one order, whatever the chunks and processes were.
-        order = [(group, name) for group in self.groups for name in self.saes]
+        order = [(group, name) for group in self.groups for name in self.hooks_of(self.groups[group])]
         data = Measurement(
             self,
             {key: stats[key] for key in order},
@@ -252,27 +239,28 @@ class Probe:
 
     @torch.no_grad()
     def latents(
-        self, image_tokens: Tensor, read: Callable[[str, Tensor], None], names: Iterable[str] | None = None
+        self,
+        image_tokens: ImageTokens,
+        read: Callable[[str, Tensor], None],
+        names: Iterable[str] | None = None,
     ) -> None:
-        """Hands what the SAEs find in image tokens [B, P, D] to ``read(hook name, latents [B, P, K])``.
+        """Hands what the SAEs find in image tokens to ``read(hook name, latents [B, P, K])``.
 
-        Latents are NaN at image tokens that are never counted.
+        Latents are NaN at image tokens that are never counted. Layers below the one where they enter have
+        none.
 
         Args:
-            image_tokens: On the model's device.
+            image_tokens: Of B images, on the model's device.
             read: Called once for each layer; keep little of what it is given.
             names: Hook names; None: all.
         """
-        chosen = {name: sae for name, sae in self.saes.items() if names is None or name in names}
+        chosen = {name: self.saes[name] for name in self.hooks_of(IMAGE, names)}
         training = self.model.training
         self.model.eval()
         with self.context():
-            opening = self.model.collator().opening(len(image_tokens))
-            positions = opening.image_positions.to(image_tokens.device)  # [B * P]
-            counted = opening.position_ids.flatten()[opening.image_positions] > 0
-            counted = counted.to(image_tokens.device)
-            opening = apply_to_collection(opening, Tensor, lambda tensor: tensor.to(image_tokens.device))
-            embeds = self.model.embed_sequences(opening, image_tokens)
+            opening, shape = self.model.opening(len(image_tokens)), image_tokens.tokens.shape[:2]
+            positions = opening.image_positions  # [B * P]
+            counted = opening.position_ids.flatten()[positions] > 0
 
             def look(name: str, residual: Tensor) -> None:
                 x = residual.flatten(0, 1).index_select(0, positions).float()  # [B * P, D]
@@ -280,11 +268,11 @@ class Probe:
                     found = self.encoders[name](x).to_dense()  # [B * P, K]
                 never = ~(self.keep(name, x) & counted)
                 found = found.masked_fill(never[:, None], torch.nan)
-                read(name, found.unflatten(0, image_tokens.shape[:2]))
+                read(name, found.unflatten(0, shape))
 
             for chunk in chunks_on_device(chosen, self.model.device, self.config.sae_memory_gb):
                 with self.model.llm.residual_hooks({name: partial(look, name) for name in chunk}):
-                    self.model.llm.decode(embeds)
+                    self.model.decode(opening, image_tokens)
         self.model.train(training)
 
     def encode(self, hook: str, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,6 +286,21 @@ class Probe:
         factor = self.config.outlier_factor
         longest = math.inf if factor is None else factor * self.text[hook].median_norm
         return counted(x, self._sinks[hook], longest)
+
+    def hooks_of(self, group: Group, names: Iterable[str] | None = None) -> list[str]:
+        """Those of the probe's hooks (or of `names`) at which a group has tokens: at image positions there
+        are none below the layer where image tokens enter.
+        """
+        first = self.model.entry.config.layer if group.positions == "image" else 0
+        return [name for name in names or self.saes if next_layer(name) >= first]
+
+    def filled(self, group: Group, batch: Batch, image_tokens: ImageTokens) -> ImageTokens:
+        """What stands in the image's place in a group that fills it."""
+        assert group.fill is not None
+        fill = partial(group.fill, self.model, batch)
+        if group.as_text:
+            return ImageTokens(fill(image_tokens.tokens))
+        return image_tokens.filled(fill)
 
     # -- passes -----------------------------------------------------------------------------------
 
@@ -324,24 +327,25 @@ class Probe:
                     sequences = batch.without_captions if short else batch
                     with self.clock(groups[0].name):
                         if sequences is not None:
-                            filled = fill(self.model, batch, tokens)
+                            filled = self.filled(groups[0], batch, tokens)
                             self._forward(batch, sequences, filled, groups, accumulators, kept)
 
     def _forward(
         self,
         batch: Batch,
         sequences: Sequences,
-        image_tokens: Tensor | None,
+        image_tokens: ImageTokens | None,
         groups: list[Group],
         accumulators: dict[tuple[str, str], TokenStats],
         kept: Kept,
     ) -> None:
         """One forward of the LLM that feeds sums and metrics."""
         names = list(dict.fromkeys(name for _, name in accumulators))
-        embeds = self.model.embed_sequences(sequences, image_tokens)
 
         def read(name: str, residual: Tensor) -> None:
             for group in groups:
+                if (group.name, name) not in accumulators:
+                    continue
                 positions, image_rows = sequences.groups[group.positions]
                 with self.clock("sae" if group.fill is None else group.name):
                     selected = residual.flatten(0, 1).index_select(0, positions)  # [n, D]
@@ -361,7 +365,7 @@ class Probe:
                         kept[number, group.name, name].append((batch.index, item))
 
         with self.model.llm.residual_hooks({name: partial(read, name) for name in names}):
-            self.model.llm.decode(embeds)
+            self.model.decode(sequences, image_tokens)
 
     def _intervention_pass(
         self, batch: Batch, names: list[str], kept: Kept, same_captions: bool = False

@@ -274,7 +274,7 @@ def _memory(
     """Bytes on each of `count` GPUs. Trained weights are float32: so are gradients and moments."""
     weights, model = rehearsal.weight_bytes(), rehearsal.model
     llm, d_in = float(weights["llm"]), model.llm.hidden_size
-    adapter = tensor_bytes(list(model.adapter.parameters()))
+    adapter = tensor_bytes(list(rehearsal.parts["adapter"].parameters()))
     if count > 1 and model.hparams.get("shard_llm"):
         # A share of the decoder layers, and two of them whole: the one at work and the one fetched.
         layers = tensor_bytes(list(model.llm.layers.parameters()))

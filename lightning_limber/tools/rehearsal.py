@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 from lightning_limber.data.collate import Batch
 from lightning_limber.data.layout import Parts, Sequences, lay_out
 from lightning_limber.data.prompt import Prompt, Text
-from lightning_limber.models.build import BLANK_IMAGE, check_length
+from lightning_limber.models.build import BLANK_IMAGE, check_length, make_entry
+from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.models.limber import Limber
 from lightning_limber.utils.flops import FlopCounter
 
@@ -137,13 +138,16 @@ class Rehearsal:
         self._pixels = model.vision.transform(BLANK_IMAGE)  # [3, H, W]
         with torch.device("meta"):
             features = model.vision(self._pixels[None].to("meta"))
-            model.adapter = model.make_adapter(features.shape[-1], model.llm.hidden_size)
+            vision_size = features.shape[-1]
+            model.adapter = model.make_adapter(vision_size, model.llm.hidden_size)
+            model.entry = make_entry(model.entry_config, model.make_adapter, vision_size, model.llm)
             self.image_tokens = model.adapter.count_tokens(features)
         check_length(model.llm, self.image_tokens, model.hparams["max_caption_tokens"])
         self.prefix_tokens = len(self._prefix_ids)
         self.text_tokens = sum(len(text.ids) for text in self._texts)
         """Tokens behind the image."""
-        self.parts = {"vision": model.vision, "llm": model.llm, "adapter": model.adapter}
+        trained = nn.ModuleList([model.adapter, model.entry])
+        self.parts = {"vision": model.vision, "llm": model.llm, "adapter": trained}
         self.parameters = {
             name: sum(parameter.numel() for parameter in part.parameters())
             for name, part in self.parts.items()
@@ -167,8 +171,8 @@ class Rehearsal:
 
     def checkpoint_bytes(self) -> int:
         """Tensors of a checkpoint: the adapter, AdamW's two moments and step counts."""
-        parameters = list(self.model.adapter.parameters())
-        state = list(self.model.adapter.state_dict().values())
+        trained = self.parts["adapter"]
+        parameters, state = list(trained.parameters()), list(trained.state_dict().values())
         return tensor_bytes(state) + 2 * tensor_bytes(parameters) + 4 * len(parameters)
 
     def step(self, images: int) -> Step:
@@ -187,14 +191,14 @@ class Rehearsal:
                 meter.phase = "head"
                 output.last_hidden_state.register_hook(lambda _gradient: mark("head"))
 
-            def after_adapter(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            def after_entry(_module: nn.Module, _args: Any, output: ImageTokens) -> None:
                 mark("adapter forward")
-                output.register_hook(lambda _gradient: mark("LLM backward"))
+                output.tokens.register_hook(lambda _gradient: mark("LLM backward"))
 
             meter.phase = "body"
             handles = [
                 model.vision.register_forward_hook(lambda *_: mark("vision forward")),
-                model.adapter.register_forward_hook(after_adapter),
+                model.entry.register_forward_hook(after_entry),
                 model.llm.model.base_model.register_forward_hook(after_decoder),
             ]
             with self._autocast():
@@ -204,7 +208,7 @@ class Rehearsal:
             mark("adapter backward")
             for handle in handles:
                 handle.remove()
-        model.adapter.zero_grad()
+        self.parts["adapter"].zero_grad()
         return Step(flops, kept["body"], kept["head"], meter.peak)
 
     def text_flops(self) -> int:

@@ -399,7 +399,7 @@ def test_test_scores_the_test_part_and_leaves_validation_alone(fit, models, tmp_
     assert records[0].captions != cli.datamodule.val_set[0].captions
     pixels = torch.stack([cli.model.vision.transform(record.image) for record in records])
     with torch.no_grad():
-        written = cli.model.generate(cli.model.adapter(cli.model.vision(pixels)), Decoding(8))
+        written = cli.model.generate(cli.model.made_of(cli.model.vision(pixels)), Decoding(8))
     expected = caption_scores(
         [caption.text for caption in written], [record.captions for record in records]
     )

@@ -52,7 +52,7 @@ def test_loss_is_the_llms_own_on_the_caption(models, tmp_path, architecture):
     for row in range(4):
         ids, _, is_target, _ = prompt.text(batch.captions[row][0])
         prefix, text = (model.llm.embed(torch.tensor(ids)) for ids in (prompt.prefix_ids, ids))
-        embeds = torch.cat([prefix, image_tokens[row], text])
+        embeds = torch.cat([prefix, image_tokens.tokens[row], text])
         labels = torch.full((len(embeds),), -100)
         labels[-len(ids) :] = torch.tensor(ids).where(torch.tensor(is_target), torch.tensor(-100))
         output = model.llm.model(inputs_embeds=embeds[None], labels=labels[None])
@@ -237,7 +237,7 @@ def test_generation_is_the_llms_own_greedy_continuation(model):
     image_tokens = model.image_tokens(batch)
     written = [caption.text for caption in model.generate(image_tokens, Decoding(max_new_tokens=5))]
     prefix = model.llm.embed(torch.tensor(model.collator().prompt.prefix_ids))
-    embeds = torch.cat([prefix.expand(2, -1, -1), image_tokens], dim=1)
+    embeds = torch.cat([prefix.expand(2, -1, -1), image_tokens.tokens], dim=1)
     for row in range(2):
         sequence, ids = embeds[row : row + 1], []
         for _ in range(5):
@@ -285,7 +285,7 @@ def test_text_alone_gives_the_adapter_a_gradient_of_zero(model):
     records, captions = mixed_records()
     batch = model.collator()(records[1:3], captions[1:3])
     image_tokens, losses, _ = model(batch)
-    (losses.sum() + 0.0 * image_tokens.sum()).backward()
+    (losses.sum() + image_tokens.nothing()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.adapter.parameters())
 
 

@@ -365,13 +365,13 @@ def test_text_alone_is_measured_once_where_the_captions_stay(probed, monkeypatch
     callback, model = sae_probe(probed), type(probed.model)
     probe, batches = callback.probe, probe_batches(probed, 6)
     monkeypatch.setattr(probe, "_known_text", ({}, {}))
-    embed, alone = model.embed_sequences, []
+    decode, alone = model.decode, []
 
     def counted(self, sequences, image_tokens):
         alone.append(image_tokens is None)
-        return embed(self, sequences, image_tokens)
+        return decode(self, sequences, image_tokens)
 
-    monkeypatch.setattr(model, "embed_sequences", counted)
+    monkeypatch.setattr(model, "decode", counted)
     found, forwards = [], []
     for same_captions in (False, True, True):
         alone.clear()
@@ -449,7 +449,7 @@ def test_validate_probes_a_published_projector(fit, tmp_path):
     batch = next(iter(cli.datamodule.probe_dataloader(2)))
     with torch.no_grad():
         expected = cli.model.vision(batch.pixel_values) @ weight.T + bias
-        torch.testing.assert_close(cli.model.image_tokens(batch), expected)
+        torch.testing.assert_close(cli.model.image_tokens(batch).tokens, expected)
     log = events(cli.trainer.log_dir)
     assert log.Scalars("fvu/image/layer_02")
     assert "probe/by_layer" in log.Tags()["images"]

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_limber.data.records import Record
 from lightning_limber.models.adapters import MLP, Adapter, Linear, PixelShuffle
 from lightning_limber.models.adapters.spec import adapter_from_spec
+from lightning_limber.models.image_tokens import embed_sequences
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.vision import VisionConfig
 from lightning_limber.probe.metrics import DEFAULT_METRICS
@@ -96,7 +97,7 @@ def test_flops_and_parameters_are_those_of_the_real_step(tmp_path, llm, vision, 
         features = real.vision(pixels)
         assert step.flops["adapter forward"] == counted(lambda: real.adapter(features))
         alone = batch_of(real, for_probe=True).without_image
-        text = counted(lambda: real.llm.decode(real.embed_sequences(alone, None)))
+        text = counted(lambda: real.llm.decode(embed_sequences(real.llm, alone, None)))
     assert planned.text_flops() * IMAGES == text
     assert not [p for part in (real.vision, real.llm) for p in part.parameters() if p.grad is not None]
     assert planned.parameters == {

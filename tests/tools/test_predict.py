@@ -20,6 +20,7 @@ from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.adapter_weights import read_projector
 from lightning_limber.models.adapters import MLP, Linear, PixelShuffle
 from lightning_limber.models.generation import Caption, Decoding
+from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.vision import VisionConfig
 from lightning_limber.probe.explanations import Explanation, write_explanations
@@ -51,7 +52,7 @@ def image_tokens(model: Limber, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def generate(model: Limber, pixels: torch.Tensor | None, decoding: Decoding) -> list[Caption]:
-    tokens = None if pixels is None else image_tokens(model, pixels)
+    tokens = None if pixels is None else ImageTokens(image_tokens(model, pixels))
     return model.generate(tokens, decoding, log_probabilities=True)
 
 

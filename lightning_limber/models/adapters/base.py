@@ -125,6 +125,22 @@ class Adapter(nn.Module):
             )
         self.calibrated.fill_(True)
 
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Makes all image tokens zero until the output layer learns.
+
+        Raises:
+            ValueError: `project` does not end with an ``nn.Linear``.
+        """
+        layers = [module for module in self.project.modules() if isinstance(module, nn.Linear)]
+        for parameter in layers[-1].parameters() if layers else ():
+            parameter.zero_()
+        if not layers or layers[-1].out_features != self.llm_size:
+            raise ValueError(
+                f"model.entry.inject: model.adapter {type(self).__name__} does not end with an nn.Linear, "
+                "which could be zero at first. Choose another adapter, or no injection."
+            )
+
     def _mean_norm(self, features: Tensor) -> Tensor:
         return self._evaluate(features).float().norm(dim=-1).mean()
 

@@ -41,12 +41,15 @@ class Group:
         positions: ``image``, ``caption`` or ``prompt``: which tokens of a sequence (`Sequences.groups`).
         fill: Makes what stands at the image positions [B, P, D] of the model, the batch and its image
             tokens [B, P, D]; None leaves the image tokens there. Each function costs a forward of its own.
+        as_text: What `fill` makes stands among the embeddings, as words do. Else it takes the image tokens'
+            way (`model.entry`), and is made of each tensor [B, P, D] that an image puts into the LLM.
         with_image: Whether the sequences have image positions at all.
     """
 
     name: str
     positions: str
     fill: Callable[[Limber, Batch, Tensor], Tensor] | None = None
+    as_text: bool = False
     with_image: bool = True
 
 
@@ -179,6 +182,11 @@ class Measurement:
     def layers(self) -> dict[str, int]:
         """Layers by hook name, in the order of the residual stream."""
         return self.probe.layers
+
+    @property
+    def image_layers(self) -> dict[str, int]:
+        """Those of `layers` that image tokens pass: not those below the layer where they enter."""
+        return {hook: layer for hook, layer in self.layers.items() if ("image", hook) in self.stats}
 
     @property
     def controls(self) -> list[str]:

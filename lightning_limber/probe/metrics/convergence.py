@@ -102,7 +102,7 @@ class Convergence(ProbeMetric):
     ) -> tuple[float, float, float]:
         """The convergence layer and its interval."""
         layers = [
-            convergence_layer(list(data.layers.values()), a, b, tolerance)
+            convergence_layer(list(data.image_layers.values()), a, b, tolerance)
             for a, b in zip(curve.tolist(), text.tolist(), strict=True)
         ]
         value, *samples = [math.inf if layer is None else float(layer) for layer in layers]
@@ -117,7 +117,7 @@ class Convergence(ProbeMetric):
     def _gap_closed(data: Measurement) -> Iterable[Estimate]:
         samples = bootstrap_samples(data, ("mse", "l0"))
         for group in data.image_groups if "noise" in data.groups else ():
-            for layer in data.layers.values() if group != "noise" else ():
+            for layer in data.image_layers.values() if group != "noise" else ():
                 shares = []
                 for metric in ("mse", "l0"):
                     noise, own, text = (samples[layer, name, metric] for name in ("noise", group, "text"))
@@ -129,9 +129,9 @@ class Convergence(ProbeMetric):
         """[1 + R, layers], or [1, layers] of a comparison; None where a layer lacks the metric."""
         key = (group, metric)
         found = {e.layer: e.value for e in data.estimates if (e.group, e.metric) == key}
-        if not all(layer in found for layer in data.layers.values()):
+        if not all(layer in found for layer in data.image_layers.values()):
             return None
-        values = [found[layer] for layer in data.layers.values()]
+        values = [found[layer] for layer in data.image_layers.values()]
         return torch.stack([_samples(value) for value in values], dim=-1)
 
 

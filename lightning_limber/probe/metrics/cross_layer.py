@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_limber.probe.metrics.base import Estimate, Found, Measurement, ProbeMetric
+from lightning_limber.probe.metrics.base import IMAGE, Estimate, Found, Measurement, ProbeMetric
 from lightning_limber.probe.metrics.geometry import reconstruction_metrics
 from lightning_limber.probe.token_stats import active_latents
 
@@ -35,7 +35,7 @@ class CrossLayer(ProbeMetric):
         """
         sums = []
         for group in ("image", *self.controls):
-            for other in run.probe.layers:
+            for other in run.probe.hooks_of(IMAGE):
                 image = group == "image"
                 x = (run.image_tokens(other, once=True) if image else run.filled(group)[other]).float()
                 latents, reconstruction = run.probe.encode(hook, x)
@@ -52,7 +52,7 @@ class CrossLayer(ProbeMetric):
             tables: dict[str, list[list[float]]] = {}
             for group, of_group in zip(("image", *self.controls), total, strict=True):
                 variance = []
-                for hook in data.layers:
+                for hook in data.image_layers:
                     stats = data.stats[group, hook]
                     weights = torch.tensor([[float(i in chosen) for i in stats.index.tolist()]]).double()
                     metrics = reconstruction_metrics(stats, weights)

@@ -165,7 +165,7 @@ class Detectors(ProbeMetric):
             return
         limit = data.probe.config.detector_auroc
         by_layer = defaultdict(list)
-        for hook, layer in data.layers.items():
+        for hook, layer in data.image_layers.items():
             image, text = (data.stats[group, hook].activation_sum for group in ("image", "text"))
             detection = detect(image, text, attributes)
             scores = detection.scores

@@ -57,7 +57,7 @@ class KNN(ProbeMetric):
 
     def compute(self, data: Measurement, found: Found) -> Iterable[Estimate]:
         groups = [name for name in data.groups if data.probe.groups[name].positions == "image"]
-        for hook, layer in data.layers.items():
+        for hook, layer in data.image_layers.items():
             for group in groups:
                 image, text = (data.stats[name, hook].means for name in (group, "text"))
                 # Only images that have tokens left in both groups.

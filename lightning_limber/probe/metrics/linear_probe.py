@@ -85,7 +85,7 @@ class LinearProbe(ProbeMetric):
         if attributes is None:
             return
         by_layer = []
-        for hook, layer in data.layers.items():
+        for hook, layer in data.image_layers.items():
             scores = linear_probe(data.stats["image", hook].means, attributes)
             if (layer, "image") not in data.without_tokens:
                 by_layer.append(scores)

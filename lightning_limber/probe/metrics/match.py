@@ -78,6 +78,8 @@ class Match(ProbeMetric):
         for hook, known in data.probe.descriptions.items():
             agrees = torch.from_numpy(words.agreement(known.texts, vocabulary))  # [K, W]
             for group in self.asked:
+                if (group, hook) not in data.stats:
+                    continue
                 stats = data.stats[group, hook]
                 top = top_latents(
                     stats.activation_sum if self.strength == "sum" else stats.activation_max,

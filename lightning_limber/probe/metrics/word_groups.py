@@ -1,6 +1,7 @@
 """Groups of words in the image's place: what the numbers are of random words, and of the right ones.
 
     words_long  random tokens of the vocabulary at the image tokens' norms: the sharpest control
+                (where image tokens enter behind layer 0: as the LLM has them there)
     words       the same tokens at their own norms: text without sense
     told        the tokens of the caption's content words: the right content, as text
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_limber.data.collate import Batch
+from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.llm import LLM
 from lightning_limber.probe import words
@@ -53,8 +55,19 @@ def _words(model: Limber, batch: Batch, image_tokens: Tensor) -> Tensor:
     return model.llm.embed(ids.to(image_tokens.device))
 
 
+def _at_entry(model: Limber, batch: Batch, embeds: Tensor) -> Tensor:
+    """What the layers below the image tokens' make of embeddings [B, P, D] in the image's place."""
+    layer, sequences = model.entry.config.layer, batch.without_captions
+    if not layer or sequences is None:
+        return embeds
+    found: list[Tensor] = []
+    with model.llm.residual_hooks({f"blocks.{layer}.hook_resid_pre": found.append}):
+        model.decode(sequences, ImageTokens(embeds))
+    return found[0].flatten(0, 1)[sequences.image_positions].view_as(embeds)
+
+
 def _words_long(model: Limber, batch: Batch, image_tokens: Tensor) -> Tensor:
-    embeds = _words(model, batch, image_tokens).to(image_tokens)
+    embeds = _at_entry(model, batch, _words(model, batch, image_tokens)).to(image_tokens)
     norm = embeds.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return embeds * (image_tokens.norm(dim=-1, keepdim=True) / norm)
 
@@ -76,11 +89,11 @@ class Words(ProbeMetric):
     """Adds the group `words`, random words; it has no number of its own."""
 
     name = "words"
-    groups = (Group("words", "image", _words),)
+    groups = (Group("words", "image", _words, as_text=True),)
 
 
 class Told(ProbeMetric):
     """Adds the group `told`, the caption's content words; it has no number of its own."""
 
     name = "told"
-    groups = (Group("told", "image", _told),)
+    groups = (Group("told", "image", _told, as_text=True),)

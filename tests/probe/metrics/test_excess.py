@@ -9,6 +9,7 @@ import pytest
 import torch
 from parts import probe_batches, sae_probe
 
+from lightning_limber.models.image_tokens import embed_sequences
 from lightning_limber.probe.metrics.excess import LOGARITHM, excess
 from lightning_limber.probe.metrics.geometry import reconstruction_metrics
 from lightning_limber.probe.statistics import bootstrap_weights, interval
@@ -126,7 +127,7 @@ def test_direction_against_a_second_computation(fit):
     kept: dict[str, list[torch.Tensor]] = {name: [] for name in probe.saes}
     with torch.no_grad():
         for batch in probe_batches(cli, 10):
-            embeds = model.embed_sequences(batch, model.image_tokens(batch))
+            embeds = embed_sequences(model.llm, batch, model.image_tokens(batch))
             hooks = {name: lambda x, n=name: kept[n].append(x[:, 1:5].flatten(0, 1)) for name in probe.saes}
             with model.llm.residual_hooks(hooks):
                 model.llm.decode(embeds)

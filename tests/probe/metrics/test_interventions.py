@@ -66,7 +66,7 @@ def test_interventions_against_a_second_computation(probed, monkeypatch):
 
     def losses(sequences, tokens, hooks) -> float:
         with model.llm.residual_hooks(hooks):
-            hidden = model.llm.decode(model.embed_sequences(sequences, tokens))
+            hidden = model.decode(sequences, tokens)
         return float(model.target_losses(sequences, hidden)[0].double().sum())
 
     def replace(positions, new):
@@ -88,7 +88,7 @@ def test_interventions_against_a_second_computation(probed, monkeypatch):
             for batch in single:
                 opening, kept = batch.other.without_captions, []
                 with model.llm.residual_hooks({name: kept.append}):
-                    model.llm.decode(model.embed_sequences(opening, model.image_tokens(batch.other)))
+                    model.decode(opening, model.image_tokens(batch.other))
                 other = kept[0].flatten(0, 1)[opening.groups["image"][0]]
                 places, tokens = batch.groups["image_copies"][0], model.image_tokens(batch)
                 text = batch.without_image

@@ -9,6 +9,7 @@ import pytest
 import torch
 from parts import probe_batches, values
 
+from lightning_limber.models.image_tokens import embed_sequences
 from lightning_limber.probe import words
 from lightning_limber.probe.metrics.lens_hit import weighted_hits, whole_words
 
@@ -22,7 +23,7 @@ def test_lens_hit_against_a_second_computation(probed):
     with torch.no_grad():
         for batch in probe_batches(cli, 10):
             kept = {}
-            embeds = model.embed_sequences(batch, model.image_tokens(batch))
+            embeds = embed_sequences(model.llm, batch, model.image_tokens(batch))
             hooks = {f"blocks.{i}.hook_resid_post": partial(kept.__setitem__, i) for i in hits}
             with model.llm.residual_hooks(hooks):
                 model.llm.decode(embeds)

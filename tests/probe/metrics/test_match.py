@@ -123,7 +123,7 @@ def test_match_by_strength_against_a_second_computation(probed, strength):
     said: list[set[str]] = []
     for batch in probe_batches(probed, 10):
         latents: dict[str, torch.Tensor] = {}
-        probe.latents(model.image_tokens(batch).detach(), latents.__setitem__)
+        probe.latents(model.image_tokens(batch), latents.__setitem__)
         for name, of_batch in latents.items():
             found[name] += list(of_batch.nan_to_num())
         said += [{words.stem(w) for w in words.content_words(captions[0])} for captions in batch.captions]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from parts import probe_batches, sae_probe
 
+from lightning_limber.models.image_tokens import embed_sequences
 from lightning_limber.probe import words
 from lightning_limber.probe.metrics import neighbours
 from lightning_limber.probe.metrics.neighbours import Bank, Place, lift, spread, word_places
@@ -52,7 +53,7 @@ def test_against_numpy(probed):
     nearest: dict[int, dict[int, list[int]]] = {layer: {} for layer in probe.layers.values()}
     said: dict[int, set[str]] = {}
     for batch in probe_batches(probed, 10):
-        found = residuals(model, hooks, model.embed_sequences(batch, model.image_tokens(batch)))
+        found = residuals(model, hooks, embed_sequences(model.llm, batch, model.image_tokens(batch)))
         for name, x in found.items():
             for row, index in enumerate(batch.index):
                 said[index] = {words.stem(w) for w in words.content_words(batch.captions[row][0])}

@@ -13,6 +13,7 @@ from parts import sae_probe
 
 from lightning_limber.data.prompt import Prompt
 from lightning_limber.data.scenes import SceneSet
+from lightning_limber.models.image_tokens import embed_sequences
 from lightning_limber.models.vision import ImageTransform
 from lightning_limber.probe.metrics.object_patches import (
     ObjectPatches,
@@ -196,7 +197,7 @@ def test_rises_are_those_of_whole_forwards_with_tokens_replaced(run):
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(data, "val_batch_size", 1)
         for batch in data.probe_dataloader(10):
-            embeds = model.embed_sequences(batch, model.image_tokens(batch))
+            embeds = embed_sequences(model.llm, batch, model.image_tokens(batch))
 
             def losses(hook):
                 with model.llm.residual_hooks({"blocks.0.hook_resid_post": hook}):

@@ -13,6 +13,7 @@ from parts import sae_probe
 
 from lightning_limber.data.prompt import Prompt
 from lightning_limber.data.scenes import COLOURS
+from lightning_limber.models.image_tokens import embed_sequences
 from lightning_limber.probe.intervention import Intervention
 from lightning_limber.probe.metrics.object_steer import (
     METRICS,
@@ -165,7 +166,7 @@ def test_rises_are_those_of_whole_forwards(run):
             plan = plan_steering(batch, model, 16, colours)
             if plan is None:
                 continue
-            embeds = model.embed_sequences(batch, model.image_tokens(batch))
+            embeds = embed_sequences(model.llm, batch, model.image_tokens(batch))
 
             def odds(hook):
                 with model.llm.residual_hooks({HOOK: hook}):

@@ -16,6 +16,7 @@ import torch
 from parts import sae_probe
 from process import REPO, run_cli
 
+from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.probe.config import ProbeConfig, in_present_form
 from lightning_limber.probe.figures import heatmap_figure, probe_figure
 from lightning_limber.probe.metrics import (
@@ -228,7 +229,7 @@ def test_everything_that_a_metric_can_ask_for(fit, tmp_path, monkeypatch):
         kept: dict[str, torch.Tensor] = {}
         hooks = {hook: partial(kept.__setitem__, hook) for hook in probe.layers}
         with torch.no_grad(), model.llm.residual_hooks(hooks):
-            model.llm.decode(model.embed_sequences(batch, torch.zeros(len(batch.index), 4, 32)))
+            model.decode(batch, ImageTokens(torch.zeros(len(batch.index), 4, 32)))
         for hook, layer in probe.layers.items():
             x = kept[hook].flatten(0, 1)[batch.groups["image"][0]]
             norms[layer] += float(x.norm(dim=-1)[probe.keep(hook, x)].sum())

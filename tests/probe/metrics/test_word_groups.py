@@ -76,12 +76,12 @@ def test_norms_and_directions(model):
 def test_without_captions_the_image_positions_are_the_same(model):
     """The short forward of a group in the image's place reads what a whole one would."""
     batch = batch_of(model, [0, 1, 2])
-    tokens = fill(model, "words_long", batch, model.image_tokens(batch))
+    tokens = model.image_tokens(batch).filled(partial(fill, model, "words_long", batch))
     found: list[torch.Tensor] = []
     for sequences in (batch, batch.without_captions):
         kept: dict[str, torch.Tensor] = {}
         hooks = {"blocks.2.hook_resid_post": partial(kept.__setitem__, "x")}
         with model.llm.residual_hooks(hooks):
-            model.llm.decode(model.embed_sequences(sequences, tokens))
+            model.decode(sequences, tokens)
         found.append(kept["x"].flatten(0, 1)[sequences.groups["image"][0]])
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
