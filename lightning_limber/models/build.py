@@ -73,6 +73,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapter = make_adapter(features.shape[-1], llm.hidden_size)
+    adapter.bind(llm)
     tokens = adapter.count_tokens(features.to(next(adapter.parameters()).device))
     check_length(llm, tokens, hparams["max_caption_tokens"])
     token_norm = float(llm.token_norm())

@@ -138,6 +138,7 @@ class Rehearsal:
         with torch.device("meta"):
             features = model.vision(self._pixels[None].to("meta"))
             model.adapter = model.make_adapter(features.shape[-1], model.llm.hidden_size)
+            model.adapter.bind(model.llm)
             self.image_tokens = model.adapter.count_tokens(features)
         check_length(model.llm, self.image_tokens, model.hparams["max_caption_tokens"])
         self.prefix_tokens = len(self._prefix_ids)
