@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +78,7 @@ def build(
         torch.manual_seed(seed)
         adapter = make_adapter(features.shape[-1], llm.hidden_size)
         entry = make_entry(entry_config, make_adapter, features.shape[-1], llm)
+    adapter.bind(llm)
     tokens = adapter.count_tokens(features.to(next(adapter.parameters()).device))
     check_length(llm, tokens, hparams["max_caption_tokens"])
     token_norm = float(llm.token_norm())
@@ -105,9 +105,13 @@ def make_entry(
 ) -> Entry:
     """What stands between an adapter and an LLM."""
     config.check(len(llm.layers))
-    return Entry(
-        config, partial(make_adapter, vision_size, llm.hidden_size), llm.hidden_size, len(llm.layers)
-    )
+
+    def make() -> Adapter:
+        adapter = make_adapter(vision_size, llm.hidden_size)
+        adapter.bind(llm)
+        return adapter
+
+    return Entry(config, make, llm.hidden_size, len(llm.layers))
 
 
 def check_length(llm: LLM, image_tokens: int, caption_tokens: int) -> None:

@@ -158,12 +158,15 @@ class Entry(nn.Module):
             return
         for added in self.maps.values():
             added.calibrate(features, scale)  # type: ignore[operator]
-            added.silence()  # type: ignore[operator]
+            added.silence(features)  # type: ignore[operator]
         if here is not None:
+            training = adapter.training
+            tokens = adapter.eval()(features)
+            adapter.train(training)
             if self.mean is not None:
                 self.mean.copy_(here.mean)
             norm = here.norm if self.config.layer else token_norm
-            self.norm.calibrate(norm, here.mean, here.covariance)
+            self.norm.calibrate(float(norm), here.mean, here.covariance, self._at_entry(tokens))
             if self.hold is not None:
                 for name, moments in text.items():
                     self.hold[int(name.split(".")[1])] = moments.norm / here.norm
@@ -171,7 +174,9 @@ class Entry(nn.Module):
 
     def forward(self, image_tokens: Tensor, features: Tensor) -> ImageTokens:
         """What enters, of the adapter's image tokens [B, P, D_l] of features [B, P_v, D_v]."""
-        if self.mean is not None:
-            image_tokens = image_tokens + self.mean
+        image_tokens = self._at_entry(image_tokens)
         added = {int(layer): added(features) for layer, added in self.maps.items()}
         return ImageTokens(self.norm(image_tokens), self.config.layer, added, self.hold)
+
+    def _at_entry(self, image_tokens: Tensor) -> Tensor:
+        return image_tokens if self.mean is None else image_tokens + self.mean

@@ -42,8 +42,9 @@ class Limber(Captioner):
     Args:
         vision: The encoder, and which of its features become image tokens.
         llm: Name of a causal language model: a hub name, a local folder or a ``wheel:`` name.
-        adapter: Class of the trained part and its settings: ``Linear``, ``MLP``, ``PixelShuffle``, or the
-            import path of a subclass of `Adapter`; see adapters/base.py.
+        adapter: Class of the trained part and its settings: ``Linear``, ``MLP``, ``PixelShuffle``,
+            ``Resampler``, ``Vocabulary``, or the import path of a subclass of `Adapter`; see
+            adapters/base.py.
         entry: Where and at what scale image tokens enter the LLM.
         prompt: Text with ``{image}`` and ``{caption}`` in it, or a list of chat messages {role, content}.
         optimizer: Learning rate and schedule.

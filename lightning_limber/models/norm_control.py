@@ -1,24 +1,179 @@
-"""Placeholder until the branch `adapters` is merged."""
+"""Norm control: the length of image tokens, or their first two moments, set to those of text.
+
+Notation: u [B, P, D] are the adapter's tokens and x [B, P, D] what enters the LLM; tau, mu and Sigma are
+the norm, mean and covariance of text where they enter.
+
+    none     x = u
+    fixed    x = tau u / |u|
+    learned  x = e^g tau u / |u|; the scalar g is trained, 0 at the start
+    moments  x = mu + s R L^-1 (u - m); see `Moments`
+
+With `fixed` and `learned` the scale of the adapter's weights is free: a step turns them less the longer
+they are, so the learning rate that suits them is another one (weight decay bounds the length). A LayerNorm
+behind the projector that starts at text's norm (The Unseen Bias, arXiv 2512.08374) is `learned` with a gain
+for each channel.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+
+KINDS = ("none", "fixed", "learned", "moments")
+SHRINKAGE = 0.01
+"""Share of a covariance that is replaced by its mean variance in every direction."""
+MOMENTUM = 0.05
+"""Weight of the newest batch in the running moments: the last 20 batches or so count."""
 
 
 class NormControl(nn.Module):
-    def __init__(self, kind: str, width: int) -> None:
+    """Sets the norm or the moments of image tokens; see this file's head.
+
+    Args:
+        kind: ``none``, ``fixed``, ``learned`` or ``moments``.
+        width: Width D of the LLM.
+
+    Raises:
+        ValueError: the kind is unknown.
+    """
+
+    def __init__(self, kind: Literal["none", "fixed", "learned", "moments"], width: int) -> None:
         super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"model.entry.norm={kind!r}: allowed are {', '.join(KINDS)}.")
         self.kind = kind
-        if kind != "none":
-            self.register_buffer("tau", torch.tensor(1.0))
+        self.calibrated = torch.tensor(kind == "none")
+        if kind == "none":
+            return
+        self.register_buffer("calibrated", self.__dict__.pop("calibrated"))
+        if kind == "moments":
+            self.moments = Moments(width)
+            return
+        self.norm: Tensor
+        self.register_buffer("norm", torch.tensor(1.0))
         if kind == "learned":
-            self.gain = nn.Parameter(torch.zeros(()))
+            self.log_scale = nn.Parameter(torch.tensor(0.0))
 
-    def calibrate(self, tau, mean, cov) -> None:
-        if self.kind != "none":
-            self.tau.copy_(torch.as_tensor(tau))
+    @torch.no_grad()
+    def calibrate(self, norm: float, mean: Tensor, covariance: Tensor, tokens: Tensor) -> None:
+        """Takes the statistics of text, once, before the first step.
 
-    def forward(self, x: Tensor) -> Tensor:
+        Args:
+            norm: Norm tau of text tokens.
+            mean: Their mean mu [D].
+            covariance: Their covariance Sigma [D, D].
+            tokens: The calibrated adapter's tokens u [B, P, D] of training images, the same in every
+                process; with `moments`, the first estimate of what it writes.
+        """
+        if self.kind == "moments":
+            self.moments.calibrate(mean, covariance, tokens.flatten(0, 1))
+        elif self.kind != "none":
+            self.norm.fill_(norm)
+        self.calibrated.fill_(True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens u [B, P, D] -> x [B, P, D]; in float32, but for ``none``."""
         if self.kind == "none":
-            return x
-        x = self.tau * x / x.norm(dim=-1, keepdim=True)
-        return self.gain.exp() * x if self.kind == "learned" else x
+            return tokens
+        if self.kind == "moments":
+            with torch.autocast(tokens.device.type, enabled=False):
+                return self.moments(tokens.float().flatten(0, 1)).view(tokens.shape)
+        scale = self.norm * self.log_scale.exp() if self.kind == "learned" else self.norm
+        return scale * nn.functional.normalize(tokens.float(), dim=-1)
+
+
+class Moments(nn.Module):
+    """Gives tokens u [n, D] the mean and covariance of text: x = mu + s R L^-1 (u - m).
+
+    m and S are running moments of u; S_ = L L^T and Sigma_ = R R^T are Cholesky factors of S and Sigma
+    after shrinkage, (1 - a) S + a tr(S) / D I with a = 0.01, without which a linear adapter's S has no
+    inverse (its rank is D_v at most). The scale s makes the total variance tr(Sigma) exactly. So x has
+    text's mean and total variance, and text's covariance up to the shrinkage and the rank of S. Where S
+    equals Sigma, x is u. (Whitening and colouring by Cholesky factors: arXiv 1806.00420. Between Gaussians
+    this is the Knothe-Rosenblatt map. Symmetric roots would depend on no order of the channels, but
+    eigenvectors have no gradient where eigenvalues coincide, and here D - D_v of them do.)
+
+    Training: each batch moves the running E[u] and E[u u^T] by `MOMENTUM` (the first ones by 1/2, 1/3,
+    ...), and the values are those of the running moments, this batch included: a batch of n < D tokens has
+    no inverse covariance. The gradient is that of the batch's own moments, as in Batch Renormalization
+    (arXiv 1702.03275): with constants for moments, whatever makes u longer looks useful, the next moments
+    undo it, and the weights grow without end. In several processes the moments are those of all tokens, and
+    so is the gradient (all-reduces of D^2 numbers). Evaluation uses the running moments and changes
+    nothing.
+
+    Cost: about 2 D^3 FLOPs forward at each call, also in evaluation; 2 D^2 numbers in a checkpoint.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.factor: Tensor
+        self.running: Tensor
+        self.batches: Tensor
+        self.register_buffer("mean", torch.zeros(width))  # mu
+        self.register_buffer("factor", torch.eye(width))  # R
+        self.register_buffer("running", torch.eye(width + 1))  # [[E[u u^T], E[u]], [E[u^T], 1]]
+        self.register_buffer("batches", torch.tensor(0.0))
+
+    def calibrate(self, mean: Tensor, covariance: Tensor, tokens: Tensor) -> None:
+        self.mean.copy_(mean)
+        self.factor.copy_(torch.linalg.cholesky(_shrunk(covariance.float())))
+        self.running.copy_(_moments(tokens.float())[0])
+        self.batches.fill_(1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        moments = self.running
+        if self.training:
+            batch, count = _moments(tokens)
+            self._update(batch.detach(), count)
+            # The running value, and the batch's gradient.
+            moments = self.running + (batch - batch.detach())
+        mean = moments[-1, :-1]  # m
+        covariance = moments[:-1, :-1] - mean.outer(mean)  # S
+        factor = torch.linalg.cholesky(_shrunk(covariance))  # L
+        weight = torch.linalg.solve_triangular(factor.mT, self.factor.mT, upper=True)  # (R L^-1)^T
+        # tr(Sigma), and what of it `weight` makes of S: S_ would give all of it, and I is no part of u.
+        variance = self.factor.square().sum()
+        added = SHRINKAGE * covariance.diagonal().mean() * weight.square().sum()
+        made = (variance - added) / (1 - SHRINKAGE)
+        scale = (variance / made).sqrt()  # s
+        return self.mean + scale * ((tokens - mean) @ weight)
+
+    @torch.no_grad()
+    def _update(self, batch: Tensor, count: Tensor) -> None:
+        rate = (1 / (self.batches + 1)).clamp_min(MOMENTUM)
+        # A step in which no process has an image says nothing.
+        self.running.lerp_(batch, rate * (count > 0))
+        self.batches += count > 0
+
+
+def _moments(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """E [u, 1] [u, 1]^T, [D + 1, D + 1], over the tokens [n, D] of all processes, and their number."""
+    extended = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=-1)
+    sums = extended.mT @ extended
+    if distributed.is_available() and distributed.is_initialized():
+        sums = _AllReduce.apply(sums)
+    count = sums[-1, -1].detach()
+    return sums / count.clamp_min(1), count
+
+
+def _shrunk(covariance: Tensor) -> Tensor:
+    mean_variance = covariance.diagonal().mean()
+    identity = torch.eye(len(covariance), device=covariance.device)
+    return torch.lerp(covariance, mean_variance * identity, SHRINKAGE)
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(_context: Any, tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        distributed.all_reduce(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> Tensor:
+        return _AllReduce.apply(gradient)

@@ -140,6 +140,7 @@ class Rehearsal:
             features = model.vision(self._pixels[None].to("meta"))
             vision_size = features.shape[-1]
             model.adapter = model.make_adapter(vision_size, model.llm.hidden_size)
+            model.adapter.bind(model.llm)
             model.entry = make_entry(model.entry_config, model.make_adapter, vision_size, model.llm)
             self.image_tokens = model.adapter.count_tokens(features)
         check_length(model.llm, self.image_tokens, model.hparams["max_caption_tokens"])

@@ -12,6 +12,8 @@ import yaml
 
 ADAPTERS = "lightning_limber.models.adapters"
 KINDS = {"linear": "Linear", "mlp": "MLP", "pixel_shuffle": "PixelShuffle"}
+NAMES = (*KINDS.values(), "Resampler", "Vocabulary")
+"""Classes that need no import path."""
 SHARED = ("input_norm", "dropout")
 """Settings that every kind had and used."""
 FLAG, CONFIG = "--model.adapter", ("--config", "-c")
@@ -97,11 +99,11 @@ def _options(args: list[str]) -> Iterator[tuple[str, str]]:
 def _full_path(name: str) -> str:
     if "." in name:
         return name
-    if name not in KINDS.values():
-        near = get_close_matches(name, KINDS.values(), 1)
+    if name not in NAMES:
+        near = get_close_matches(name, NAMES, 1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise ValueError(
-            f"model.adapter is {name}: it must be {', '.join(KINDS.values())} or the import path of a "
+            f"model.adapter is {name}: it must be {', '.join(NAMES)} or the import path of a "
             f"subclass of Adapter, such as my_adapters.Resampler.{hint}"
         )
     return f"{ADAPTERS}.{name}"

@@ -141,6 +141,8 @@ RANGES_OF_CLASSES: dict[str, dict[str, Range]] = {
     "Shards": {"val_shards": at_least(1)},
     "Adapter": {"dropout": from_below(0, 1)},
     "PixelShuffle": {"shuffle": at_least(1)},
+    "Resampler": {"queries": at_least(1), "layers": at_least(1), "heads": at_least(1)},
+    "Vocabulary": {"perplexity": above(1)},
 }
 """By class of this package and parameter; subclasses have them too."""
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_limber import load
-from lightning_limber.models.adapters import MLP, Adapter, Linear, PixelShuffle
+from lightning_limber.models.adapters import MLP, Adapter, Linear, PixelShuffle, Resampler
 from lightning_limber.models.adapters.spec import adapter_from_spec, adapter_spec
 from lightning_limber.tools.report import summary
 from lightning_limber.utils.adapter_config import upgrade_adapter, upgrade_args, upgrade_config
@@ -24,7 +24,7 @@ OLD = Path(__file__).parent / "run_of_b3a4401"
 """A run of 12 steps by the last commit before class paths: its checkpoint after 6, and its export."""
 
 
-@pytest.mark.parametrize("adapter", [Linear, MLP, PixelShuffle])
+@pytest.mark.parametrize("adapter", [Linear, MLP, PixelShuffle, Resampler])
 @pytest.mark.parametrize("input_norm", ["none", "layer", "channel"])
 def test_calibrated_output_has_the_norm_of_token_embeddings(adapter, input_norm):
     torch.manual_seed(0)
@@ -61,10 +61,33 @@ def test_pixel_shuffle_merges_neighbours():
         adapter(torch.zeros(1, 9, 1))
 
 
+def test_a_resampler_reads_any_number_of_patches_in_any_order():
+    torch.manual_seed(0)
+    adapter = Resampler(24, 32, queries=5, layers=2, heads=4)
+    for patches in (9, 16):
+        features = torch.randn(2, patches, 24)
+        tokens = adapter(features)
+        assert tokens.shape == (2, 5, 32)
+        torch.testing.assert_close(adapter(features.flip(1)), tokens)
+    # Every query reads every patch of its own image, and says something of its own.
+    features.requires_grad_()
+    for query in adapter(features)[0]:
+        (gradient,) = torch.autograd.grad(query.sum(), features, retain_graph=True)
+        assert gradient[0].abs().sum(-1).min() > 0
+        assert not gradient[1].any()
+    assert torch.cdist(tokens[0], tokens[0]).fill_diagonal_(1).min() > 0.1
+    assert adapter(features[:0]).shape == (0, 5, 32)
+
+
+def test_a_resamplers_heads_divide_the_width():
+    with pytest.raises(ValueError, match="heads=5 does not divide the encoder's width 24"):
+        Resampler(24, 32, heads=5)
+
+
 def test_grid_of_tokens():
     assert Linear(1, 1).token_grid((4, 6)) == MLP(1, 1).token_grid((4, 6)) == (4, 6)
     assert PixelShuffle(1, 1, shuffle=2).token_grid((4, 6)) == (2, 3)
-    assert Adapter(1, 1).token_grid((4, 6)) is None
+    assert Adapter(1, 1).token_grid((4, 6)) is Resampler(8, 1).token_grid((4, 6)) is None
 
 
 def test_wrong_input_norm():
@@ -135,6 +158,8 @@ ADAPTERS = "lightning_limber.models.adapters"
         (["--model.adapter.dropout=0.1"], "Linear", {"input_norm": "channel", "dropout": 0.1}),
         (["--model.adapter", "Linear"], "Linear", {"input_norm": "channel"}),
         (["--model.adapter=MLP"], "MLP", {}),
+        (["--model.adapter=Vocabulary", "--model.adapter.words=whole"], "Vocabulary", {"words": "whole"}),
+        (["--model.adapter=Resampler", "--model.adapter.queries=8"], "Resampler", {"queries": 8}),
         (["--model.adapter", "MLP", "--model.adapter.input_norm", "layer"], "MLP", {"input_norm": "layer"}),
         (["--config=new.yaml"], "PixelShuffle", {"shuffle": 4}),
         (["--config=new.yaml", f"--model.adapter={ADAPTERS}.PixelShuffle"], "PixelShuffle", {"shuffle": 4}),
@@ -170,7 +195,12 @@ def test_flags_and_configs(flags, name, settings, fit, capsys):
     assert not stop.value.code
     output = capsys.readouterr().out
     adapter = yaml.safe_load(output[output.index("# lightning") :])["model"]["adapter"]
-    defaults = {"input_norm": "none", "dropout": 0.0} | ({"shuffle": 2} if name == "PixelShuffle" else {})
+    own = {
+        "PixelShuffle": {"shuffle": 2},
+        "Resampler": {"queries": 16, "layers": 2, "heads": 8},
+        "Vocabulary": {"words": "all", "perplexity": 50.0},
+    }
+    defaults = {"input_norm": "none", "dropout": 0.0} | own.get(name, {})
     assert adapter == {"class_path": f"{ADAPTERS}.{name}", "init_args": defaults | settings}
 
 
@@ -180,7 +210,7 @@ def test_flags_and_configs(flags, name, settings, fit, capsys):
         ("--model.adapter.kind=conv", "model.adapter.kind='conv': known are linear, mlp, pixel_shuffle"),
         (
             "--model.adapter=Conv",
-            "model.adapter is Conv: it must be Linear, MLP, PixelShuffle or the import",
+            "model.adapter is Conv: it must be Linear, MLP, PixelShuffle, Resampler, Vocabulary or the",
         ),
         ("--model.adapter=torch.nn.Linear", "to be a subclass of <class 'Adapter'>"),
         ("--model.adapter=nowhere.Own", "No module named 'nowhere'"),

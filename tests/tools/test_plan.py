@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from parts import sae_probe
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_limber.data.records import Record
-from lightning_limber.models.adapters import MLP, Adapter, Linear, PixelShuffle
+from lightning_limber.models.adapters import MLP, Adapter, Linear, PixelShuffle, Resampler, Vocabulary
 from lightning_limber.models.adapters.spec import adapter_from_spec
 from lightning_limber.models.image_tokens import embed_sequences
 from lightning_limber.models.limber import Limber
@@ -49,7 +51,7 @@ def batch_of(model: Limber, images: int = IMAGES, **kwargs):
 
 
 def real_and_planned(
-    vision: str, llm: str, precision: str = "32-true", adapter: type[Adapter] = Linear
+    vision: str, llm: str, precision: str = "32-true", adapter: Callable[[int, int], Adapter] = Linear
 ) -> tuple[Limber, Rehearsal]:
     """The same model twice: loaded, and on fake tensors."""
 
@@ -83,6 +85,9 @@ def counted(function) -> int:
         ("gemma2", "clip", MLP),
         ("gpt2", "dinov2", PixelShuffle),
         ("gptj", "resnet", Linear),
+        ("llama", "dinov2", partial(Resampler, queries=5)),
+        ("gemma2", "dinov2", partial(Vocabulary, perplexity=10)),
+        ("gptj", "dinov2", partial(Vocabulary, words="whole", perplexity=10)),
     ],
 )
 def test_flops_and_parameters_are_those_of_the_real_step(tmp_path, llm, vision, adapter):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_limber.models.llm import LLM
 
 
 class ChannelNorm(nn.Module):
@@ -66,6 +70,19 @@ class Adapter(nn.Module):
         self.calibrated: Tensor
         self.register_buffer("calibrated", torch.tensor(False))
 
+    def bind(self, llm: LLM) -> None:
+        """Shows the adapter the frozen LLM that it feeds, once, before the first forward.
+
+        Nothing is done here. An adapter that reads the LLM's weights keeps the reference in ``__dict__``:
+        no checkpoint, optimiser or DDP bucket then holds them, and they move with the LLM.
+
+        Args:
+            llm: Loaded; for `plan`, without values.
+
+        Raises:
+            ValueError: the adapter's settings do not fit the LLM.
+        """
+
     def forward(self, features: Tensor) -> Tensor:
         """Image tokens [B, P', D_l] of features [B, P, D_v]."""
         return self.project(self.dropout(self.input_norm(features)))
@@ -89,7 +106,7 @@ class Adapter(nn.Module):
         Raises:
             ValueError: the output is not [B, P', D_l].
         """
-        tokens = self._evaluate(features)
+        tokens = self._evaluate(self, features)
         if tokens.shape != (len(features), tokens.shape[1], self.llm_size):
             raise ValueError(
                 f"model.adapter {type(self).__name__} turns features {list(features.shape)} into "
@@ -114,6 +131,10 @@ class Adapter(nn.Module):
         """
         if isinstance(self.input_norm, ChannelNorm):
             self.input_norm.measure(features)
+        self._calibrate_output(features, token_norm)
+        self.calibrated.fill_(True)
+
+    def _calibrate_output(self, features: Tensor, token_norm: Tensor) -> None:
         layers = [module for module in self.project.modules() if isinstance(module, nn.Linear)]
         scale = token_norm / self._mean_norm(features)
         for parameter in layers[-1].parameters() if layers else ():
@@ -123,33 +144,36 @@ class Adapter(nn.Module):
                 f"model.adapter {type(self).__name__}: scaling the last nn.Linear of `project` does not "
                 "scale the image tokens. End `project` with an nn.Linear, or override `calibrate`."
             )
-        self.calibrated.fill_(True)
 
     @torch.no_grad()
-    def silence(self) -> None:
+    def silence(self, features: Tensor) -> None:
         """Makes all image tokens zero until the output layer learns.
 
+        Args:
+            features: [B, P, D_v], any.
+
         Raises:
-            ValueError: `project` does not end with an ``nn.Linear``.
+            ValueError: the last ``nn.Linear`` of `project` is not what makes the tokens.
         """
         layers = [module for module in self.project.modules() if isinstance(module, nn.Linear)]
         for parameter in layers[-1].parameters() if layers else ():
             parameter.zero_()
-        if not layers or layers[-1].out_features != self.llm_size:
+        if self._mean_norm(features):
             raise ValueError(
                 f"model.entry.inject: model.adapter {type(self).__name__} does not end with an nn.Linear, "
                 "which could be zero at first. Choose another adapter, or no injection."
             )
 
     def _mean_norm(self, features: Tensor) -> Tensor:
-        return self._evaluate(features).float().norm(dim=-1).mean()
+        return self._evaluate(self, features).float().norm(dim=-1).mean()
 
-    def _evaluate(self, features: Tensor) -> Tensor:
-        """The forward without dropout."""
+    def _evaluate(self, compute: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+        """What a method of this adapter makes of the features without dropout."""
         training = self.training
-        tokens = self.eval()(features)
+        self.eval()
+        made = compute(features)
         self.train(training)
-        return tokens
+        return made
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:

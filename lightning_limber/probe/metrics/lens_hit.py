@@ -20,28 +20,17 @@ from lightning_limber.probe import words
 from lightning_limber.probe.metrics.base import Estimate, Found, Items, Measurement, ProbeMetric, Tokens
 from lightning_limber.probe.palette import Panel
 from lightning_limber.probe.statistics import compare_hits
+from lightning_limber.utils.word_tokens import word_tokens
 
 if TYPE_CHECKING:
     from lightning_limber.probe.passes import Probe
 
-WORD_MARKS = ("\u0120", "\u2581")
-"""What stands for the space before a word in byte-level vocabularies ("Ġ") and SentencePiece's ("▁")."""
-
 
 def whole_words(tokenizer: Any, vocab_size: int) -> dict[int, str]:
-    """Stems of the tokens that begin a word, and are all of it as far as can be told, by token id.
-
-    A token without the mark of a space goes on with a word: "red" of "hundred" says nothing of red. In a
-    vocabulary without marks every token is a word.
-    """
-    pieces = tokenizer.convert_ids_to_tokens(range(min(vocab_size, len(tokenizer))))
-    marked = {i: piece for i, piece in enumerate(pieces) if piece.startswith(WORD_MARKS)}
-    texts = {
-        i: tokenizer.convert_tokens_to_string([piece]).strip().lower()
-        for i, piece in (marked or dict(enumerate(pieces))).items()
-    }
+    """Stems of the tokens that begin a word, and are all of it as far as can be told, by token id."""
+    texts = word_tokens(tokenizer, vocab_size)
     # A token that opens many words says none of them.
-    return {i: words.stem(text) for i, text in texts.items() if text.isalpha() and len(text) > 2}
+    return {i: words.stem(text.lower()) for i, text in texts.items() if len(text) > 2}
 
 
 def weighted_hits(found: Tensor, captions: Tensor) -> Tensor:
