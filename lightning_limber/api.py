@@ -29,7 +29,7 @@ from lightning_limber.data.held_out import spread, stand_in
 from lightning_limber.data.image_folder import open_image
 from lightning_limber.data.prompt import CAPTION_QUESTION
 from lightning_limber.data.records import Record, Turns
-from lightning_limber.models.adapter_weights import ENTRY, read_projector
+from lightning_limber.models.adapter_weights import ENTRY, own_weights, read_projector
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.models.limber import Limber
@@ -90,7 +90,7 @@ class Trained:
     @classmethod
     def of_checkpoint(cls, checkpoint: dict[str, Any]) -> Trained:
         saved = checkpoint["lightning_limber"]
-        weights = {key.removeprefix("adapter."): value for key, value in checkpoint["state_dict"].items()}
+        weights = own_weights(checkpoint)
         # Tuples, which YAML lacks, become lists.
         settings = json.loads(json.dumps(checkpoint["hyper_parameters"]))
         # The adapter that it started from, and how the run was made faster, are history.
@@ -117,7 +117,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> TrainedM
             this package and not imported.
     """
     trained = Trained.read(path)
-    model = Limber(**trained.config["model"])
+    model = Limber(**trained.config["model"] | {"regularise": {}})  # That is for training.
     model.configure_model()
     model.on_load_checkpoint({"lightning_limber": {"backbones": trained.backbones}})
     model.load_state_dict(

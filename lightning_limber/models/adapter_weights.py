@@ -123,8 +123,7 @@ def read_projector(path: str | Path) -> dict[str, Tensor]:
             f"model.adapter_weights={path} holds no weights by name, but {type(weights).__name__}."
         )
     if "lightning_limber" in weights:
-        own = read_checkpoint(path)["state_dict"]
-        return {key.removeprefix("adapter."): value for key, value in own.items()}
+        return own_weights(read_checkpoint(path))
     if "calibrated" in weights:  # Only this project's adapters have it.
         return weights
     projector = _projector(weights)
@@ -140,6 +139,16 @@ def read_projector(path: str | Path) -> dict[str, Tensor]:
         "{weight,bias} (transformers); image_prefix.proj.{weight,bias} (LiMBeR); or {weight,bias} "
         "alone, also below one prefix (a Linear)."
     )
+
+
+def own_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights of a checkpoint of this project: adapter's without a prefix, entry's below `ENTRY`."""
+    state = checkpoint["state_dict"]
+    return {
+        key.removeprefix("adapter."): value
+        for key, value in state.items()
+        if key.startswith(("adapter.", ENTRY))
+    }
 
 
 def _projector(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from lightning_limber.models.adapters import Adapter
 from lightning_limber.models.entry import Entry, EntryConfig
 from lightning_limber.models.frozen import fingerprint
 from lightning_limber.models.llm import LLM
+from lightning_limber.models.regularise import RegulariseConfig, Regulariser
 from lightning_limber.models.vision import VisionEncoder
 
 BLANK_IMAGE = Image.new("RGB", (64, 64))
@@ -29,6 +30,7 @@ class Built(NamedTuple):
 
     adapter: Adapter
     entry: Entry
+    regulariser: Regulariser | None
     backbones: dict[str, str]
     """Fingerprints of the frozen models' weights."""
     feature_shape: tuple[int, ...]
@@ -45,6 +47,7 @@ def build(
     llm: LLM,
     make_adapter: Callable[[int, int], Adapter],
     entry_config: EntryConfig,
+    regularise_config: RegulariseConfig,
     hparams: Mapping[str, Any],
     trainer: Any,
 ) -> Built:
@@ -55,6 +58,7 @@ def build(
         llm: LLM without its weights.
         make_adapter: Widths D_v and D_l -> adapter.
         entry_config: Where image tokens enter the LLM.
+        regularise_config: What the loss asks of them.
         hparams: Of the module (`Limber`).
         trainer: Lightning's; None outside a run.
 
@@ -97,7 +101,12 @@ def build(
         f"[trainable] adapter {_millions(adapter)}  {type(adapter).__name__}, "
         f"{features.shape[1]} x {features.shape[2]} -> {tokens} x {llm.hidden_size}"
     )
-    return Built(adapter, entry, backbones, tuple(features.shape[1:]), tokens, token_norm, seed)
+    regulariser = None
+    if regularise_config.weight:
+        regulariser = Regulariser(regularise_config, llm, entry_config.layer)
+    return Built(
+        adapter, entry, regulariser, backbones, tuple(features.shape[1:]), tokens, token_norm, seed
+    )
 
 
 def make_entry(

@@ -7,7 +7,9 @@ tokens, S = T0 + P + T, D_l the LLM's width, V its vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,17 +23,19 @@ from lightning_limber.models.adapters import Adapter, Linear
 from lightning_limber.models.adapters.spec import adapter_from_spec, adapter_spec
 from lightning_limber.models.build import build
 from lightning_limber.models.captioner import Captioner
-from lightning_limber.models.entry import EntryConfig, text_moments
+from lightning_limber.models.entry import EntryConfig
 from lightning_limber.models.feature_cache import KeptFeatures, open_feature_cache
 from lightning_limber.models.finite import FiniteCheck
 from lightning_limber.models.generation import Caption, Decoding
 from lightning_limber.models.held_out import HeldOut, HeldOutSums, in_words
 from lightning_limber.models.optimizer import OptimizerConfig, StepMean, clip_gradients, make_optimizer
+from lightning_limber.models.regularise import RegulariseConfig
+from lightning_limber.models.text_moments import text_moments
 from lightning_limber.models.vision import VisionConfig
 from lightning_limber.utils.checkpoints import check_same_run, training_settings
 from lightning_limber.utils.loop_state import stored_epoch
 
-ADDED_SETTINGS = {"entry": asdict(EntryConfig())}
+ADDED_SETTINGS = {"entry": asdict(EntryConfig()), "regularise": asdict(RegulariseConfig())}
 NUM_TEXTS = 256
 """Training records whose captions are the text that `Entry.calibrate` looks at."""
 
@@ -46,6 +50,7 @@ class Limber(Captioner):
             ``Resampler``, ``Vocabulary``, or the import path of a subclass of `Adapter`; see
             adapters/base.py.
         entry: Where and at what scale image tokens enter the LLM.
+        regularise: What the loss asks of image tokens beside captions.
         prompt: Text with ``{image}`` and ``{caption}`` in it, or a list of chat messages {role, content}.
         optimizer: Learning rate and schedule.
         max_caption_tokens: Cut captions that are longer than this many tokens; the end token stays.
@@ -66,6 +71,7 @@ class Limber(Captioner):
         llm: str = "wheel:smollm2-135m-instruct",
         adapter: Callable[[int, int], Adapter] = Linear,
         entry: EntryConfig = EntryConfig(),
+        regularise: RegulariseConfig = RegulariseConfig(),
         prompt: Template = "{bos}{image}{caption}{eos}",
         optimizer: OptimizerConfig = OptimizerConfig(),
         max_caption_tokens: int = 64,
@@ -80,11 +86,12 @@ class Limber(Captioner):
         super().__init__(vision, llm)
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         entry = EntryConfig(**entry) if isinstance(entry, dict) else entry
+        regularise = RegulariseConfig(**regularise) if isinstance(regularise, dict) else regularise
         self.make_adapter = adapter_from_spec(adapter) if isinstance(adapter, dict) else adapter
-        self.optimizer_config, self.entry_config = optimizer, entry
+        self.optimizer_config, self.entry_config, self.regularise_config = optimizer, entry, regularise
         self.save_hyperparameters({
             "vision": asdict(vision), "llm": llm, "adapter": adapter_spec(self.make_adapter),
-            "entry": asdict(entry),
+            "entry": asdict(entry), "regularise": asdict(regularise),
             "prompt": prompt, "optimizer": asdict(optimizer), "max_caption_tokens": max_caption_tokens,
             "adapter_weights": adapter_weights, "cache_features": cache_features,
             "held_out_features_gb": held_out_features_gb, "compile_llm": compile_llm,
@@ -104,10 +111,10 @@ class Limber(Captioner):
     def configure_model(self) -> None:
         """Loads the frozen weights and builds the adapter between them."""
         if self.llm.model is None:
-            made = build(
-                self.vision, self.llm, self.make_adapter, self.entry_config, self.hparams, self._trainer
-            )
+            configs = self.entry_config, self.regularise_config
+            made = build(self.vision, self.llm, self.make_adapter, *configs, self.hparams, self._trainer)
             self.adapter, self.entry, self.backbones = made.adapter, made.entry, made.backbones
+            self.regulariser = made.regulariser
             self.num_image_tokens, self.token_norm = made.num_image_tokens, made.token_norm
             self.feature_shape, self._seed = made.feature_shape, made.seed
 
@@ -127,12 +134,15 @@ class Limber(Captioner):
 
     def _calibrate(self) -> None:
         """Gives a fresh adapter the scale of the LLM's embeddings (once; a checkpoint brings its own)."""
+        data = cast(Any, self.trainer).datamodule
+        texts = partial(data.training_captions, NUM_TEXTS)
+        if self.regulariser is not None and not self.regulariser.calibrated:
+            self.regulariser.calibrate(self.llm, texts())
         if self.adapter.calibrated and self.entry.is_calibrated:
             return
-        data = cast(Any, self.trainer).datamodule
         features = self.vision(data.calibration_batch().pixel_values.to(self.device)).float()
         hooks = self.entry.hooks
-        text = text_moments(self.llm, data.training_captions(NUM_TEXTS), hooks) if hooks else {}
+        text = text_moments(self.llm, texts(), hooks) if hooks else {}
         norm = torch.tensor(self.token_norm, device=self.device)
         self.entry.calibrate(self.adapter, features, norm, text)
 
@@ -143,7 +153,13 @@ class Limber(Captioner):
         torch.manual_seed(hash((self._seed, self.global_step, self.global_rank)) % 2**63)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        image_tokens, losses, correct = self(batch)
+        reading = nullcontext() if self.regulariser is None else self.regulariser.reading(self.llm, batch)
+        with reading:
+            image_tokens, losses, correct = self(batch)
+        loss_of_batch, extra = losses.sum(), losses.new_zeros(())
+        if self.regulariser is not None:
+            extra = self.regulariser.penalty(batch, self.num_image_tokens)
+            loss_of_batch = loss_of_batch + self.regularise_config.weight * extra
         norms = image_tokens.tokens.detach().float().norm(dim=-1)  # [B, P]
         counts = [len(losses), norms.numel(), batch.used_positions, batch.input_ids.numel()]
         counts += [sum(batch.truncated), len(batch.truncated)]
@@ -156,7 +172,7 @@ class Limber(Captioner):
         # The mean over the tokens of the whole step, also when it is split over processes that hold
         # captions of different lengths (DDP averages the processes' gradients). The image tokens are
         # named for a share of the batch that has none.
-        loss = self._mean.loss(losses.sum(), count, batch_idx, self.trainer) + image_tokens.nothing()
+        loss = self._mean.loss(loss_of_batch, count, batch_idx, self.trainer) + image_tokens.nothing()
         self.finite.note(loss_sum, self.global_step)
         log = {
             "train/loss": loss_sum / count,
@@ -168,6 +184,8 @@ class Limber(Captioner):
             "train/padding": 1 - real / padded,
             "train/truncated": cut / texts,
         }
+        if self.regulariser is not None:
+            log["train/penalty"] = extra.detach() / max(1, len(losses))
         for layer, added in image_tokens.added.items():
             norm = added.detach().float().norm(dim=-1).mean()
             log[f"train/injected_norm/layer_{layer:02d}"] = norm / self.token_norm

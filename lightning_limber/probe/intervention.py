@@ -12,15 +12,10 @@ from torch import Tensor
 from lightning_limber.data.collate import Batch
 from lightning_limber.data.layout import Sequences
 from lightning_limber.models.image_tokens import ImageTokens
-from lightning_limber.probe.saes import hook_layer
+from lightning_limber.models.saes import next_layer
 
 if TYPE_CHECKING:
     from lightning_limber.probe.passes import Probe
-
-
-def next_layer(hook: str) -> int:
-    """The layer that the residual stream at this hook enters."""
-    return hook_layer(hook) + hook.endswith("post")
 
 
 @dataclass(frozen=True)

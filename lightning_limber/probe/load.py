@@ -9,12 +9,12 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_limber.models.limber import Limber
+from lightning_limber.models.saes import chunks_on_device, hook_layer, load_saes, release_folder
 from lightning_limber.probe import sanity_check
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.explanations import Descriptions
 from lightning_limber.probe.metrics.match import Match
 from lightning_limber.probe.passes import Probe
-from lightning_limber.probe.saes import chunks_on_device, hook_layer, load_saes, release_folder
 
 MATCH_SETTINGS = ("top_latents", "max_image_share", "max_text_density")
 

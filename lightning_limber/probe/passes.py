@@ -38,13 +38,13 @@ from lightning_limber.data.collate import Batch
 from lightning_limber.data.layout import Sequences
 from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.models.limber import Limber
+from lightning_limber.models.saes import chunks_on_device, hook_layer, next_layer
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.explanations import Descriptions
-from lightning_limber.probe.intervention import Intervention, next_layer
+from lightning_limber.probe.intervention import Intervention
 from lightning_limber.probe.metrics import Group, Measurement, ProbeMetric, Tokens
 from lightning_limber.probe.metrics.base import CAPTION, IMAGE, TEXT, Found, ImageInfo, nan_like
 from lightning_limber.probe.palette import Panel
-from lightning_limber.probe.saes import chunks_on_device, hook_layer
 from lightning_limber.probe.sanity_check import TextStats, counted
 from lightning_limber.probe.screened_encoder import make_encoder
 from lightning_limber.probe.tables import Row

@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 
 from lightning_limber.models import activations
 from lightning_limber.models.llm import LLM
+from lightning_limber.models.saes import load_saes, release_folder
 from lightning_limber.probe import sanity_check
 from lightning_limber.probe.metrics.geometry import reconstruction_metrics
-from lightning_limber.probe.saes import load_saes, release_folder
 from lightning_limber.probe.token_stats import TokenStats
 from lightning_limber.sae_training.corpus import read_texts
 from lightning_limber.sae_training.train import CARD

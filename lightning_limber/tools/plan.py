@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.llm import LLM
+from lightning_limber.models.saes import find_saes
 from lightning_limber.probe.metrics.neighbours import MAX_LAYERS, MAX_TOKENS
-from lightning_limber.probe.saes import find_saes
 from lightning_limber.tools.rehearsal import Rehearsal, Step, tensor_bytes
 
 RESERVE = 0.1

@@ -32,11 +32,11 @@ from lightning_limber.data.image_folder import SUFFIXES, find_pictures, open_ima
 from lightning_limber.data.records import Record, printable
 from lightning_limber.models.generation import Caption
 from lightning_limber.models.limber import Limber
+from lightning_limber.models.saes import hook_layer
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.load import build_probe
 from lightning_limber.probe.metrics.match import top_latents
 from lightning_limber.probe.passes import Probe
-from lightning_limber.probe.saes import hook_layer
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:

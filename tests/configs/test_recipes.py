@@ -23,12 +23,12 @@ from runs import assert_equal, crash_flags, final
 
 from lightning_limber.data.prompt import Prompt
 from lightning_limber.models.llm import LLM
+from lightning_limber.models.saes import find_saes, load_saes, registry_entry
 from lightning_limber.models.vision import VisionConfig, VisionEncoder
 from lightning_limber.probe import sanity_check as gate
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.explanations import Explanation, neuronpedia_id, write_explanations
 from lightning_limber.probe.metrics import DEFAULT_METRICS
-from lightning_limber.probe.saes import find_saes, load_saes, registry_entry
 
 CONFIGS = REPO / "configs"
 COCO = ["gemma3_270m", "qwen3_1.7b", "llama3.1_8b", "gpt2"]

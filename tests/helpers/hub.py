@@ -266,7 +266,7 @@ def write_release(hub: Path, release: str, sae_id: str) -> None:
     """All layers of one release, where SAELens' registry looks for them."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    from lightning_limber.probe.saes import find_saes
+    from lightning_limber.models.saes import find_saes
 
     entry = get_pretrained_saes_directory()[release]
     for name in find_saes(release, sae_id, None)[1]:

@@ -12,11 +12,12 @@ import torch
 
 from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.activations import contexts
-from lightning_limber.models.entry import EntryConfig, text_moments
+from lightning_limber.models.entry import EntryConfig
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.image_tokens import ImageTokens, embed_sequences
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.llm import LLM
+from lightning_limber.models.text_moments import text_moments
 from lightning_limber.models.vision import VisionConfig
 
 TEXTS = ["a red circle left of a blue square on a white background ."] * 2 + [

@@ -7,7 +7,7 @@ import tiny
 import torch
 from parts import probe_batches, sae_probe
 
-from lightning_limber.probe.saes import chunks_on_device
+from lightning_limber.models.saes import chunks_on_device
 
 
 def test_a_memory_budget_changes_no_number(fit, tmp_path):

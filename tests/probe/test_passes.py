@@ -20,10 +20,10 @@ from process import run_cli
 from lightning_limber.data.held_out import spread
 from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.limber import Limber
+from lightning_limber.models.saes import load_saes
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.metrics import ProbeMetric
 from lightning_limber.probe.passes import Probe
-from lightning_limber.probe.saes import load_saes
 
 
 def events(folder: str | Path):

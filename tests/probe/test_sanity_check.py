@@ -14,8 +14,8 @@ import torch
 
 from lightning_limber.cli import default_precision
 from lightning_limber.models.llm import LLM
+from lightning_limber.models.saes import find_saes, load_saes
 from lightning_limber.probe import sanity_check as gate
-from lightning_limber.probe.saes import find_saes, load_saes
 
 
 @pytest.fixture

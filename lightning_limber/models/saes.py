@@ -234,3 +234,8 @@ def hook_layer(hook_name: str) -> int:
     match = HOOK_NAME.fullmatch(hook_name)
     assert match is not None
     return int(match[1])
+
+
+def next_layer(hook: str) -> int:
+    """The layer that the residual stream at this hook enters."""
+    return hook_layer(hook) + hook.endswith("post")
