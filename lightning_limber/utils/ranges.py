@@ -88,7 +88,6 @@ RANGES: dict[str, Range] = {
     "model.max_caption_tokens": at_least(1),
     "model.held_out_features_gb": at_least(0, " (0 keeps none)"),
     "model.entry.layer": at_least(0),
-    "model.entry.inject": at_least(0),
     "model.regularise.weight": at_least(0, " (0 asks nothing)"),
     "model.regularise.layers": at_least(0, ", at least one layer"),
     "model.optimizer.lr": between(0, 10),

@@ -258,7 +258,8 @@ def test_moments_of_text(models):
     ("entry", "said"),
     [
         ({"layer": 3}, "model.entry.layer=3: the LLM has layers 0 to 2"),
-        ({"layer": 2, "inject": [1]}, r"inject=\[1\]: allowed are layers 2 \(model.entry.layer\) to 2"),
+        ({"layer": 2, "inject": [1]}, r"inject=\[1\]: allowed are layers from model.entry.layer=2 on"),
+        ({"inject": [3]}, "model.entry.inject=3: the LLM has layers 0 to 2"),
         ({"inject": [1, 1]}, "each once"),
     ],
 )
