@@ -20,6 +20,7 @@ from lightning_limber.models.limber import Limber
 from lightning_limber.models.optimizer import OptimizerConfig, set_learning_rate, stretched
 from lightning_limber.utils.checkpoints import slurm_job
 from lightning_limber.utils.commands import program
+from lightning_limber.utils.event_files import go_on, written
 from lightning_limber.utils.files import write_whole
 from lightning_limber.utils.loop_state import place, write_place
 
@@ -215,6 +216,7 @@ class Checkpoints(Checkpoint):
         """Makes a checkpoint of whoever saves say what is left to do."""
         if trainer.state.fn == "fit":
             write_place(checkpoint["loops"]["fit_loop"], trainer, self._validated_batches)
+            checkpoint["event_files"] = written(trainer)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -228,6 +230,8 @@ class Checkpoints(Checkpoint):
             epoch_loop = trainer.fit_loop.epoch_loop
             epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
             epoch_loop._batches_that_stepped = max(0, step - 1)  # As `fit` logs what it measures there.
+        elif "event_files" in checkpoint:  # Older ones: see `purge_step` in cli.py.
+            go_on(trainer, checkpoint["event_files"])
         ends = loop["epoch_loop.batch_progress"]["is_last_batch"]
         self._ends_epoch = step if ends else None
 

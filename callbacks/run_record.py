@@ -199,7 +199,7 @@ class RunRecord(pl.Callback):
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_hparams"):
                 for summary in summaries:
-                    logger.experiment.file_writer.add_summary(summary)
+                    logger.experiment._get_file_writer().add_summary(summary)
 
 
 def earlier_starts(path: Path) -> list[dict[str, Any]]:

@@ -184,7 +184,11 @@ class LimberCLI(LightningCLI):
             self._name_slurm_run()
         elif self.config.subcommand == "fit":
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-            self._continue_logs(path, checkpoint["global_step"], is_between_epochs=not progress["ready"])
+            # A batch is logged at the number of steps before it, the end of an epoch at that of all.
+            purge_step = checkpoint["global_step"] + (not progress["ready"])
+            self._continue_logs(
+                path, checkpoint["global_step"], None if "event_files" in checkpoint else purge_step
+            )
 
     def _check_values(self) -> None:
         """What can be said of the settings before a model is loaded."""
@@ -233,18 +237,17 @@ class LimberCLI(LightningCLI):
         path = Path(options.save_dir) / options.name / str(options.version) / "checkpoints/last.ckpt"
         return path if path.is_file() else None
 
-    def _continue_logs(self, path: Path, step: int, is_between_epochs: bool) -> None:
-        """Logs go on in the run's own folder; what was logged after the checkpoint is replaced.
-
-        A batch is logged at the number of steps before it, the end of an epoch at that of all.
+    def _continue_logs(self, path: Path, step: int, purge_step: int | None) -> None:
+        """Logs go on in the run's own folder; what was logged after the checkpoint is replaced (of a
+        checkpoint that knows where the event files ended, by `event_files.go_on`).
         """
         if path.parent.name == "checkpoints":
             self._run_folder = path.parent.parent
             for logger in self._loggers():
                 logger.init_args.save_dir, logger.init_args.name = self._log_folder(path)
                 logger.init_args.version = self._run_folder.name
-                if logger.class_path.endswith("TensorBoardLogger"):
-                    logger.dict_kwargs = {"purge_step": step + is_between_epochs}
+                if logger.class_path.endswith("TensorBoardLogger") and purge_step is not None:
+                    logger.dict_kwargs = {"purge_step": purge_step}
             # CSVLogger begins its file anew.
             table = self._run_folder / "metrics.csv"
             if table.is_file():
