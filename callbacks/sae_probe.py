@@ -29,6 +29,7 @@ from lightning_limber.probe.passes import Probe, Report
 from lightning_limber.probe.patches import PatchMap, patch_maps
 from lightning_limber.probe.tables import History, Row, arrays_by_image, scalars, write_tables
 from lightning_limber.utils.by_image import add_arrays, images_file
+from lightning_limber.utils.earlier_rows import earlier_rows
 from lightning_limber.utils.files import write_whole
 from lightning_limber.utils.flops import FlopCounter
 from lightning_limber.utils.loop_state import measured_epoch
@@ -128,12 +129,26 @@ class SAEProbe(pl.Callback):
         return "SAEProbe"
 
     def state_dict(self) -> dict[str, Any]:
-        history = {epoch: [list(row) for row in rows] for epoch, rows in self.history.items()}
+        kept = {0, max(self.history, default=0)} & self.history.keys()  # The others stand in probe.csv.
         panels = self._probe.panels if self._probe is not None else []
-        return {"history": history, "panels": [asdict(panel) for panel in panels]}
+        return {
+            "history": {epoch: [list(row) for row in self.history[epoch]] for epoch in sorted(kept)},
+            "table": "probe.csv",
+            "panels": [asdict(panel) for panel in panels],
+        }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = {epoch: [Row(*row) for row in rows] for epoch, rows in state_dict["history"].items()}
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        kept = {epoch: [Row(*row) for row in rows] for epoch, rows in state.get("history", {}).items()}
+        self.history = {}
+        if kept and "table" in state:  # Older checkpoints hold all epochs.
+            for row in earlier_rows(trainer, state["table"], "epoch", max(kept)):
+                layer = int(row["layer"]) if row["layer"] else None
+                values = [row[name] for name in Row._fields[1:]]
+                self.history.setdefault(row["epoch"], []).append(Row(layer, *values))
+        self.history |= kept
 
     # -- what -------------------------------------------------------------------------------------
 

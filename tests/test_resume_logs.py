@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from crash import Crash
 from runs import assert_equal, curves, final
 
@@ -14,6 +17,8 @@ from lightning_limber.callbacks import Checkpoints, sae_probe
 RUN = Path("runs/default/version_0")
 EXTRA = ["--model.adapter.dropout=0.3", "--trainer.val_check_interval=2", "--trainer.max_steps=8"]
 EXTRA += ["--probe.metrics=[direction]", "--captions.num_shown=0"]
+
+TABLES = ("probe.csv", "captions.csv", "captions_baselines.json", "validation.csv")
 
 
 def points(folder: Path) -> dict[str, list]:
@@ -83,4 +88,61 @@ def test_every_point_stands_once(whole, fit, kill_at_save, number, before):
     kill_at_save(0, False)
     fit("--ckpt_path=last", base=False)
     assert points(RUN) == points(whole)
+    for name in TABLES:
+        assert (RUN / name).read_bytes() == (whole / name).read_bytes()
     assert_equal(final(RUN), final(whole))
+
+
+# -- tables, of which a checkpoint holds the ends alone ------------------------------------------------
+
+
+def test_a_checkpoint_does_not_grow(fit):
+    fit(*EXTRA, "--data.train_size=4", "--trainer.val_check_interval=1", probe=True)
+    sizes = [(RUN / f"checkpoints/epoch_{n}.ckpt").stat().st_size for n in (2, 8)]
+    assert abs(sizes[1] - sizes[0]) < 500  # Six epochs' rows are ten thousand bytes.
+
+
+@pytest.fixture
+def run(whole):
+    """A copy of the whole run, which goes on from its first epoch."""
+    shutil.copytree(whole, RUN)
+    return RUN
+
+
+@pytest.mark.parametrize("change", ["missing", "damaged", "cut"])
+def test_a_table_that_is_gone_is_said(run, fit, change):
+    path, text = run / "probe.csv", (run / "probe.csv").read_text()
+    if change == "missing":
+        path.unlink()
+    else:
+        path.write_text("\x00" if change == "damaged" else text[: len(text) // 9])
+    why = re.escape(str(path)) + " is " + ("missing" if change == "missing" else "damaged")
+    with pytest.warns(match=f"{why}.*before epoch 1 are lost, and a new table begins") as warned:
+        fit(f"--ckpt_path={run}/checkpoints/epoch_1.ckpt", base=False)
+    assert sum("a new table begins" in str(warning.message) for warning in warned) == 1
+    assert path.read_text() == text  # The checkpoint holds epochs 0 and 1.
+    assert (run / "probe.damaged.csv").is_file() == (change != "missing")
+
+
+def test_a_lone_checkpoint_knows_the_untrained_adapter(run, fit, tmp_path):
+    shutil.copy(run / "checkpoints/last.ckpt", tmp_path / "lone.ckpt")
+    cli = fit("--ckpt_path=lone.ckpt", base=False, command="validate")
+    lines = (Path(cli.trainer.log_dir) / "probe.csv").read_text().splitlines()
+    assert {line.split(",")[1] for line in lines[1:]} == {"0", "2"}
+
+
+def test_a_checkpoint_with_all_its_rows_goes_on(run, fit):
+    """As older versions wrote them: nothing is read from the tables."""
+    path = run / "checkpoints/last.ckpt"
+    checkpoint, first = (torch.load(run / f"checkpoints/{name}.ckpt") for name in ("last", "epoch_1"))
+    for name in ("SAEProbe", "CaptionSamples", "RunRecord"):
+        state = checkpoint["callbacks"][name]
+        state["history"] |= first["callbacks"][name]["history"]
+        del state["table"]
+    torch.save(checkpoint, path)
+    lines = {name: (run / name).read_text() for name in ("probe.csv", "captions.csv")}
+    for name in lines:
+        (run / name).unlink()
+    fit(f"--ckpt_path={run}", "--trainer.max_steps=9", base=False)
+    for name, text in lines.items():
+        assert (run / name).read_text().startswith(text)
