@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class Checkpoints(Checkpoint):
         self.signals = Signals()
         self._saved_step: int | None = None
         self._max_steps = -1
-        self._ends_epoch: int | None = None  # The step of a checkpoint of which an epoch's end is to come.
+        self._ending: int | None = None  # The step of a checkpoint of which the end of an epoch is to come.
         self._validated_batches = -1
         self._requeues = self._leaving = False
 
@@ -113,10 +114,13 @@ class Checkpoints(Checkpoint):
                 f"{run} holds a run already: go on with it (--ckpt_path {run}), or give this one a folder "
                 "of its own, by another name or version of the logger."
             )
-        # Lightning does nothing in a run that has all its steps, also if the end of the epoch is to come.
-        self._max_steps = trainer.fit_loop.epoch_loop.max_steps
-        if self._ends_epoch == self._max_steps:
-            trainer.fit_loop.epoch_loop.max_steps += 1
+        # Lightning does nothing in a run that has all its steps or time, also if its end is to come.
+        loop = trainer.fit_loop.epoch_loop
+        self._max_steps, has_steps = loop.max_steps, self._ending == loop.max_steps
+        if self._ending is not None and (has_steps or trainer.should_stop):
+            loop.max_steps += has_steps
+            trainer.should_stop = False
+            loop._should_check_val_fx = partial(self._stop_here, trainer)  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # A checkpoint brings the learning rate of its own schedule, which may have been a shorter one.
@@ -181,6 +185,15 @@ class Checkpoints(Checkpoint):
         self._leaving = not finished and self._any_requeue(trainer)
         self._leave(trainer)
 
+    @staticmethod
+    def _stop_here(trainer: pl.Trainer, data_fetcher: Any) -> bool:
+        """Asked in place of whether to validate, before the next batch: the run stops without it, and what
+        was to come goes on.
+        """
+        del trainer.fit_loop.epoch_loop._should_check_val_fx
+        trainer.should_stop = True
+        return True
+
     def _any_requeue(self, trainer: pl.Trainer) -> bool:
         """Whether a process got SLURM's signal: all stop at the same step."""
         return self._requeues and trainer.strategy.reduce_boolean_decision(self.signals.requeue, all=False)
@@ -215,7 +228,8 @@ class Checkpoints(Checkpoint):
     ) -> None:
         """Makes a checkpoint of whoever saves say what is left to do."""
         if trainer.state.fn == "fit":
-            write_place(checkpoint["loops"]["fit_loop"], trainer, self._validated_batches)
+            loops = checkpoint["loops"]["fit_loop"]
+            checkpoint["is_ending"] = write_place(loops, trainer, self._validated_batches)
             checkpoint["event_files"] = written(trainer)
 
     def on_load_checkpoint(
@@ -232,8 +246,8 @@ class Checkpoints(Checkpoint):
             epoch_loop._batches_that_stepped = max(0, step - 1)  # As `fit` logs what it measures there.
         elif "event_files" in checkpoint:  # Older ones: see `purge_step` in cli.py.
             go_on(trainer, checkpoint["event_files"])
-        ends = loop["epoch_loop.batch_progress"]["is_last_batch"]
-        self._ends_epoch = step if ends else None
+        is_whole = loop["epoch_loop.batch_progress"]["is_last_batch"]  # Older checkpoints say no more.
+        self._ending = step if checkpoint.get("is_ending", is_whole) else None
 
     def _save(self, trainer: pl.Trainer, name: str) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

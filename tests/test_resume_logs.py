@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from crash import Crash
 from runs import assert_equal, curves, final
 
 from lightning_limber.callbacks import Checkpoints, sae_probe
+from lightning_limber.utils.checkpoints import read_checkpoint
 
 RUN = Path("runs/default/version_0")
 EXTRA = ["--model.adapter.dropout=0.3", "--trainer.val_check_interval=2", "--trainer.max_steps=8"]
@@ -91,6 +93,68 @@ def test_every_point_stands_once(whole, fit, kill_at_save, number, before):
     for name in TABLES:
         assert (RUN / name).read_bytes() == (whole / name).read_bytes()
     assert_equal(final(RUN), final(whole))
+
+
+# -- a run that ends inside an epoch -------------------------------------------------------------------
+
+STEPS = "--trainer.max_steps=6"
+TIME = {"steps": [STEPS], "time": ["--trainer.max_time=00:00:01:00"]}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Lightning's Timer on a clock that goes on by ten seconds a step."""
+    fake = types.SimpleNamespace(now=0, monotonic=lambda: fake.now)
+    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", fake)
+
+    def tick(*args) -> None:
+        fake.now += 10
+
+    monkeypatch.setattr(Checkpoints, "on_before_zero_grad", tick, raising=False)
+
+
+# It saves: steps 1 to 4, validation, epoch_1.ckpt, last.ckpt, step 5, step 6, validation, last.ckpt.
+@pytest.mark.parametrize("ends_by", TIME)
+@pytest.mark.parametrize(
+    ("number", "before"),
+    [
+        pytest.param(9, False, id="before the last validation"),
+        pytest.param(10, True, id="validated, not saved"),
+        pytest.param(10, False, id="before the last probe"),
+        pytest.param(11, True, id="probed, not saved"),
+    ],
+)
+def test_the_end_of_a_run_is_made_up(fit, clock, kill_at_save, number, before, ends_by):
+    flags = [*EXTRA, "--trainer.val_check_interval=4", *TIME[ends_by]]
+    fit(*flags, probe=True)
+    kill_at_save(number, before)
+    with pytest.raises(Crash):
+        fit(*flags, probe=True)
+    kill_at_save(0, False)
+    other = RUN.with_name("version_1")
+    fit(f"--ckpt_path={other}", base=False)
+    assert points(other) == points(RUN)
+    for name in TABLES:
+        assert (other / name).read_text().replace("version_1", "version_0") == (RUN / name).read_text()
+    assert_equal(final(other), final(RUN))
+    assert read_checkpoint(other / "checkpoints/last.ckpt")["global_step"] == 6
+    # Once: there is nothing left to make up.
+    before = {path: path.read_bytes() for path in other.glob("*.csv")}
+    fit(f"--ckpt_path={other}", base=False)
+    assert points(other) == points(RUN)
+    assert {path: path.read_bytes() for path in other.glob("*.csv")} == before
+
+
+@pytest.mark.parametrize("number", [9, 10, 11])
+def test_a_run_whose_end_was_killed_is_made_longer(whole, fit, kill_at_save, number):
+    flags = [*EXTRA, "--trainer.val_check_interval=4", "--model.optimizer.total_steps=8", STEPS]
+    kill_at_save(number, False)
+    with pytest.raises(Crash):
+        fit(*flags)
+    kill_at_save(0, False)
+    fit(f"--ckpt_path={RUN}", "--trainer.max_steps=8", base=False)
+    assert_equal(final(RUN), final(whole))
+    assert [step for step, _ in curves(RUN)["train/loss"]] == list(range(8))
 
 
 # -- tables, of which a checkpoint holds the ends alone ------------------------------------------------
