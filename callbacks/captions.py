@@ -24,6 +24,7 @@ from lightning_limber.data.loader import RecordSet
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.limber import Limber
 from lightning_limber.utils.by_image import add_arrays, images_file
+from lightning_limber.utils.checkpoints import measurement_differences
 from lightning_limber.utils.earlier_rows import earlier_rows
 from lightning_limber.utils.files import write_text, write_whole
 from lightning_limber.utils.loop_state import measured_epoch
@@ -90,6 +91,11 @@ class CaptionSamples(pl.Callback):
         self.clip = clip
         self.history: dict[int, dict[str, Score]] = {}
         self.baselines: dict[str, Baseline] = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What enters the numbers."""
+        return {name: getattr(self, name) for name in ("num_images", "max_new_tokens", "clip")}
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Limber)
@@ -193,6 +199,7 @@ class CaptionSamples(pl.Callback):
                 for epoch in newest
             },
             "table": "captions.csv",
+            "settings": self.settings if newest else None,
             "baselines": {
                 writer: [caption, {name: list(score) for name, score in scores.items()}]
                 for writer, (caption, scores) in self.baselines.items()
@@ -214,6 +221,8 @@ class CaptionSamples(pl.Callback):
                     score = Score(*(row[name] for name in Score._fields))
                     self.history.setdefault(row["epoch"], {})[row["metric"]] = score
         self.history |= kept
+        if trainer.state.fn != "fit" and measurement_differences(checkpoint["callbacks"], self):
+            self.history = {}  # Of the run, and measured otherwise.
         self.baselines = {
             writer: Baseline(caption, {name: Score(*score) for name, score in scores.items()})
             for writer, (caption, scores) in state.get("baselines", {}).items()

@@ -24,6 +24,7 @@ from lightning_limber.utils.commands import program
 from lightning_limber.utils.event_files import go_on, written
 from lightning_limber.utils.files import write_whole
 from lightning_limber.utils.loop_state import place, write_place
+from lightning_limber.utils.run_lock import hold_run, release_run
 
 from .signals import Signals
 
@@ -77,6 +78,8 @@ class Checkpoints(Checkpoint):
             trainer.strategy.checkpoint_io = WholeFiles()
         folder = trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir)
         self.dirpath = Path(folder) / "checkpoints"
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            hold_run(self.dirpath.parent)
         self._saved_step, self._validated_batches = None, -1
         environment = trainer._accelerator_connector.cluster_environment
         requeue_signal = None
@@ -86,12 +89,12 @@ class Checkpoints(Checkpoint):
         self.signals.install(trainer, requeue_signal)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.signals.restore()
+        self._let_go()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        self.signals.restore()
+        self._let_go()
         path = self.dirpath / "last.ckpt" if self.dirpath else Path("last.ckpt")
         step = "" if self._saved_step is None else f" holds step {self._saved_step}"
         is_saved = trainer.state.fn == "fit" and path.is_file()
@@ -102,6 +105,11 @@ class Checkpoints(Checkpoint):
             if is_saved:
                 text = f"{path}{step}; go on with: {program()} fit --ckpt_path {path.parent.parent}"
             rank_zero_info(f"[stop] {signal.Signals(self.signals.stop).name}: {text}")
+
+    def _let_go(self) -> None:
+        self.signals.restore()
+        if self.dirpath is not None:
+            release_run(self.dirpath.parent)
 
     # -- when -------------------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import tiny
 import torch
 from crash import Crash
+from process import REPO
 from runs import assert_equal, curves, final
 
 from lightning_limber.callbacks import Checkpoints, sae_probe
@@ -210,3 +213,21 @@ def test_a_checkpoint_with_all_its_rows_goes_on(run, fit):
     fit(f"--ckpt_path={run}", "--trainer.max_steps=9", base=False)
     for name, text in lines.items():
         assert (run / name).read_text().startswith(text)
+
+
+# -- one process at a time -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")
+def test_a_second_process_is_refused(run, fit):
+    code = f"from lightning_limber.utils.run_lock import *; hold_run(Path({str(run)!r})); print(1); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": REPO}
+    code = code.replace(str(run), str(run.resolve()))
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout.readline()
+        before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+        with pytest.raises(ValueError, match=rf"{run} is written by another process \({other.pid}\)"):
+            fit(f"--ckpt_path={run}", base=False)
+        assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+        other.kill()
+    fit(f"--ckpt_path={run}", base=False)
