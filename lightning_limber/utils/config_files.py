@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
 from lightning_limber.utils.checkpoints import EXPORTED
 
@@ -22,6 +23,12 @@ def config_dir() -> Path:
     package = Path(__file__).parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
+
+
+def default_logger() -> Namespace:
+    """What ``trainer.logger: true`` stands for: the logger of configs/base.yaml."""
+    logger = _read(str(config_dir() / "base.yaml"))["trainer"]["logger"]
+    return Namespace(logger | {"init_args": Namespace(logger["init_args"])})
 
 
 def _configs(args: list[str]) -> Iterator[tuple[int, int, str]]:
