@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import time
 from collections.abc import Callable
@@ -58,9 +60,43 @@ def new_folder(parent: Path) -> str:
     raise AssertionError
 
 
+CHECKSUMS = "checksums.json"
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes down what is in a folder that this project has filled."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    write_text(folder / CHECKSUMS, json.dumps({path.name: sha256(path) for path in files}, indent=1))
+
+
+def damaged_file(folder: Path) -> str:
+    """The first file of a folder that is not as `write_checksums` found it, '' if there is none."""
+    path = folder / CHECKSUMS
+    try:
+        known = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except ValueError:
+        return CHECKSUMS
+    files = (name for name, digest in known.items() if not _is(folder / name, digest))
+    return next(files, "")
+
+
+def _is(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest
+
+
 REMEDIES = {
     errno.ENOSPC: "Make room, or choose a folder on another disk.",
     errno.EDQUOT: "Make room, or choose a folder on another disk.",
+    errno.EFBIG: "Raise the limit on a file's size (ulimit -f), or choose a folder on another disk.",
+    errno.EIO: "The disk fails: choose a folder on another one.",
     errno.EACCES: "Choose a place that you may use, or change its permissions.",
     errno.EPERM: "Choose a place that you may use, or change its permissions.",
     errno.EROFS: "Choose a place that may be written.",
