@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_limber.utils.checkpoints import EXPORTED, damage, newest_checkpoint, read_checkpoint
+from lightning_limber.utils.files import damaged_file
 
 # What stands before the projector's own keys in a file that may hold much else.
 STEMS = ("mm_projector", "multi_modal_projector", "image_prefix.proj")
@@ -89,6 +90,8 @@ def read_projector(path: str | Path) -> dict[str, Tensor]:
         ValueError: its keys are in none of the layouts above.
     """
     if (Path(path) / EXPORTED).is_file():
+        if bad := damaged_file(Path(path)):
+            raise ValueError(f"{Path(path) / bad} is damaged: export or fetch the adapter again.")
         path = Path(path) / EXPORTED
     if not Path(path).is_file():
         raise FileNotFoundError(

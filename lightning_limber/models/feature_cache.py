@@ -44,8 +44,8 @@ class FeatureCache:
         name = hashlib.sha256(json.dumps([key, count, shape], sort_keys=True).encode()).hexdigest()[:24]
         self.path = cache_dir() / "features" / f"{name}.rows"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Made by whichever process comes first.
-        self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        made = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)  # By whichever process comes first.
+        self._file = open(made, "r+b", buffering=0)  # noqa: SIM115
         self._shape, self._row_bytes = shape, math.prod(shape) * 4
 
     def read(self, index: list[int]) -> Tensor | None:

@@ -71,9 +71,9 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_checksums(folder: Path) -> None:
-    """Writes down what is in a folder that this project has filled."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+def write_checksums(folder: Path, pattern: str = "*") -> None:
+    """Writes down what the files are that this project has put into a folder."""
+    files = sorted(path for path in folder.glob(pattern) if path.is_file() and path.name != CHECKSUMS)
     write_text(folder / CHECKSUMS, json.dumps({path.name: sha256(path) for path in files}, indent=1))
 
 
