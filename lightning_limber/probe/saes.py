@@ -103,8 +103,8 @@ def load_saes(release: str, sae_id: str, layers: list[int] | None, llm: LLM) -> 
 def _read_folder(kind: Any, folder: Path) -> Any:
     if bad := damaged_file(folder):
         raise ValueError(
-            f"probe.sae_release: '{folder / bad}' is damaged: its checksum is not that in {CHECKSUMS}. Copy "
-            "or train the SAE again."
+            f"probe.sae_release: '{folder / bad}' is damaged: its checksum is not that in {CHECKSUMS}. "
+            "Copy or train the SAE again."
         )
     try:
         return kind.load_from_disk(folder, device="cpu")

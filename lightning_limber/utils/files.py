@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from itertools import count
@@ -46,6 +47,22 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """`write_whole` of text in UTF-8."""
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def append_text(path: Path, lines: str) -> None:
+    """Adds whole lines to a file, or none of them.
+
+    Raises:
+        OSError: the disk is full or may not be written; it names `path`.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(lines)
+    except OSError as error:
+        if path.is_file():  # Not /dev/stdout.
+            os.truncate(path, size)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def new_folder(parent: Path) -> str:
@@ -107,8 +124,17 @@ REMEDIES = {
 }
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def in_words(error: BaseException) -> str:
     """An error as it is shown: of the operating system's the path first, and what to do."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}. {REMEDIES.get(error.errno or 0, '')}".rstrip()
     return str(error)
+
+
+def on_thread_error(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer, a thread, hands a full disk on to the main one, where it is said in a line."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
