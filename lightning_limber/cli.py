@@ -269,6 +269,8 @@ class LimberCLI(LightningCLI):
         if trainer.precision is None:
             planned = self.subcommand == "plan"  # For a GPU, on whatever machine.
             trainer.precision = "bf16-mixed" if planned else default_precision(trainer.accelerator)
+        if self.subcommand == "predict":  # It leaves its output and nothing else.
+            trainer.logger = False
         if self._settings.model.optimizer.total_steps < 1:
             raise ValueError(
                 f"model.optimizer.total_steps={self._settings.model.optimizer.total_steps}: it follows "

@@ -66,8 +66,9 @@ def append_text(path: Path, lines: str) -> None:
 
 
 def new_folder(parent: Path) -> str:
-    """Makes the first ``version_N`` in `parent` that nobody has."""
-    for number in count():
+    """Makes ``version_N`` in `parent`, the next one that nobody has."""
+    taken = [int(path.name[8:]) for path in parent.glob("version_*") if path.name[8:].isdecimal()]
+    for number in count(max(taken, default=-1) + 1):
         folder = parent / f"version_{number}"
         try:
             folder.mkdir(parents=True)
