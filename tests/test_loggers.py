@@ -74,7 +74,7 @@ def test_two_runs_that_start_at_once_share_no_folder(kind):
     assert start() == "runs/mine/version_2"
 
 
-@pytest.mark.parametrize(("logger", "pngs"), [(OTHER, 0), (CSV, 4), (None, 0)])
+@pytest.mark.parametrize(("logger", "pngs"), [(OTHER, 0), (CSV, 5), (None, 0)])
 def test_figures_and_tables_reach_whoever_takes_them(fit, logger, pngs):
     flags = [] if logger is None else [f"--trainer.logger={json.dumps(logger)}"]
     cli = fit(*flags, "--trainer.max_steps=1", probe=True, figures=True)

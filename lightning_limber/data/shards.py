@@ -12,7 +12,6 @@ import io
 import os
 import re
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from lightning_limber.data.image_folder import SUFFIXES, open_image
 from lightning_limber.data.loader import RecordSet
 from lightning_limber.data.records import Record, UnreadableRecord
 from lightning_limber.data.text import clean, decode, parse_object
+from lightning_limber.utils.by_image import DAMAGED
 from lightning_limber.utils.cache import cache_dir, warn_once
 from lightning_limber.utils.files import write_whole
 
@@ -234,7 +234,7 @@ class Shards(CaptionData):
             try:
                 with np.load(file) as kept:
                     return Index(kept["rows"], str(kept["cut"]))
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # There is none, or half.
+            except (OSError, *DAMAGED):  # There is none, or half.
                 index = index_shard(path)
             try:
                 write_whole(file, lambda part: np.savez(part, rows=index.rows, cut=index.cut))

@@ -65,6 +65,25 @@ def append_text(path: Path, lines: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def read_as(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of a file of a run.
+
+    Raises:
+        OSError: there is none, or it may not be read.
+        ValueError: it is damaged.
+    """
+    try:
+        return read(path)
+    except OSError:
+        raise
+    except Exception as error:  # Of whatever library reads it.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"{path} is damaged ({reason}). Put a whole one in its place, or take it away: a report leaves "
+            "out what is not there."
+        ) from error
+
+
 def new_folder(parent: Path) -> str:
     """Makes ``version_N`` in `parent`, the next one that nobody has."""
     taken = [int(path.name[8:]) for path in parent.glob("version_*") if path.name[8:].isdecimal()]
