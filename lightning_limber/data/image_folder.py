@@ -104,7 +104,10 @@ def read_entries(root: Path, exclude: str | None) -> Iterator[Said]:
     if not root.is_dir():
         yield from read_table(root)
         return
-    pattern = re.compile(exclude) if exclude else None
+    try:
+        pattern = re.compile(exclude) if exclude else None
+    except re.error as error:
+        raise ValueError(f"data.exclude={exclude!r} is no regular expression: {error}.") from error
     for path in find_pictures(root):
         name = path.relative_to(root).as_posix()
         if not (pattern and pattern.search(name)):

@@ -59,7 +59,13 @@ def load_weights(adapter: nn.Module, path: str) -> None:
         ValueError: see `read_projector`; or the weights there are of another adapter.
     """
     if Path(path).is_dir() and not (Path(path) / EXPORTED).is_file():
-        path = str(newest_checkpoint(Path(path)))
+        try:
+            path = str(newest_checkpoint(Path(path)))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"model.adapter_weights={path}: the folder holds no {EXPORTED} of an export and no run "
+                "that has saved a checkpoint."
+            ) from error
     state = read_projector(path)
     own = {key: value.shape for key, value in adapter.state_dict().items()}
     given = {key: value.shape for key, value in state.items()}

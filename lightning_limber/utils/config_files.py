@@ -16,7 +16,6 @@ import yaml
 
 from lightning_limber.utils.checkpoints import EXPORTED
 
-
 SECTIONS = ("trainer", "model", "probe", "captions", "checkpoint")
 """Groups of settings."""
 
