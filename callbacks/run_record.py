@@ -9,6 +9,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -269,10 +270,31 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def log_figure(trainer: Any, tag: str, figure: Any) -> None:
-    """Hands a matplotlib figure to every logger that takes figures (TensorBoard does); None is left out."""
+    """Hands a matplotlib figure to every logger that takes figures (TensorBoard, W&B); None is left out.
+
+    Where none does, the newest is a PNG in the run's folder.
+    """
+    if figure is None:
+        return
+    taken = False
     for logger in trainer.loggers:
-        if figure is not None and hasattr(logger.experiment, "add_figure"):
+        if hasattr(logger.experiment, "add_figure"):
             logger.experiment.add_figure(tag, figure, global_step=trainer.global_step)
+        elif hasattr(logger, "log_image"):
+            logger.log_image(tag, [figure], step=trainer.global_step)
+        else:
+            continue
+        taken = True
+    if not taken and trainer.run_folder:
+        path = Path(trainer.run_folder) / f"{tag.replace('/', '_')}.png"
+        write_whole(path, partial(figure.savefig, dpi=80))
+
+
+def log_table(trainer: Any, tag: str, table: Any) -> None:
+    """Hands a data frame to every logger that takes tables (W&B)."""
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_table"):
+            logger.log_table(tag, dataframe=table, step=trainer.global_step)
 
 
 def log_layout(trainer: Any, rows: list[Row], panels: Sequence[Panel]) -> None:

@@ -30,7 +30,7 @@ from lightning_limber.probe.metrics.base import IMAGE
 from lightning_limber.probe.palette import write_panels
 from lightning_limber.probe.passes import Probe, Report
 from lightning_limber.probe.patches import PatchMap, patch_maps
-from lightning_limber.probe.tables import History, Row, arrays_by_image, scalars, write_tables
+from lightning_limber.probe.tables import History, Row, arrays_by_image, frame, scalars, write_tables
 from lightning_limber.utils.by_image import add_arrays, images_file
 from lightning_limber.utils.checkpoints import differences, measurement_differences, refuse
 from lightning_limber.utils.earlier_rows import earlier_rows
@@ -38,7 +38,7 @@ from lightning_limber.utils.files import write_whole
 from lightning_limber.utils.flops import FlopCounter
 from lightning_limber.utils.loop_state import measured_epoch
 
-from .run_record import gather, log_figure, log_layout
+from .run_record import gather, log_figure, log_layout, log_table
 
 NUM_PATCH_IMAGES = 4
 NUM_TRAINING_RECORDS = 256
@@ -229,6 +229,7 @@ class SAEProbe(pl.Callback):
             write_panels(self.probe.panels, files)
             arrays = arrays_by_image(report.by_image, report.images)
             add_arrays(images_file(files, epoch), "probe", arrays)
+        log_table(trainer, "probe/rows", frame(report.rows).astype({"layer": float}))
         self._log_figures(trainer, module, epoch, label, report)
         if patches is not None:
             figure = patch_figure(*patches)

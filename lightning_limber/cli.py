@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ from lightning_limber.utils.config_files import (
     find_configs,
     split_exports,
 )
-from lightning_limber.utils.files import in_words
+from lightning_limber.utils.files import FULL, in_words, on_thread_error
 from lightning_limber.utils.parser import Parser
 from lightning_limber.utils.ranges import check_ranges
 from lightning_limber.utils.run_lock import hold_run
@@ -265,6 +266,8 @@ class LimberCLI(LightningCLI):
         if trainer.precision is None:
             planned = self.subcommand == "plan"  # For a GPU, on whatever machine.
             trainer.precision = "bf16-mixed" if planned else default_precision(trainer.accelerator)
+        if self.subcommand == "predict":  # It leaves its output and nothing else.
+            trainer.logger = False
         if self._settings.model.optimizer.total_steps < 1:
             raise ValueError(
                 f"model.optimizer.total_steps={self._settings.model.optimizer.total_steps}: it follows "
@@ -295,7 +298,12 @@ class LimberCLI(LightningCLI):
 
             export(self._settings.ckpt_path, self._settings.output)
         else:
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            except OSError as error:
+                if error.errno in FULL and error.filename is None:  # Of loggers.
+                    error.filename = str(self.trainer.runs)  # type: ignore[attr-defined]
+                raise
 
     def _plan(self) -> None:
         from lightning_limber.tools.plan import make_plan
@@ -359,6 +367,7 @@ def main(args: list[str] | None = None) -> LimberCLI:
     # Workers of torch's loader and of tokenizers do not mix otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.argv[1:] = sys.argv[1:] if args is None else args
+    threading.excepthook = on_thread_error
     # ${trainer.max_steps} means the same in a config file and in the merged config of a subcommand.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     options = {

@@ -17,6 +17,9 @@ from jsonargparse import Namespace
 
 from lightning_limber.utils.checkpoints import EXPORTED
 
+SECTIONS = ("trainer", "model", "probe", "captions", "checkpoint")
+"""Groups of settings."""
+
 
 def config_dir() -> Path:
     """The shipped configs: inside the installed package, or at the top of a clone."""
@@ -64,6 +67,11 @@ def _read(name: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         found = "is empty" if config is None else f"holds a {type(config).__name__}"
         raise ValueError(f"{where} {found}. A config is a mapping, such as 'model: {{llm: gpt2}}'.")
+    for name in SECTIONS:
+        if not isinstance(config.get(name) or {}, dict):
+            raise ValueError(
+                f"{where}: {name}: {config[name]!r} is given, wanted is a mapping of settings."
+            )
     return config
 
 
