@@ -44,17 +44,16 @@ class NormControl(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"model.entry.norm={kind!r}: allowed are {', '.join(KINDS)}.")
         self.kind = kind
-        self.calibrated = torch.tensor(kind == "none")
-        if kind == "none":
-            return
-        self.register_buffer("calibrated", self.__dict__.pop("calibrated"))
-        if kind == "moments":
-            self.moments = Moments(width)
-            return
+        self.calibrated: Tensor
         self.norm: Tensor
-        self.register_buffer("norm", torch.tensor(1.0))
+        # Without norm control a checkpoint holds nothing of it.
+        self.register_buffer("calibrated", torch.tensor(kind == "none"), persistent=kind != "none")
+        if kind in ("fixed", "learned"):
+            self.register_buffer("norm", torch.tensor(1.0))
         if kind == "learned":
             self.log_scale = nn.Parameter(torch.tensor(0.0))
+        if kind == "moments":
+            self.moments = Moments(width)
 
     @torch.no_grad()
     def calibrate(self, norm: float, mean: Tensor, covariance: Tensor, tokens: Tensor) -> None:
@@ -74,14 +73,14 @@ class NormControl(nn.Module):
         self.calibrated.fill_(True)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens u [B, P, D] -> x [B, P, D]; in float32, but for ``none``."""
+        """Tokens u [B, P, D] -> x [B, P, D]; but for ``none``, in float32 also under autocast."""
         if self.kind == "none":
             return tokens
         if self.kind == "moments":
             with torch.autocast(tokens.device.type, enabled=False):
-                return self.moments(tokens.float().flatten(0, 1)).view(tokens.shape)
+                return self.moments(tokens.flatten(0, 1)).view(tokens.shape)
         scale = self.norm * self.log_scale.exp() if self.kind == "learned" else self.norm
-        return scale * nn.functional.normalize(tokens.float(), dim=-1)
+        return scale * nn.functional.normalize(tokens.to(scale.dtype), dim=-1)
 
 
 class Moments(nn.Module):
@@ -119,12 +118,12 @@ class Moments(nn.Module):
 
     def calibrate(self, mean: Tensor, covariance: Tensor, tokens: Tensor) -> None:
         self.mean.copy_(mean)
-        self.factor.copy_(torch.linalg.cholesky(_shrunk(covariance.float())))
-        self.running.copy_(_moments(tokens.float())[0])
+        self.factor.copy_(torch.linalg.cholesky(_shrunk(covariance.to(self.factor))))
+        self.running.copy_(_moments(tokens.to(self.running))[0])
         self.batches.fill_(1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        moments = self.running
+        moments, tokens = self.running, tokens.to(self.running.dtype)
         if self.training:
             batch, count = _moments(tokens)
             self._update(batch.detach(), count)
@@ -161,7 +160,7 @@ def _moments(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _shrunk(covariance: Tensor) -> Tensor:
     mean_variance = covariance.diagonal().mean()
-    identity = torch.eye(len(covariance), device=covariance.device)
+    identity = torch.eye(len(covariance)).to(covariance)
     return torch.lerp(covariance, mean_variance * identity, SHRINKAGE)
 
 

@@ -108,7 +108,7 @@ class Vocabulary(Adapter):
     def _logits(self, features: Tensor) -> Tensor:
         hidden = self.project(self.dropout(self.input_norm(features)))  # [B, P, D_l]
         head = self._of_words(self.llm.model.get_output_embeddings().weight, features)  # [V', D_l]
-        return nn.functional.linear(hidden, head).float()
+        return nn.functional.linear(hidden, head).to(self.temperature.dtype)
 
     def _of_words(self, weight: Tensor, features: Tensor) -> Tensor:
         """The words' rows of a matrix of the LLM."""
