@@ -10,9 +10,8 @@ the norm, mean and covariance of text where they enter.
 
 The scale of the adapter's weights is then free: a step turns them less the longer they are, and those of a
 calibrated adapter are short. So the learning rate that suits is another one than without norm control, and
-weight decay bounds the length. A LayerNorm
-behind the projector that starts at text's norm (The Unseen Bias, arXiv 2512.08374) is `learned` with a gain
-for each channel.
+weight decay bounds the length. A LayerNorm behind the projector that starts at text's norm (The Unseen
+Bias, arXiv 2512.08374) is `learned` with a gain for each channel.
 """
 
 from __future__ import annotations
