@@ -350,7 +350,7 @@ def test_a_changed_bit_of_an_export(place, run, fit, fails):
 
 
 def test_the_shipped_saes_carry_their_checksums():
-    from lightning_limber.probe.saes import SHIPPED
+    from lightning_limber.models.saes import SHIPPED
     from lightning_limber.utils.files import CHECKSUMS, damaged_file
 
     folders = [path.parent for path in SHIPPED.rglob("cfg.json")]
