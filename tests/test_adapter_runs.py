@@ -81,5 +81,8 @@ def test_two_processes_and_a_sharded_llm_make_the_same_run(case, models, tmp_pat
         assert done.returncode == 0, done.stdout
         found[run] = final(tmp_path / run / RUN)
     assert_equal(found["ddp"], found["sharded"])
+    if case == "norm moments":
+        # One process and two are compared in tests/models/test_norm_control.py, without an optimiser.
+        return
     for key, value in found["one"].items():
         torch.testing.assert_close(found["ddp"][key], value, rtol=1e-3, atol=1e-4)
