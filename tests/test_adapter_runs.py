@@ -82,7 +82,8 @@ def test_two_processes_and_a_sharded_llm_make_the_same_run(case, models, tmp_pat
         found[run] = final(tmp_path / run / RUN)
     assert_equal(found["ddp"], found["sharded"])
     if case == "norm moments":
-        # One process and two are compared in tests/models/test_norm_control.py, without an optimiser.
+        # Adam makes steps of a bias' rounding, see `Moments`: one process and two are compared without an
+        # optimiser in tests/models/test_norm_control.py.
         return
     for key, value in found["one"].items():
         torch.testing.assert_close(found["ddp"][key], value, rtol=1e-3, atol=1e-4)
