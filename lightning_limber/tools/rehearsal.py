@@ -141,7 +141,9 @@ class Rehearsal:
             vision_size = features.shape[-1]
             model.adapter = model.make_adapter(vision_size, model.llm.hidden_size)
             model.adapter.bind(model.llm)
-            model.entry = make_entry(model.entry_config, model.make_adapter, vision_size, model.llm)
+            model.entry = make_entry(
+                model.entry_config, model.adapter, model.make_adapter, vision_size, model.llm
+            )
             self.image_tokens = model.adapter.count_tokens(features)
         check_length(model.llm, self.image_tokens, model.hparams["max_caption_tokens"])
         self.prefix_tokens = len(self._prefix_ids)
