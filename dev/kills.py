@@ -2,8 +2,9 @@
 
 Each chain is one run that is killed (kill -9) again and again, at start-up, in a step, while saving, in
 validation or probe, until it gets through. Then its adapter must be that of the run that nobody killed, to
-the bit; its tables the same; and every point of every curve must stand once in the event files. In every third chain TMPDIR
-is on another file system. Prints a line for each chain, and exits with 1 where one differs.
+the bit; its tables the same; and every point of every curve must stand once in the event files. In every
+third chain TMPDIR is on another file system. Prints a line for each chain, and exits with 1 where one
+differs.
 """
 
 from __future__ import annotations
