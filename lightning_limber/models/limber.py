@@ -101,6 +101,8 @@ class Limber(pl.LightningModule):
         self.loaded_epoch = (0, True)
         self.run_config: str | None = None
         """The run's whole config as YAML, set by the CLI; travels in the checkpoint."""
+        self.has_checkpoint = False
+        """Whether one brings the adapter, set by the CLI: `adapter_weights` are not read again then."""
         self.decoding = Decoding()
         """How `predict` writes, set by the CLI."""
         self.held_out = HeldOut()
@@ -123,7 +125,8 @@ class Limber(pl.LightningModule):
     def configure_model(self) -> None:
         """Loads the frozen weights and builds the adapter between them."""
         if self.llm.model is None:
-            made = build(self.vision, self.llm, self.make_adapter, self.hparams, self._trainer)
+            hparams = dict(self.hparams) | ({"adapter_weights": None} if self.has_checkpoint else {})
+            made = build(self.vision, self.llm, self.make_adapter, hparams, self._trainer)
             self.adapter, self.backbones = made.adapter, made.backbones
             self.num_image_tokens, self.token_norm = made.num_image_tokens, made.token_norm
             self._feature_shape, self._seed = made.feature_shape, made.seed
