@@ -338,6 +338,7 @@ class LimberCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
+        self.model.has_checkpoint = self._settings.get("ckpt_path") is not None
         settings = self._settings.clone()
         for key in ("config", "ckpt_path"):
             settings.pop(key, None)

@@ -52,12 +52,16 @@ def batch_of(model: Limber, images: int = IMAGES, **kwargs):
 
 
 def real_and_planned(
-    vision: str, llm: str, precision: str = "32-true", adapter: Callable[[int, int], Adapter] = Linear
+    vision: str,
+    llm: str,
+    precision: str = "32-true",
+    adapter: Callable[[int, int], Adapter] = Linear,
+    entry: EntryConfig = EntryConfig(),
 ) -> tuple[Limber, Rehearsal]:
     """The same model twice: loaded, and on fake tensors."""
 
     def limber() -> Limber:
-        return Limber(VisionConfig(vision), llm, adapter, "{bos}{image}the {caption}{eos}")
+        return Limber(VisionConfig(vision), llm, adapter, entry, prompt="{bos}{image}the {caption}{eos}")
 
     real = limber()
     real.configure_model()
