@@ -190,6 +190,8 @@ class Rehearsal:
                 flops[name], done = counter.total - done, counter.total
 
             def after_decoder(_module: nn.Module, _args: Any, output: Any) -> None:
+                if not output.last_hidden_state.requires_grad:  # Layers below the image tokens'.
+                    return
                 mark("LLM forward")
                 meter.phase = "head"
                 output.last_hidden_state.register_hook(lambda _gradient: mark("head"))
