@@ -87,8 +87,21 @@ class Captioner(pl.LightningModule):
         """What features [B, P_v, D_v] put into the LLM."""
         return self.entry(self.adapter(features), features)
 
-    def decode(self, sequences: Sequences, image_tokens: ImageTokens | None) -> Tensor:
-        """Last hidden states [R, W, D_l] of sequences with image tokens in their places."""
+    def decode(
+        self, sequences: Sequences, image_tokens: ImageTokens | None, text_first: bool = False
+    ) -> Tensor:
+        """Last hidden states [R, W, D_l] of sequences with image tokens in their places.
+
+        Args:
+            sequences: On the model's device.
+            image_tokens: None: the sequences have no images.
+            text_first: Run the layers below the image tokens' over text alone, which is faster. Hooks there
+                see shorter rows.
+        """
+        if text_first and image_tokens is not None and image_tokens.layer:
+            # Longer rows than a sliding window cannot be told apart by a mask.
+            if sequences.text_width <= (self.llm.longest_row or 0):
+                return decode_text_first(self.llm, sequences, image_tokens)
         embeds = embed_sequences(self.llm, sequences, image_tokens)  # [R, W, D_l]
         with entering(self.llm, sequences, image_tokens):
             mask = sequences.attention_mask()
@@ -110,12 +123,10 @@ class Captioner(pl.LightningModule):
 
     def forward(self, batch: Batch) -> tuple[ImageTokens, Tensor, Tensor]:
         """Image tokens of B images, and losses [n] and correctness [n] of the labels."""
-        image_tokens = self.image_tokens(batch)
-        if image_tokens.layer and batch.text_width <= (self.llm.longest_row or 0):
-            hidden = decode_text_first(self.llm, batch, image_tokens)
-        else:
-            hidden = self.decode(batch, image_tokens)  # [R, W, D_l]
-        losses, correct = self.target_losses(batch, hidden)
+        features = self.features(batch)  # [B, P_v, D_v], no gradient
+        image_tokens = self.entry(self.adapter(features), features)  # [B, P, D_l]; where they enter
+        hidden = self.decode(batch, image_tokens, text_first=True)  # [R, W, D_l]
+        losses, correct = self.target_losses(batch, hidden)  # [n] each
         return image_tokens, losses, correct
 
     @property
