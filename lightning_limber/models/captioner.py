@@ -98,10 +98,10 @@ class Captioner(pl.LightningModule):
             text_first: Run the layers below the image tokens' over text alone, which is faster. Hooks there
                 see shorter rows.
         """
-        if text_first and image_tokens is not None and image_tokens.layer:
-            # Longer rows than a sliding window cannot be told apart by a mask.
-            if sequences.text_width <= (self.llm.longest_row or 0):
-                return decode_text_first(self.llm, sequences, image_tokens)
+        # A mask cannot separate rows longer than a sliding window.
+        is_short = sequences.text_width <= (self.llm.longest_row or 0)
+        if text_first and is_short and image_tokens is not None and image_tokens.layer:
+            return decode_text_first(self.llm, sequences, image_tokens)
         embeds = embed_sequences(self.llm, sequences, image_tokens)  # [R, W, D_l]
         with entering(self.llm, sequences, image_tokens):
             mask = sequences.attention_mask()
@@ -145,10 +145,21 @@ class Captioner(pl.LightningModule):
         decoding: Decoding | None = None,
         log_probabilities: bool = False,
     ) -> list[Caption]:
-        """Captions of B images (None: one caption without an image); see generation.py."""
+        """Captions of B images (None: one caption without an image); see generation.py.
+
+        Raises:
+            ValueError: image tokens enter behind layer 0, and captions outgrow the LLM's sliding window.
+        """
         if image_tokens is not None and not len(image_tokens):
             return []
         opening = self.opening(None if image_tokens is None else len(image_tokens))
         embeds, decoding = embed_sequences(self.llm, opening, image_tokens), decoding or Decoding()
+        longest, window = embeds.shape[1] + decoding.max_new_tokens, self.llm.longest_row or 0
+        if image_tokens is not None and image_tokens.layer and longest > window:
+            raise ValueError(
+                f"model.entry.layer={image_tokens.layer}: captions of {decoding.max_new_tokens} tokens "
+                f"make rows of {longest}, more than the window of {self.llm.name}, {window}: image tokens "
+                "could not be hidden from the layers below. Lower max_new_tokens, or set model.entry.layer to 0."
+            )
         with entering(self.llm, opening, image_tokens):
             return generate(self.llm, embeds, self.collator().prompt.end_ids, decoding, log_probabilities)

@@ -207,6 +207,13 @@ def make_plan(
     rehearsal = Rehearsal(model, trainer.precision, caption_tokens, data.captions_per_image)
     one = rehearsal.step(1)
     steps = {count: rehearsal.step(data.batch_size // count) for count in counts if count not in odd}
+    penalty = model.regularise_config
+    of_penalty: list[SAESize] = []
+    if penalty.weight and penalty.kind != "norm":
+        of_penalty = sae_sizes(penalty.sae_release, penalty.sae_id, penalty.layers, model.llm)
+        # Forward and backward, whose gradient is that of the tokens alone.
+        of_token = sum(8 * model.llm.hidden_size * (sae.d_sae or 0) for sae in of_penalty)
+        one.flops["SAEs of the penalty"] = rehearsal.image_tokens * of_token
     saes: list[SAESize] = []
     of_probe: dict[str, float] = {}
     if probe.every_n_epochs:
@@ -217,6 +224,8 @@ def make_plan(
 
     fleets = [(names[gpu.lower()], count) for gpu in gpus for count in steps]
     memory = [_memory(rehearsal, steps[count], count, saes, probe) for _, count in fleets]
+    for parts in memory if of_penalty else ():
+        parts["SAEs of the penalty"] = _sae_bytes(of_penalty, model.llm.hidden_size)
     whole = [sum(parts.values()) for parts in memory]
     capacity = [GPUS[gpu].memory_bytes for gpu, _ in fleets]
     peak = "fp32_flops" if rehearsal.dtype is None else "bf16_flops"
@@ -291,10 +300,14 @@ def _memory(
         "activations kept": step.kept_bytes,
         "head, logits": step.head_bytes,
         "temporaries": step.peak_bytes - step.kept_bytes - step.head_bytes,
-        # Two matrices and two biases each.
-        "SAEs": sum(4 * (2 * d_in * d + d_in + d) for sae in saes if (d := sae.d_sae)),
+        "SAEs": _sae_bytes(saes, d_in),
         "probe's sums": sums / count,
     }
+
+
+def _sae_bytes(saes: list[SAESize], d_in: int) -> int:
+    """Two matrices and two biases each, in float32."""
+    return sum(4 * (2 * d_in * d + d_in + d) for sae in saes if (d := sae.d_sae))
 
 
 def _row(name: str, cells: Iterable[str]) -> str:

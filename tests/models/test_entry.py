@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
 
 from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.activations import contexts
@@ -173,6 +174,23 @@ def test_cached_generation_is_recomputation(models, tmp_path, architecture, entr
                 assert caption.log_probability == pytest.approx(total, abs=1e-3), (attention, beams)
                 compared += 1
     assert compared
+
+
+@torch.no_grad()
+def test_rows_longer_than_a_sliding_window(models, tmp_path):
+    """Forwards keep the window's own mask; a cache that has lost its first keys cannot hide them."""
+    config = tiny.llm_configs()["gemma2"]
+    config.sliding_window = 8
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llm")
+    tiny.write_tokenizer(tmp_path / "llm")
+    model = made(models, str(tmp_path / "llm"), layer=1)
+    batch = batch_of(model, for_probe=True)
+    tokens = model.image_tokens(batch)
+    assert batch.text_width > 8
+    assert torch.equal(model(batch)[1], model.target_losses(batch, model.decode(batch, tokens))[0])
+    with pytest.raises(ValueError, match="model.entry.layer=1: captions of 9 tokens make rows of 14"):
+        model.generate(tokens, Decoding(9))
 
 
 @torch.no_grad()

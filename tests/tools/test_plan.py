@@ -394,3 +394,21 @@ def test_plan_of_conversations_and_of_captions_that_share_an_image(models):
         assert planned.captions_per_image == captions
         assert planned.step(2).flops["LLM forward"] > alone.step(2).flops["LLM forward"]
         assert planned.step(2).flops["vision forward"] == alone.step(2).flops["vision forward"]
+
+
+def test_the_penalty_is_counted(fit, models, capsys):
+    flags = [*tiny.arguments(models), "--model.regularise.weight=1", "--model.regularise.layers=[0,2]"]
+    flags += [
+        f"--model.regularise.sae_release={models / 'saes'}",
+        "--model.regularise.sae_id=layer_{layer}",
+    ]
+    for kind, said in (("error", True), ("direction", True), ("norm", False)):
+        options = [f"--model.regularise.{name}={value}" for name, value in (flags | {"kind": kind}).items()]
+        fit(*options, command="plan")
+        output = capsys.readouterr().out
+        # 4 image tokens, 2 SAEs of 64 latents, D = 32: 8 K D each; and their weights.
+        found = [line.split()[-2:] for line in output.splitlines() if "SAEs of the penalty" in line]
+        assert len(found) == 2 * said
+        if said:
+            assert found[0] == ["131.07", "k"]
+            assert found[1] == ["33.54", "kB"]
