@@ -397,11 +397,7 @@ def test_plan_of_conversations_and_of_captions_that_share_an_image(models):
 
 
 def test_the_penalty_is_counted(fit, models, capsys):
-    flags = [*tiny.arguments(models), "--model.regularise.weight=1", "--model.regularise.layers=[0,2]"]
-    flags += [
-        f"--model.regularise.sae_release={models / 'saes'}",
-        "--model.regularise.sae_id=layer_{layer}",
-    ]
+    flags = {"weight": 1, "layers": [0, 2], "sae_release": models / "saes", "sae_id": "layer_{layer}"}
     for kind, said in (("error", True), ("direction", True), ("norm", False)):
         options = [f"--model.regularise.{name}={value}" for name, value in (flags | {"kind": kind}).items()]
         fit(*options, command="plan")
