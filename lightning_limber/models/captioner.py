@@ -159,7 +159,7 @@ class Captioner(pl.LightningModule):
             raise ValueError(
                 f"model.entry.layer={image_tokens.layer}: captions of {decoding.max_new_tokens} tokens "
                 f"make rows of {longest}, more than the window of {self.llm.name}, {window}: image tokens "
-                "could not be hidden below their layer. Lower max_new_tokens, or set model.entry.layer to 0."
+                "could not be hidden below it. Lower max_new_tokens, or set model.entry.layer to 0."
             )
         with entering(self.llm, opening, image_tokens):
             return generate(self.llm, embeds, self.collator().prompt.end_ids, decoding, log_probabilities)
