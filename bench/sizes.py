@@ -138,13 +138,10 @@ def write_models(setup: Setup) -> None:
 
 
 def limber(setup: Setup, **kwargs: Any) -> Limber:
-    """The default run's module, not loaded yet; `kwargs` are more of its own."""
-    return Limber(
-        replace(setup.size.features, name=str(setup.folder / "vision")),
-        str(setup.folder / "llm"),
-        partial(Linear, input_norm="channel"),
-        **kwargs,
-    )
+    """The default run's module, not loaded yet; `kwargs` are more of its own, or others."""
+    vision = replace(setup.size.features, name=str(setup.folder / "vision"))
+    options = {"adapter": partial(Linear, input_norm="channel")} | kwargs
+    return Limber(vision, str(setup.folder / "llm"), **options)
 
 
 def collator(setup: Setup, packed: bool) -> Collator:
@@ -169,13 +166,13 @@ class _Scenes:
 
     def __init__(self, split: str, count: int, captions: int, image_size: int) -> None:
         self.scenes = SceneSet(split, count * captions, image_size, seed=0)
-        self.count, self.captions = count, captions
+        self.count, self.per_record = count, captions
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Record:
-        first, *others = [self.scenes[index * self.captions + i] for i in range(self.captions)]
+        first, *others = [self.scenes[index * self.per_record + i] for i in range(self.per_record)]
         first.captions += [caption for other in others for caption in other.captions]
         return first
 

@@ -17,6 +17,7 @@ image tokens. Names of contenders:
     limber-cached       the first with features from disk (`model.cache_features`; only with --only)
     limber-compiled     the first with the LLM's layers compiled (`model.compile_llm`; only with --only)
     limber-shared       (several captions an image) the captions of an image in one sequence
+    limber-DESIGN       another design of the lab (`DESIGNS`, such as limber-enter-40; only with --only)
 """
 
 from __future__ import annotations
@@ -40,9 +41,22 @@ from bench.measure import Clock, Laps, Row
 from bench.sizes import Setup, limber, pictures
 from lightning_limber.cli import default_precision
 from lightning_limber.data.collate import Batch
+from lightning_limber.models.adapters import MLP, Resampler, Vocabulary
+from lightning_limber.models.entry import EntryConfig
 from lightning_limber.models.vision import VisionEncoder
 
 READY_BATCHES = 2
+DESIGNS: dict[str, dict[str, Any]] = {
+    "mlp": {"adapter": partial(MLP, input_norm="channel")},
+    "resampler": {"adapter": Resampler},
+    "vocabulary": {"adapter": partial(Vocabulary, input_norm="channel")},
+    "fixed": {"norm": "fixed"},
+    "moments": {"norm": "moments"},
+    "hold": {"norm": "fixed", "hold": True},
+    "inject": {"norm": "fixed", "inject": [0, 20, 40, 60]},
+    **{f"enter-{share}": {"layer": share} for share in (20, 40, 60)},
+}
+"""Adapters and entries beside the default ones; layers as percentages of the LLM's."""
 
 
 class Ours:
@@ -256,8 +270,20 @@ class Contenders:
         names = ["limber", "limber-step", "llava-fp32", "plain-fp32"]
         return names + ["limber-fp32", "llava-bf16", "llava-bf16-weights", "plain-bf16"] * bf16
 
+    def design(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the module for one of `DESIGNS`."""
+        if "adapter" in settings:
+            return settings
+        layers = self.setup.size.llm().num_hidden_layers
+        settings = dict(settings)
+        for name in settings.keys() & {"layer", "inject"}:
+            share = settings[name]
+            at = sorted({layers * part // 100 for part in ([share] if name == "layer" else share)})
+            settings[name] = at[0] if name == "layer" else at
+        return {"entry": EntryConfig(**settings)}
+
     def ours(self, precision: str | None = None, **kwargs: Any) -> Ours:
-        key = precision or self.precision, *kwargs
+        key = precision or self.precision, repr(kwargs)
         if key not in self._made:
             self._made[key] = Ours(self.setup, key[0], **kwargs)
         return self._made[key]
@@ -279,6 +305,8 @@ class Contenders:
                 return self.ours(cache_features=True).fit
             case "limber-compiled":
                 return self.ours(compile_llm=True).fit
+            case _ if (design := name.removeprefix("limber-")) in DESIGNS:
+                return self.ours(**self.design(DESIGNS[design])).fit
             case "limber-shared":
                 return self.ours(share=True).fit
             case "llava-fp32" | "llava-bf16":

@@ -52,6 +52,19 @@ TRAIN_FIELDS = (
 ).split()
 
 
+def test_designs_are_contenders(tiny_setup):
+    from bench.train import DESIGNS, Contenders
+
+    contenders = Contenders(tiny_setup)
+    layers = tiny_setup.size.llm().num_hidden_layers
+    for name in ("fixed", "hold", "inject", "enter-40"):
+        assert len(contenders.build(f"limber-{name}")(1)) >= 1
+    entered = contenders.ours(**contenders.design(DESIGNS["enter-40"])).model.entry.config
+    assert entered.layer == layers * 40 // 100
+    with pytest.raises(ValueError, match="limber-enter: there is no such contender"):
+        contenders.build("limber-enter")
+
+
 @pytest.mark.slow
 def test_train(tmp_path):
     names = ["limber", "llava-fp32"]
