@@ -3,6 +3,14 @@ import sys
 from lightning_limber.utils.commands import COMMANDS, HELP, program
 
 
+def read_settings(args: list[str]) -> str:
+    """The config, as YAML, of the run that a command would start."""
+    from lightning_limber.cli import ReadOnlyCLI
+    from lightning_limber.cli import main as cli
+
+    return cli(args, ReadOnlyCLI).run_config
+
+
 def main() -> None:
     """The command line: ``lightning-limber`` and ``python -m lightning_limber``."""
     if sys.argv[1:] in ([], ["-h"], ["--help"]):  # Nothing is imported.
@@ -12,6 +20,10 @@ def main() -> None:
         from lightning_limber.tools.report import main as report
 
         report(sys.argv[2:])
+    elif sys.argv[1] == "grid":  # Its runs are commands of their own; what reads their settings comes late.
+        from lightning_limber.tools.grid import main as grid
+
+        grid(sys.argv[2:], read_settings)
     else:
         from lightning_limber.cli import main as cli
 

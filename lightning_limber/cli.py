@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ from lightning_limber.utils.config_files import (
 from lightning_limber.utils.files import in_words
 from lightning_limber.utils.parser import Parser
 from lightning_limber.utils.ranges import check_ranges
-from lightning_limber.utils.trainer import SaveConfig, Trainer, make_trainer
+from lightning_limber.utils.trainer import SaveConfig, Trainer, make_trainer, new_run_config
 from lightning_limber.utils.trust import class_paths, read_config
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "export")
@@ -335,6 +336,16 @@ class LimberCLI(LightningCLI):
         )
 
 
+class ReadOnlyCLI(LimberCLI):
+    """Reads a command and checks its settings; nothing is built and nothing runs."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.run_config = new_run_config(self._parser(subcommand), self._settings)
+
+
 def _upgrade(config: dict[str, Any]) -> dict[str, Any]:
     """What older versions wrote, as this one does."""
     return upgrade_config(in_present_form(config))
@@ -351,7 +362,7 @@ def _as_given(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def main(args: list[str] | None = None) -> LimberCLI:
+def main(args: list[str] | None = None, kind: Callable[..., Any] = LimberCLI) -> Any:
     """The command line. `args` replaces ``sys.argv[1:]``."""
     # Workers of torch's loader and of tokenizers do not mix otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -364,7 +375,7 @@ def main(args: list[str] | None = None) -> LimberCLI:
     }
     try:
         sys.argv[1:] = find_configs(sys.argv[1:])
-        return LimberCLI(
+        return kind(
             Limber,
             CaptionData,
             trainer_class=Trainer,
