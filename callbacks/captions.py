@@ -25,6 +25,8 @@ from lightning_limber.models.generation import Decoding
 from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.models.limber import Limber
 from lightning_limber.utils.by_image import add_arrays, images_file
+from lightning_limber.utils.checkpoints import measurement_differences
+from lightning_limber.utils.earlier_rows import earlier_rows
 from lightning_limber.utils.files import write_text, write_whole
 from lightning_limber.utils.loop_state import measured_epoch
 
@@ -90,6 +92,11 @@ class CaptionSamples(pl.Callback):
         self.clip = clip
         self.history: dict[int, dict[str, Score]] = {}
         self.baselines: dict[str, Baseline] = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What enters the numbers."""
+        return {name: getattr(self, name) for name in ("num_images", "max_new_tokens", "clip")}
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Limber)
@@ -186,25 +193,40 @@ class CaptionSamples(pl.Callback):
         return [caption.text for caption in model.generate(image_tokens, Decoding(self.max_new_tokens))]
 
     def state_dict(self) -> dict[str, Any]:
+        newest = sorted(self.history)[-1:]  # The others stand in captions.csv.
         return {
             "history": {
-                epoch: {name: list(score) for name, score in scores.items()}
-                for epoch, scores in self.history.items()
+                epoch: {name: list(score) for name, score in self.history[epoch].items()}
+                for epoch in newest
             },
+            "table": "captions.csv",
+            "settings": self.settings if newest else None,
             "baselines": {
                 writer: [caption, {name: list(score) for name, score in scores.items()}]
                 for writer, (caption, scores) in self.baselines.items()
             },
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = {
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        kept = {
             epoch: {name: Score(*score) for name, score in scores.items()}
-            for epoch, scores in state_dict["history"].items()
+            for epoch, scores in state.get("history", {}).items()
         }
+        self.history = {}
+        if kept and "table" in state:  # Older checkpoints hold all epochs.
+            for row in earlier_rows(trainer, state["table"], "epoch", max(kept)):
+                if row["writer"] == "model":
+                    score = Score(*(row[name] for name in Score._fields))
+                    self.history.setdefault(row["epoch"], {})[row["metric"]] = score
+        self.history |= kept
+        if trainer.state.fn != "fit" and measurement_differences(checkpoint["callbacks"], self):
+            self.history = {}  # Of the run, and measured otherwise.
         self.baselines = {
             writer: Baseline(caption, {name: Score(*score) for name, score in scores.items()})
-            for writer, (caption, scores) in state_dict.get("baselines", {}).items()
+            for writer, (caption, scores) in state.get("baselines", {}).items()
         }
 
 

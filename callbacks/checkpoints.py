@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from lightning_limber.models.limber import Limber
 from lightning_limber.models.optimizer import OptimizerConfig, set_learning_rate, stretched
 from lightning_limber.utils.checkpoints import slurm_job
 from lightning_limber.utils.commands import program
+from lightning_limber.utils.event_files import go_on, written
 from lightning_limber.utils.files import write_whole
 from lightning_limber.utils.loop_state import place, write_place
+from lightning_limber.utils.run_lock import hold_run, release_run
 
 from .signals import Signals
 
@@ -66,7 +69,7 @@ class Checkpoints(Checkpoint):
         self.signals = Signals()
         self._saved_step: int | None = None
         self._max_steps = -1
-        self._ends_epoch: int | None = None  # The step of a checkpoint of which an epoch's end is to come.
+        self._ending: int | None = None  # The step of a checkpoint of which the end of an epoch is to come.
         self._validated_batches = -1
         self._requeues = self._leaving = False
 
@@ -75,6 +78,8 @@ class Checkpoints(Checkpoint):
             trainer.strategy.checkpoint_io = WholeFiles()
         folder = trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir)
         self.dirpath = Path(folder) / "checkpoints"
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            hold_run(self.dirpath.parent)
         self._saved_step, self._validated_batches = None, -1
         environment = trainer._accelerator_connector.cluster_environment
         requeue_signal = None
@@ -84,12 +89,12 @@ class Checkpoints(Checkpoint):
         self.signals.install(trainer, requeue_signal)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.signals.restore()
+        self._let_go()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        self.signals.restore()
+        self._let_go()
         path = self.dirpath / "last.ckpt" if self.dirpath else Path("last.ckpt")
         step = "" if self._saved_step is None else f" holds step {self._saved_step}"
         is_saved = trainer.state.fn == "fit" and path.is_file()
@@ -100,6 +105,11 @@ class Checkpoints(Checkpoint):
             if is_saved:
                 text = f"{path}{step}; go on with: {program()} fit --ckpt_path {path.parent.parent}"
             rank_zero_info(f"[stop] {signal.Signals(self.signals.stop).name}: {text}")
+
+    def _let_go(self) -> None:
+        self.signals.restore()
+        if self.dirpath is not None:
+            release_run(self.dirpath.parent)
 
     # -- when -------------------------------------------------------------------------------------
 
@@ -112,10 +122,13 @@ class Checkpoints(Checkpoint):
                 f"{run} holds a run already: go on with it (--ckpt_path {run}), or give this one a folder "
                 "of its own, by another name or version of the logger."
             )
-        # Lightning does nothing in a run that has all its steps, also if the end of the epoch is to come.
-        self._max_steps = trainer.fit_loop.epoch_loop.max_steps
-        if self._ends_epoch == self._max_steps:
-            trainer.fit_loop.epoch_loop.max_steps += 1
+        # Lightning does nothing in a run that has all its steps or time, also if its end is to come.
+        loop = trainer.fit_loop.epoch_loop
+        self._max_steps, has_steps = loop.max_steps, self._ending == loop.max_steps
+        if self._ending is not None and (has_steps or trainer.should_stop):
+            loop.max_steps += has_steps
+            trainer.should_stop = False
+            loop._should_check_val_fx = partial(self._stop_here, trainer)  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # A checkpoint brings the learning rate of its own schedule, which may have been a shorter one.
@@ -180,6 +193,15 @@ class Checkpoints(Checkpoint):
         self._leaving = not finished and self._any_requeue(trainer)
         self._leave(trainer)
 
+    @staticmethod
+    def _stop_here(trainer: pl.Trainer, data_fetcher: Any) -> bool:
+        """Asked in place of whether to validate, before the next batch: the run stops without it, and what
+        was to come goes on.
+        """
+        del trainer.fit_loop.epoch_loop._should_check_val_fx
+        trainer.should_stop = True
+        return True
+
     def _any_requeue(self, trainer: pl.Trainer) -> bool:
         """Whether a process got SLURM's signal: all stop at the same step."""
         return self._requeues and trainer.strategy.reduce_boolean_decision(self.signals.requeue, all=False)
@@ -214,7 +236,9 @@ class Checkpoints(Checkpoint):
     ) -> None:
         """Makes a checkpoint of whoever saves say what is left to do."""
         if trainer.state.fn == "fit":
-            write_place(checkpoint["loops"]["fit_loop"], trainer, self._validated_batches)
+            loops = checkpoint["loops"]["fit_loop"]
+            checkpoint["is_ending"] = write_place(loops, trainer, self._validated_batches)
+            checkpoint["event_files"] = written(trainer)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -228,8 +252,10 @@ class Checkpoints(Checkpoint):
             epoch_loop = trainer.fit_loop.epoch_loop
             epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
             epoch_loop._batches_that_stepped = max(0, step - 1)  # As `fit` logs what it measures there.
-        ends = loop["epoch_loop.batch_progress"]["is_last_batch"]
-        self._ends_epoch = step if ends else None
+        elif "event_files" in checkpoint:  # Older ones: see `purge_step` in cli.py.
+            go_on(trainer, checkpoint["event_files"])
+        is_whole = loop["epoch_loop.batch_progress"]["is_last_batch"]  # Older checkpoints say no more.
+        self._ending = step if checkpoint.get("is_ending", is_whole) else None
 
     def _save(self, trainer: pl.Trainer, name: str) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

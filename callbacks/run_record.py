@@ -9,6 +9,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lightning_limber.probe.palette import Panel, ordered_groups
 from lightning_limber.probe.tables import Row
 from lightning_limber.utils.by_image import add_arrays, images_file
 from lightning_limber.utils.checkpoints import FREE
+from lightning_limber.utils.earlier_rows import earlier_rows
 from lightning_limber.utils.files import write_text, write_whole
 from lightning_limber.utils.flops import FlopCounter
 from lightning_limber.utils.loop_state import measured_epoch
@@ -168,18 +170,30 @@ class RunRecord(pl.Callback):
     on_test_end = on_validation_end
 
     def state_dict(self) -> dict[str, Any]:
+        newest = sorted(self.history)[-1:]  # The others stand in validation.csv.
+        found = {step: self.history[step] for step in newest}
         return {
             "history": {
                 step: [epoch, {name: list(score) for name, score in scores.items()}]
-                for step, (epoch, scores) in self.history.items()
-            }
+                for step, (epoch, scores) in found.items()
+            },
+            "table": "validation.csv",
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = {
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        kept = {
             step: (epoch, {name: (value, low, high) for name, (value, low, high) in scores.items()})
-            for step, (epoch, scores) in state_dict["history"].items()
+            for step, (epoch, scores) in state.get("history", {}).items()
         }
+        self.history = {}
+        if kept and "table" in state:  # Older checkpoints hold all steps.
+            for row in earlier_rows(trainer, state["table"], "step", max(kept)):
+                scores = self.history.setdefault(row["step"], (row["epoch"], {}))[1]
+                scores[row["metric"]] = row["value"], row["low"], row["high"]
+        self.history |= kept
 
     def _write(self, folder: Path, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
         path = folder / "run.json"
@@ -207,7 +221,7 @@ class RunRecord(pl.Callback):
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_hparams"):
                 for summary in summaries:
-                    logger.experiment.file_writer.add_summary(summary)
+                    logger.experiment._get_file_writer().add_summary(summary)
 
 
 def earlier_starts(path: Path) -> list[dict[str, Any]]:
@@ -264,10 +278,31 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def log_figure(trainer: Any, tag: str, figure: Any) -> None:
-    """Hands a matplotlib figure to every logger that takes figures (TensorBoard does); None is left out."""
+    """Hands a matplotlib figure to every logger that takes figures (TensorBoard, W&B); None is left out.
+
+    Where none does, the newest is a PNG in the run's folder.
+    """
+    if figure is None:
+        return
+    taken = False
     for logger in trainer.loggers:
-        if figure is not None and hasattr(logger.experiment, "add_figure"):
+        if hasattr(logger.experiment, "add_figure"):
             logger.experiment.add_figure(tag, figure, global_step=trainer.global_step)
+        elif hasattr(logger, "log_image"):
+            logger.log_image(tag, [figure], step=trainer.global_step)
+        else:
+            continue
+        taken = True
+    if not taken and trainer.run_folder:
+        path = Path(trainer.run_folder) / f"{tag.replace('/', '_')}.png"
+        write_whole(path, partial(figure.savefig, dpi=80))
+
+
+def log_table(trainer: Any, tag: str, table: Any) -> None:
+    """Hands a data frame to every logger that takes tables (W&B)."""
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_table"):
+            logger.log_table(tag, dataframe=table, step=trainer.global_step)
 
 
 def log_layout(trainer: Any, rows: list[Row], panels: Sequence[Panel]) -> None:

@@ -16,9 +16,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from lightning_limber.data.collate import Batch
+from lightning_limber.models.frozen import fingerprint
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.figures import heatmap_figure, matrix_figure, patch_figure, probe_figure
@@ -28,13 +30,15 @@ from lightning_limber.probe.metrics.base import IMAGE
 from lightning_limber.probe.palette import write_panels
 from lightning_limber.probe.passes import Probe, Report
 from lightning_limber.probe.patches import PatchMap, patch_maps
-from lightning_limber.probe.tables import History, Row, arrays_by_image, scalars, write_tables
+from lightning_limber.probe.tables import History, Row, arrays_by_image, frame, scalars, write_tables
 from lightning_limber.utils.by_image import add_arrays, images_file
+from lightning_limber.utils.checkpoints import differences, measurement_differences, refuse
+from lightning_limber.utils.earlier_rows import earlier_rows
 from lightning_limber.utils.files import write_whole
 from lightning_limber.utils.flops import FlopCounter
 from lightning_limber.utils.loop_state import measured_epoch
 
-from .run_record import gather, log_figure, log_layout
+from .run_record import gather, log_figure, log_layout, log_table
 
 NUM_PATCH_IMAGES = 4
 NUM_TRAINING_RECORDS = 256
@@ -85,6 +89,8 @@ class SAEProbe(pl.Callback):
         self.every_n_epochs = every_n_epochs
         self.published_curves = published_curves
         self.history: History = {}
+        self._saes: dict[str, str] = {}
+        """Fingerprints by hook name, of this run or its checkpoint."""
         self._probe: Probe | None = None
         self._layout_logged = False
 
@@ -104,6 +110,7 @@ class SAEProbe(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Loads the SAEs and checks them before anything is trained: an error comes at once."""
         self._probe = None  # Of an earlier run in this process, with its model and captions.
+        self._saes = self._saes if trainer.ckpt_path else {}
         if self.every_n_epochs:
             self._prepare(trainer, pl_module)
 
@@ -129,12 +136,43 @@ class SAEProbe(pl.Callback):
         return "SAEProbe"
 
     def state_dict(self) -> dict[str, Any]:
-        history = {epoch: [list(row) for row in rows] for epoch, rows in self.history.items()}
+        kept = {0, max(self.history, default=0)} & self.history.keys()  # The others stand in probe.csv.
         panels = self._probe.panels if self._probe is not None else []
-        return {"history": history, "panels": [asdict(panel) for panel in panels]}
+        return {
+            "history": {epoch: [list(row) for row in self.history[epoch]] for epoch in sorted(kept)},
+            "table": "probe.csv",
+            "settings": self.settings if kept else None,
+            "saes": self._saes,
+            "panels": [asdict(panel) for panel in panels],
+        }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = {epoch: [Row(*row) for row in rows] for epoch, rows in state_dict["history"].items()}
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        kept = {epoch: [Row(*row) for row in rows] for epoch, rows in state.get("history", {}).items()}
+        self.history = {}
+        if kept and "table" in state:  # Older checkpoints hold all epochs.
+            for row in earlier_rows(trainer, state["table"], "epoch", max(kept)):
+                layer = int(row["layer"]) if row["layer"] else None
+                values = [row[name] for name in Row._fields[1:]]
+                self.history.setdefault(row["epoch"], []).append(Row(layer, *values))
+        self.history |= kept
+        self._saes = state.get("saes", {})
+        if trainer.state.fn != "fit":
+            self._begin_anew(measurement_differences(checkpoint["callbacks"], self))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What enters the numbers."""
+        return {"num_images": self.num_images, **asdict(self.config)}
+
+    def _begin_anew(self, other: list[str]) -> None:
+        """Leaves the run's rows out of the table of `validate` where they were measured otherwise."""
+        if other and self.history:
+            text = "\n  ".join(other)
+            rank_zero_info(f"[probe] measured otherwise than the run, whose rows are left out:\n  {text}")
+            self.history = {}
 
     # -- what -------------------------------------------------------------------------------------
 
@@ -150,6 +188,12 @@ class SAEProbe(pl.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         texts = partial(data.training_captions, NUM_TRAINING_RECORDS)
         self._probe = build_probe(module, self.config, context, partial(gather, trainer), texts)
+        saes = {name: fingerprint(sae) for name, sae in self._probe.saes.items()}
+        other = differences(self._saes, saes, "probe.saes") if self._saes else []
+        if trainer.state.fn == "fit":
+            refuse(other)
+        self._begin_anew(other)
+        self._saes = saes
 
     def _run_and_log(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, label: str) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -185,6 +229,7 @@ class SAEProbe(pl.Callback):
             write_panels(self.probe.panels, files)
             arrays = arrays_by_image(report.by_image, report.images)
             add_arrays(images_file(files, epoch), "probe", arrays)
+        log_table(trainer, "probe/rows", frame(report.rows).astype({"layer": float}))
         self._log_figures(trainer, module, epoch, label, report)
         if patches is not None:
             figure = patch_figure(*patches)

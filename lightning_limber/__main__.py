@@ -4,11 +4,19 @@ from lightning_limber.utils.commands import COMMANDS, HELP, program
 
 
 def read_settings(args: list[str]) -> str:
-    """The config, as YAML, of the run that a command would start."""
-    from lightning_limber.cli import ReadOnlyCLI
+    """The config, as YAML, of the run that a command would start; nothing of the run is built."""
+    from lightning_limber.cli import LimberCLI
     from lightning_limber.cli import main as cli
+    from lightning_limber.utils.trainer import new_run_config
 
-    return cli(args, ReadOnlyCLI).run_config
+    class ReadOnlyCLI(LimberCLI):
+        def instantiate_classes(self) -> None:
+            pass
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            self.text = new_run_config(self._parser(subcommand), self._settings)
+
+    return cli(args, ReadOnlyCLI).text  # type: ignore[attr-defined]
 
 
 def main() -> None:

@@ -77,10 +77,11 @@ class Trained:
         if (path / EXPORTED).is_file():
             from safetensors import safe_open
 
+            weights = read_projector(path)
             with safe_open(path / EXPORTED, "pt") as file:
                 notes = {key: json.loads(text) for key, text in file.metadata().items() if key != "format"}
             config = yaml.safe_load((path / "config.yaml").read_text())
-            return cls(config, notes["backbones"], notes["trainer"], read_projector(path))
+            return cls(config, notes["backbones"], notes["trainer"], weights)
         if not path.exists():
             raise FileNotFoundError(
                 f"There is no '{path}'. Give a checkpoint (.ckpt), a run's folder, or an exported one."

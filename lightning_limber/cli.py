@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+import threading
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -30,41 +30,30 @@ from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import in_present_form
 from lightning_limber.tools.predict import CaptionWriter, Images
 from lightning_limber.utils.adapter_config import upgrade_config
-from lightning_limber.utils.checkpoints import newest_checkpoint, read_checkpoint, slurm_job
-from lightning_limber.utils.commands import COMMANDS, program
+from lightning_limber.utils.checkpoints import (
+    newest_checkpoint,
+    read_checkpoint,
+    refuse,
+    setting_differences,
+    slurm_job,
+)
+from lightning_limber.utils.commands import COMMANDS, LAYERS, METAVARS, OPTIONS, program
 from lightning_limber.utils.config_files import (
     config_dir,
     config_with,
     default_experiment,
+    default_logger,
     find_configs,
     split_exports,
 )
-from lightning_limber.utils.files import in_words
+from lightning_limber.utils.files import FULL, in_words, on_thread_error
 from lightning_limber.utils.parser import Parser
 from lightning_limber.utils.ranges import check_ranges
-from lightning_limber.utils.trainer import SaveConfig, Trainer, make_trainer, new_run_config
+from lightning_limber.utils.run_lock import hold_run
+from lightning_limber.utils.trainer import SaveConfig, Trainer, make_trainer
 from lightning_limber.utils.trust import class_paths, read_config
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "export")
-LAYERS = """\
-Settings come from configs/base.yaml, the experiment (configs/default.yaml, unless a --config names its
-data), each --config, and flags; what comes later wins."""
-# Of options whose help is Lightning's.
-OPTIONS = {
-    "config": "Lay a YAML file of settings over the others; may be given several times.",
-    "print_config": "Print the whole config that this command makes, and exit.",
-    "seed_everything": "Seed of all random numbers; true draws one.",
-    "ckpt_path": "Start from this checkpoint: a .ckpt file, a run's folder, or 'last' for the newest run. "
-    "`fit` goes on where it stopped. The checkpoint's config takes the place of the experiment's.",
-    "weights_only": "Read tensors and plain values only; null does so for files on this machine.",
-    "model.adapter.help": "Show the options of a class of adapters, such as MLP, and exit.",
-    "data.help": "Show the options of a class of data, such as ImageFolder, and exit.",
-    "data": "Where images and captions come from: Scenes, ImageFolder, CocoCaptions, LLaVAConversations, "
-    "HuggingFaceCaptions, Shards, or a class of your own as my_module.MyData. Give its options as in "
-    "--data.batch_size 8.",
-}
-METAVARS = {"ckpt_path": "PATH"} | dict.fromkeys(("data", "model.adapter"), "CLASS")
-METAVARS |= dict.fromkeys(("data.help", "model.adapter.help"), "CLASS")
 
 
 def default_precision(accelerator: str) -> str:
@@ -83,6 +72,7 @@ class LimberCLI(LightningCLI):
     """
 
     _run_folder: Path | None = None  # Of a run that goes on.
+    _checkpoint: dict[str, Any] | None = None
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -181,14 +171,21 @@ class LimberCLI(LightningCLI):
             ]
         self.config = parser.parse_args([*command, *(layers or default_experiment(own)), *own])
         self._check_values()
+        self._checkpoint = checkpoint if path is not None else None
         if path is None:
             self._name_slurm_run()
         elif self.config.subcommand == "fit":
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-            self._continue_logs(path, checkpoint["global_step"], is_between_epochs=not progress["ready"])
+            # A batch is logged at the number of steps before it, the end of an epoch at that of all.
+            purge_step = checkpoint["global_step"] + (not progress["ready"])
+            self._continue_logs(
+                path, checkpoint["global_step"], None if "event_files" in checkpoint else purge_step
+            )
 
     def _check_values(self) -> None:
         """What can be said of the settings before a model is loaded."""
+        if self._settings.trainer.logger is True:  # Lightning's own would not find its folder again.
+            self._settings.trainer.logger = default_logger()
         check_ranges(self._settings.as_dict(), lambda key: config_with(key, sys.argv[2:]) or "")
         check_template(self._settings.model.prompt)
 
@@ -234,18 +231,18 @@ class LimberCLI(LightningCLI):
         path = Path(options.save_dir) / options.name / str(options.version) / "checkpoints/last.ckpt"
         return path if path.is_file() else None
 
-    def _continue_logs(self, path: Path, step: int, is_between_epochs: bool) -> None:
-        """Logs go on in the run's own folder; what was logged after the checkpoint is replaced.
-
-        A batch is logged at the number of steps before it, the end of an epoch at that of all.
+    def _continue_logs(self, path: Path, step: int, purge_step: int | None) -> None:
+        """Logs go on in the run's own folder; what was logged after the checkpoint is replaced (of a
+        checkpoint that knows where the event files ended, by `event_files.go_on`).
         """
         if path.parent.name == "checkpoints":
             self._run_folder = path.parent.parent
+            hold_run(self._run_folder)
             for logger in self._loggers():
                 logger.init_args.save_dir, logger.init_args.name = self._log_folder(path)
                 logger.init_args.version = self._run_folder.name
-                if logger.class_path.endswith("TensorBoardLogger"):
-                    logger.dict_kwargs = {"purge_step": step + is_between_epochs}
+                if logger.class_path.endswith("TensorBoardLogger") and purge_step is not None:
+                    logger.dict_kwargs = {"purge_step": purge_step}
             # CSVLogger begins its file anew.
             table = self._run_folder / "metrics.csv"
             if table.is_file():
@@ -269,6 +266,8 @@ class LimberCLI(LightningCLI):
         if trainer.precision is None:
             planned = self.subcommand == "plan"  # For a GPU, on whatever machine.
             trainer.precision = "bf16-mixed" if planned else default_precision(trainer.accelerator)
+        if self.subcommand == "predict":  # It leaves its output and nothing else.
+            trainer.logger = False
         if self._settings.model.optimizer.total_steps < 1:
             raise ValueError(
                 f"model.optimizer.total_steps={self._settings.model.optimizer.total_steps}: it follows "
@@ -285,6 +284,12 @@ class LimberCLI(LightningCLI):
         trainer.run_folder = str(self._run_folder) if self._run_folder else None
         return trainer
 
+    def before_fit(self) -> None:
+        """Refuses settings that are not the checkpoint's before a model is loaded."""
+        if self._checkpoint is not None:
+            refuse(setting_differences(self._checkpoint, self.model, self.trainer, self.datamodule))
+            self._checkpoint = None
+
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "plan":
             self._plan()
@@ -293,7 +298,12 @@ class LimberCLI(LightningCLI):
 
             export(self._settings.ckpt_path, self._settings.output)
         else:
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            except OSError as error:
+                if error.errno in FULL and error.filename is None:  # Of loggers.
+                    error.filename = str(self.trainer.runs)  # type: ignore[attr-defined]
+                raise
 
     def _plan(self) -> None:
         from lightning_limber.tools.plan import make_plan
@@ -336,16 +346,6 @@ class LimberCLI(LightningCLI):
         )
 
 
-class ReadOnlyCLI(LimberCLI):
-    """Reads a command and checks its settings; nothing is built and nothing runs."""
-
-    def instantiate_classes(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        self.run_config = new_run_config(self._parser(subcommand), self._settings)
-
-
 def _upgrade(config: dict[str, Any]) -> dict[str, Any]:
     """What older versions wrote, as this one does."""
     return upgrade_config(in_present_form(config))
@@ -362,11 +362,12 @@ def _as_given(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def main(args: list[str] | None = None, kind: Callable[..., Any] = LimberCLI) -> Any:
+def main(args: list[str] | None = None, kind: type[LimberCLI] = LimberCLI) -> LimberCLI:
     """The command line. `args` replaces ``sys.argv[1:]``."""
     # Workers of torch's loader and of tokenizers do not mix otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.argv[1:] = sys.argv[1:] if args is None else args
+    threading.excepthook = on_thread_error
     # ${trainer.max_steps} means the same in a config file and in the merged config of a subcommand.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     options = {

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from crash import Crash
+from process import HELPERS, run_cli
 from runs import assert_equal, crash_flags, final
 
 from lightning_limber import load
@@ -62,3 +64,26 @@ def test_a_run_from_its_start_to_its_export(case, fit, monkeypatch, tmp_path):
         [[(word, weight), *_], *_] = model.adapter.words(features)[0]
         assert word in model.llm.tokenizer.get_vocab()
         assert 0 < weight < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["whole words", "norm moments"])
+def test_two_processes_and_a_sharded_llm_make_the_same_run(case, models, tmp_path):
+    name, *settings = CASES[case]
+    flags = [*tiny.arguments(models, probe=False), f"--model.adapter={name}", "--trainer.max_steps=4"]
+    flags += [*(f"--model.adapter.{setting}" for setting in settings), *crash_flags("batches")]
+    flags += ["--model.adapter.input_norm=channel"]
+    ddp = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    found = {}
+    for run, more in {"one": [], "ddp": ddp, "sharded": [*ddp, "--model.shard_llm=true"]}.items():
+        (tmp_path / run).mkdir()
+        done = run_cli("fit", *flags, *more, cwd=tmp_path / run, env=HELPERS)
+        assert done.returncode == 0, done.stdout
+        found[run] = final(tmp_path / run / RUN)
+    assert_equal(found["ddp"], found["sharded"])
+    if case == "norm moments":
+        # A bias before a running mean has a gradient of rounding alone, of which Adam makes whole steps: one
+        # process and two are compared in tests/models/test_norm_control.py.
+        return
+    for key, value in found["one"].items():
+        torch.testing.assert_close(found["ddp"][key], value, rtol=1e-3, atol=1e-4)

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_limber.utils.checkpoints import read_checkpoint
+from lightning_limber.utils.trainer import Trainer, make_trainer
 
 CSV = {
     "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -59,3 +61,33 @@ def test_nothing_is_overwritten(fit):
     fit(*flags)
     with pytest.raises(ValueError, match=r"runs/default/mine holds a run already: go on"):
         fit(*flags)
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_two_runs_that_start_at_once_share_no_folder(kind):
+    def start() -> str | None:
+        return make_trainer(lambda: Trainer(logger=kind("runs", "mine"), accelerator="cpu"), "cpu").log_dir
+
+    # Nothing is written in between.
+    assert [start(), start()] == ["runs/mine/version_0", "runs/mine/version_1"]
+    Path("runs/mine/version_0").rmdir()
+    assert start() == "runs/mine/version_2"
+
+
+@pytest.mark.parametrize(("logger", "pngs"), [(OTHER, 0), (CSV, 5), (None, 0)])
+def test_figures_and_tables_reach_whoever_takes_them(fit, logger, pngs):
+    flags = [] if logger is None else [f"--trainer.logger={json.dumps(logger)}"]
+    cli = fit(*flags, "--trainer.max_steps=1", probe=True, figures=True)
+    assert len(list(Path(cli.trainer.log_dir).glob("*.png"))) == pngs
+    if logger is OTHER:
+        [found] = cli.trainer.loggers
+        assert {"captions Figure", "probe/finding Figure", "probe/by_layer Figure"} <= set(found.images)
+        assert {"image", "text"} <= set(found.tables["probe/rows"]["group"])
+
+
+def test_predict_leaves_its_output_and_nothing_else(fit):
+    run = fit("--trainer.max_steps=1", "--captions.num_images=0").trainer.log_dir
+    before = content(Path("runs"))
+    fit(f"--ckpt_path={run}", command="predict", base=False)
+    assert content(Path("runs")) == before
+    assert Path("captions.jsonl").read_text().count("\n") == 10

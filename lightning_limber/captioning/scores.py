@@ -32,7 +32,7 @@ from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import BLEUScore
 
 from lightning_limber.probe.statistics import bootstrap_weights, interval
-from lightning_limber.utils.hub import resolve
+from lightning_limber.utils.hub import from_hub
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -318,5 +318,5 @@ def clip_scores(
 def _load_clip(name: str) -> tuple[Any, Any]:
     from transformers import AutoProcessor, CLIPModel
 
-    path = resolve(name)
-    return CLIPModel.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
+    with from_hub(name) as path:
+        return CLIPModel.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)

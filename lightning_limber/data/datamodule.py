@@ -11,6 +11,7 @@ from itertools import islice, repeat
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_limber.data.collate import Batch, Collator
 from lightning_limber.data.fingerprint import data_differences, fingerprint
@@ -212,6 +213,9 @@ class CaptionData(pl.LightningDataModule):
                 + "\nBring them back to continue the run, or start a new one from its adapter with "
                 "--model.adapter_weights PATH (and no --ckpt_path)."
             )
+        for part, found in self.fingerprint().items():
+            if found.keys() == {"records"}:
+                rank_zero_info(f"[resume] {part} data: their number alone is known, and is the same")
 
     def calibration_batch(self, num_images: int = 64) -> Batch:
         """The first training images that can be read, the same in every process: see `Adapter.calibrate`.

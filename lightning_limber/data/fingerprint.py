@@ -47,12 +47,14 @@ def fingerprint(records: Any, times: bool = False) -> dict[str, str]:
     """Number of records, and hashes of their names, their captions and their pictures.
 
     Args:
-        records: A data set; without ``contents`` (see `RecordSet`) only its length is known.
+        records: A data set. Without ``contents`` (see `RecordSet`) only its length is known, and of a
+            stream its ``sources``.
         times: Also tell files apart by path and time of change.
     """
     found = {"records": str(len(records))}
     if not hasattr(records, "contents"):
-        return found
+        sources = records.sources() if hasattr(records, "sources") else []
+        return found | ({"sources": _short(repr(sources).encode())} if sources else {})
     hashes = {name: hashlib.sha256() for name in ("names", "captions", "pictures")}
     contents: Iterator[Content] = records.contents(times)
     for content in contents:
@@ -61,7 +63,16 @@ def fingerprint(records: Any, times: bool = False) -> dict[str, str]:
     return found | {name: digest.hexdigest()[:16] for name, digest in hashes.items()}
 
 
-WORDS = {"names": "names of records", "captions": "captions", "pictures": "picture files (by size)"}
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+WORDS = {
+    "names": "names of records",
+    "captions": "captions",
+    "pictures": "picture files (by size)",
+    "sources": "files or revision of the stream",
+}
 
 
 def data_differences(saved: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -> list[str]:
@@ -69,7 +80,12 @@ def data_differences(saved: dict[str, dict[str, str]], now: dict[str, dict[str, 
     lines = []
     for part, before in saved.items():
         after = now.get(part, {})
-        found = [f"other {word}" for key, word in WORDS.items() if before.get(key) != after.get(key)]
+        # What an older version did not look at is not compared.
+        found = [
+            f"other {word}"
+            for key, word in WORDS.items()
+            if before.get(key, after.get(key)) != after.get(key)
+        ]
         if before["records"] != after.get("records"):
             found.insert(0, f"{before['records']} records in the checkpoint, {after.get('records')} now")
         if found:

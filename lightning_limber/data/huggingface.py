@@ -122,9 +122,14 @@ def first_rows(table: Any, image: str) -> np.ndarray:
 class StreamSet(RecordStream):
     """A streamed data set; rows are shuffled in a buffer, as a function of seed and epoch."""
 
-    def __init__(self, stream: Any, columns: Columns, split: str, count: int, seed: int) -> None:
+    def __init__(
+        self, stream: Any, columns: Columns, split: str, count: int, seed: int, sources: list[str]
+    ) -> None:
         self.stream, self.columns, self.split = stream, columns, split
-        self.count, self.seed = count, seed
+        self.count, self.seed, self._sources = count, seed, sources
+
+    def sources(self) -> list[str]:
+        return self._sources
 
     def __len__(self) -> int:
         return self.count
@@ -208,7 +213,23 @@ class HuggingFaceCaptions(CaptionData):
                 f"data.streaming=true: '{self.path}' does not say how many records "
                 f"'{self.train_split}' has. Set data.num_train."
             )
-        return StreamSet(train, self.columns, self.train_split, count, self.seed), val
+        return StreamSet(train, self.columns, self.train_split, count, self.seed, self._sources()), val
+
+    def _sources(self) -> list[str]:
+        """Files of the training split with their sizes; on the hub their addresses name the revision."""
+        import datasets
+
+        folder = Path(self.path).expanduser()
+        if (folder / "dataset_dict.json").is_file():
+            return [datasets.load_from_disk(folder)[self.train_split]._fingerprint]
+        builder = datasets.load_dataset_builder(self.path, self.name, data_files=self.data_files)
+        files = list((builder.config.data_files or {}).get(self.train_split, ()))
+        paths = [Path(file) for file in files]
+        sizes = file_stamps(paths, times=False)
+        return [
+            f"{path.name} {size}" if size else file
+            for file, path, size in zip(files, paths, sizes, strict=True)
+        ]
 
     def _load(self, split: str, streaming: bool) -> Any:
         import datasets

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +23,7 @@ from lightning_limber.data.loader import RecordSet
 from lightning_limber.data.records import UNREADABLE, Record, UnreadableRecord, printable, reason
 from lightning_limber.data.tables import EXPECTED, TABLES, Said, read_table
 from lightning_limber.data.text import decode, sort_captions
-from lightning_limber.utils.cache import cache_dir
+from lightning_limber.utils.cache import cache_dir, keep, read_kept
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
@@ -105,7 +104,10 @@ def read_entries(root: Path, exclude: str | None) -> Iterator[Said]:
     if not root.is_dir():
         yield from read_table(root)
         return
-    pattern = re.compile(exclude) if exclude else None
+    try:
+        pattern = re.compile(exclude) if exclude else None
+    except re.error as error:
+        raise ValueError(f"data.exclude={exclude!r} is no regular expression: {error}.") from error
     for path in find_pictures(root):
         name = path.relative_to(root).as_posix()
         if not (pattern and pattern.search(name)):
@@ -241,10 +243,7 @@ class ImageFolder(CaptionData):
         """Decodes every image that has not been found good before; '' is good, anything else the reason."""
         key = hashlib.sha256(str(self.root.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
         ledger = cache_dir() / "image_folders" / f"{key}.json"
-        try:
-            good = {stamp for stamp, why in json.loads(ledger.read_text()).items() if not why}
-        except (OSError, ValueError, AttributeError):  # There is none yet, or it is cut.
-            good = set()
+        good = set(json.loads(read_kept(ledger) or "[]"))
         stamps = {name: _stamp(self.folder / name) for name in names}
         new = [name for name in names if stamps[name] not in good]
         verdicts = dict.fromkeys(names, "")
@@ -256,11 +255,7 @@ class ImageFolder(CaptionData):
                 )
             # Bad ones are looked at again: a permission can change, or a disk be mounted.
             good |= {stamps[name] for name in new if not verdicts[name]}
-            with suppress(OSError):  # It only saves time.
-                ledger.parent.mkdir(parents=True, exist_ok=True)
-                scratch = ledger.with_suffix(f".{hashlib.sha256(str(new).encode()).hexdigest()[:8]}")
-                scratch.write_text(json.dumps(dict.fromkeys(sorted(good), "")))
-                scratch.replace(ledger)
+            keep(ledger, json.dumps(sorted(good)))
         return verdicts
 
 

@@ -63,6 +63,8 @@ class Sequences:
     """[n] image of each label's sequence; -1: none."""
     label_counts: list[int]
     """Number of labels of each of the N sequences (on the host)."""
+    text_width: int
+    """Largest number of positions in a row where no image token stands, padding included."""
     used_positions: int
     """Number of positions that some label needs; the rest of R * W is padding."""
     groups: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -186,6 +188,7 @@ def lay_out(
         ),
         label_images=torch.from_numpy(np.repeat(images, counts)),
         label_counts=counts,
+        text_width=width - min(image_tokens * sum(images[i] >= 0 for i in row) for row in rows),
         used_positions=sum(used),
     )
     if groups:

@@ -62,6 +62,10 @@ class RecordStream(ABC):
         """The row's name in messages."""
         return "of a stream"
 
+    def sources(self) -> list[str]:
+        """What tells the stream from others without reading it, such as names and sizes of its files."""
+        return []
+
 
 class PackedList(Sequence):
     """A long list of plain values, each kept as JSON in one array.

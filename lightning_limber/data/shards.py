@@ -12,11 +12,9 @@ import io
 import os
 import re
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -31,7 +29,9 @@ from lightning_limber.data.image_folder import SUFFIXES, open_image
 from lightning_limber.data.loader import RecordSet
 from lightning_limber.data.records import Record, UnreadableRecord
 from lightning_limber.data.text import clean, decode, parse_object
-from lightning_limber.utils.cache import cache_dir
+from lightning_limber.utils.by_image import DAMAGED
+from lightning_limber.utils.cache import cache_dir, warn_once
+from lightning_limber.utils.files import write_whole
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstandard"}
 """The first two bytes of compressed files."""
@@ -234,13 +234,12 @@ class Shards(CaptionData):
             try:
                 with np.load(file) as kept:
                     return Index(kept["rows"], str(kept["cut"]))
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # There is none, or half.
+            except (OSError, *DAMAGED):  # There is none, or half.
                 index = index_shard(path)
-            with suppress(OSError):  # It only saves time.
-                folder.mkdir(parents=True, exist_ok=True)
-                scratch = folder / f"{key}.{os.getpid()}.npz"
-                np.savez(scratch, rows=index.rows, cut=index.cut)
-                scratch.replace(file)
+            try:
+                write_whole(file, lambda part: np.savez(part, rows=index.rows, cut=index.cut))
+            except OSError as error:
+                warn_once(str(cache_dir()), error.strerror)
             return index
 
         with ThreadPoolExecutor(8) as pool:

@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_limber.utils.checkpoints import EXPORTED, damage, newest_checkpoint, read_checkpoint
+from lightning_limber.utils.files import damaged_file
 
 # What stands before the projector's own keys in a file that may hold much else.
 STEMS = ("mm_projector", "multi_modal_projector", "image_prefix.proj")
@@ -63,7 +64,13 @@ def load_weights(adapter: nn.Module, entry: nn.Module, path: str) -> None:
         ValueError: see `read_projector`; or the weights there are of another adapter.
     """
     if Path(path).is_dir() and not (Path(path) / EXPORTED).is_file():
-        path = str(newest_checkpoint(Path(path)))
+        try:
+            path = str(newest_checkpoint(Path(path)))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"model.adapter_weights={path}: the folder holds no {EXPORTED} of an export and no run "
+                "that has saved a checkpoint."
+            ) from error
     state = read_projector(path)
     own = {key: value.shape for key, value in adapter.state_dict().items()}
     of_entry = {key.removeprefix(ENTRY): state.pop(key) for key in list(state) if key.startswith(ENTRY)}
@@ -100,6 +107,8 @@ def read_projector(path: str | Path) -> dict[str, Tensor]:
         ValueError: its keys are in none of the layouts above.
     """
     if (Path(path) / EXPORTED).is_file():
+        if bad := damaged_file(Path(path)):
+            raise ValueError(f"{Path(path) / bad} is damaged: export or fetch the adapter again.")
         path = Path(path) / EXPORTED
     if not Path(path).is_file():
         raise FileNotFoundError(

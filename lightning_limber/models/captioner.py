@@ -20,7 +20,7 @@ from lightning_limber.models.adapters import Adapter
 from lightning_limber.models.entry import Entry
 from lightning_limber.models.feature_cache import FeatureCache, KeptFeatures
 from lightning_limber.models.generation import Caption, Decoding, generate
-from lightning_limber.models.image_tokens import ImageTokens, embed_sequences, entering
+from lightning_limber.models.image_tokens import ImageTokens, decode_text_first, embed_sequences, entering
 from lightning_limber.models.llm import LLM
 from lightning_limber.models.vision import VisionConfig, VisionEncoder
 
@@ -111,7 +111,11 @@ class Captioner(pl.LightningModule):
     def forward(self, batch: Batch) -> tuple[ImageTokens, Tensor, Tensor]:
         """Image tokens of B images, and losses [n] and correctness [n] of the labels."""
         image_tokens = self.image_tokens(batch)
-        losses, correct = self.target_losses(batch, self.decode(batch, image_tokens))
+        if image_tokens.layer and batch.text_width <= (self.llm.longest_row or 0):
+            hidden = decode_text_first(self.llm, batch, image_tokens)
+        else:
+            hidden = self.decode(batch, image_tokens)  # [R, W, D_l]
+        losses, correct = self.target_losses(batch, hidden)
         return image_tokens, losses, correct
 
     @property

@@ -38,20 +38,23 @@ class EntryConfig:
     inject: list[int] = field(default_factory=list)
     hold: bool = False
 
+    def __post_init__(self) -> None:
+        if any(layer < self.layer for layer in self.inject) or len(set(self.inject)) < len(self.inject):
+            raise ValueError(
+                f"model.entry.inject={self.inject}: allowed are layers from model.entry.layer="
+                f"{self.layer} on, each once."
+            )
+
     def check(self, layers: int) -> None:
         """Checks the settings against the LLM's number of layers.
 
         Raises:
-            ValueError: it has no such layer, or tokens are injected below the entry layer.
+            ValueError: it has no such layer.
         """
-        if self.layer >= layers:
-            raise ValueError(f"model.entry.layer={self.layer}: the LLM has layers 0 to {layers - 1}.")
-        wrong = [layer for layer in self.inject if not self.layer <= layer < layers]
-        if wrong or len(set(self.inject)) < len(self.inject):
-            raise ValueError(
-                f"model.entry.inject={self.inject}: allowed are layers {self.layer} (model.entry.layer) to "
-                f"{layers - 1}, each once."
-            )
+        for name, given in (("layer", [self.layer]), ("inject", self.inject)):
+            for layer in given:
+                if layer >= layers:
+                    raise ValueError(f"model.entry.{name}={layer}: the LLM has layers 0 to {layers - 1}.")
 
 
 class Entry(nn.Module):

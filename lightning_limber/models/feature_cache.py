@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
+import math
+import os
+import zlib
 from typing import Any
 
 import numpy as np
@@ -19,38 +21,62 @@ from torch import Tensor
 
 from lightning_limber.data.fingerprint import fingerprint
 from lightning_limber.data.loader import RecordStream
-from lightning_limber.utils.cache import cache_dir
+from lightning_limber.utils.cache import cache_dir, warn_once
 from lightning_limber.utils.checkpoints import FREE
 
 
 class FeatureCache:
     """Features [count, P, D_v] float32 in one file, filled as they are computed; processes share it.
 
+    A row is followed by its checksum: one that was never written, half written or damaged since is computed
+    anew. The file is read and written, not mapped: a disk that fills under a map ends the process.
+
     Args:
         key: Everything that the features depend on: encoder, its settings, data.
         count: Number of images.
         shape: (P, D_v).
+
+    Raises:
+        OSError: the cache's folder cannot be written.
     """
 
     def __init__(self, key: Any, count: int, shape: tuple[int, ...]) -> None:
         name = hashlib.sha256(json.dumps([key, count, shape], sort_keys=True).encode()).hexdigest()[:24]
-        folder = cache_dir() / "features"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.values = _open(folder / f"{name}.f32", (count, *shape), np.float32)
-        # Written behind its row: a run that is killed leaves no row half true.
-        self.known = _open(folder / f"{name}.known", (count,), np.uint8)
+        self.path = cache_dir() / "features" / f"{name}.rows"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        made = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)  # By whichever process comes first.
+        self._file = open(made, "r+b", buffering=0)  # noqa: SIM115
+        self._shape, self._row_bytes = shape, math.prod(shape) * 4
 
     def read(self, index: list[int]) -> Tensor | None:
         """Features of the images of these indices, or None if any is missing."""
-        return torch.from_numpy(self.values[index]) if self.known[index].all() else None
+        rows = []
+        for i in index:
+            size = self._row_bytes + len(_checksum(b""))
+            found = memoryview(os.pread(self._file.fileno(), size, i * size))
+            row = found[: self._row_bytes]
+            if len(found) < size or found[self._row_bytes :] != _checksum(row):
+                return None
+            rows.append(np.frombuffer(row, np.float32).reshape(self._shape))
+        return torch.from_numpy(np.stack(rows))
 
     def write(self, index: list[int], features: Tensor) -> None:
-        self.values[index] = features.float().cpu().numpy()
-        self.known[index] = 1
+        for i, values in zip(index, features.float().cpu().numpy(), strict=True):
+            row = values.tobytes()
+            row += _checksum(row)
+            try:
+                os.pwrite(self._file.fileno(), row, i * len(row))
+            except OSError as error:
+                warn_once(str(self.path), error.strerror)
+                return
 
 
-def open_feature_cache(key: list[Any], shape: tuple[int, ...], trainer: Any) -> FeatureCache:
-    """The cache of a run's training images.
+def _checksum(row: bytes | memoryview) -> bytes:
+    return zlib.crc32(row).to_bytes(4, "little")
+
+
+def open_feature_cache(key: list[Any], shape: tuple[int, ...], trainer: Any) -> FeatureCache | None:
+    """The cache of a run's training images; None where it cannot be written.
 
     Args:
         key: What the features depend on beside the data and the precision.
@@ -70,14 +96,11 @@ def open_feature_cache(key: list[Any], shape: tuple[int, ...], trainer: Any) -> 
     # Another picture of an old name, or in an old place, must not be given that one's features.
     contents = fingerprint(data.train_set, times=True)
     key = [*key, type(data).__name__, settings, contents, trainer.precision]
-    return FeatureCache(key, len(data.train_set), shape)
-
-
-def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    with path.open("ab") as file:  # Made by whichever process comes first; sparse until it is written.
-        file.truncate(size)
-    return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+    try:
+        return FeatureCache(key, len(data.train_set), shape)
+    except OSError as error:
+        warn_once(str(cache_dir()), error.strerror)
+        return None
 
 
 class KeptFeatures:

@@ -91,6 +91,39 @@ def entering(llm: LLM, sequences: Sequences, image_tokens: ImageTokens | None) -
         yield
 
 
+def decode_text_first(llm: LLM, sequences: Sequences, image_tokens: ImageTokens) -> Tensor:
+    """What `LLM.decode` gives inside `entering`, [R, W, D_l], in less time: layers below the one where the
+    image tokens enter run over text alone, in shorter rows and without a gradient.
+    """
+    layer, device = image_tokens.layer, sequences.input_ids.device
+    places = image_places(sequences)  # [R, W]
+    # Text in its order, then as much of the images' places as makes all rows [R, T] alike.
+    text = places.int().argsort(dim=1, stable=True)[:, : sequences.text_width]
+    mask = sequences.attention_mask()
+    if mask is None:
+        mask = torch.ones(1, 1, *2 * [text.shape[1]], dtype=torch.bool, device=device).tril()
+    else:
+        rows = mask[:, 0].gather(1, text[:, :, None].expand(-1, -1, mask.shape[-1]))
+        mask = rows.gather(2, text[:, None].expand(-1, text.shape[1], -1))[:, None]  # [R, 1, T, T]
+    is_image = places.gather(1, text)
+    mask = mask & ~(is_image[:, None, None] & ~is_image[:, None, :, None])
+    below = llm.residual_entering(
+        layer, llm.embed(sequences.input_ids.gather(1, text)), mask, sequences.position_ids.gather(1, text)
+    )  # [R, T, D_l]
+    residual = below.new_zeros(*places.shape, below.shape[-1])
+    residual = residual.scatter(1, text[..., None].expand_as(below), below)
+    write = _write(sequences, image_tokens, layer)
+    assert write is not None
+    with entering(llm, sequences, image_tokens):
+        return llm.decode(write(residual), layer, sequences.attention_mask(), sequences.position_ids)
+
+
+def image_places(sequences: Sequences) -> Tensor:
+    """[R, W] whether an image token stands there."""
+    places = torch.zeros_like(sequences.input_ids, dtype=torch.bool)
+    return places.flatten().index_fill(0, sequences.image_positions, True).view_as(places)
+
+
 def _write(sequences: Sequences, image_tokens: ImageTokens, layer: int) -> Callable | None:
     """Residual stream at a layer's entrance -> the same with the images' rows written; None: nothing is."""
     replaces, added = (
@@ -125,9 +158,7 @@ class _Hidden:
     """Hides the images' places from all other rows, in the layers below the one where they enter."""
 
     def __init__(self, sequences: Sequences) -> None:
-        rows, width = sequences.input_ids.shape
-        places = torch.zeros(rows * width, dtype=torch.bool, device=sequences.image_positions.device)
-        self.places = places.index_fill(0, sequences.image_positions, True).view(rows, width)
+        self.places = image_places(sequences)
         self._known: tuple[Tensor | None, int, int, Tensor] | None = None
 
     def hook(self, llm: LLM, number: int) -> Any:
@@ -135,7 +166,8 @@ class _Hidden:
         layer: nn.Module = llm.layers[number]
         signature = inspect.signature(type(layer).forward)
         attention = llm.model.config.get_text_config()._attn_implementation
-        if "attention_mask" not in signature.parameters or attention not in ("eager", "sdpa"):
+        takes_mask = "attention_mask" in signature.parameters and attention in ("eager", "sdpa")
+        if not takes_mask or llm.longest_row is None:
             raise ValueError(
                 f"model.entry.layer: {llm.name} ({type(layer).__name__}, attention {attention}) cannot "
                 "hide the image from the layers below: they take no mask. Set model.entry.layer to 0."

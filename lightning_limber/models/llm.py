@@ -189,17 +189,41 @@ class LLM(nn.Module):
         if self.sharded and torch.is_grad_enabled() and not inputs_embeds.requires_grad:
             # A share of a batch that has no image: its backward pass gathers weights with the others'.
             inputs_embeds = inputs_embeds.detach().requires_grad_()
-        skipped = list(self.layers)[:first_layer]
-        for i, layer in enumerate(skipped):
-            # Whatever the model does to its input before the layers (positions, scales) is passed by.
-            output = (inputs_embeds,) if self._layers_return_tuples else inputs_embeds
-            self.layers[i] = _Skipped(layer, output)
-        try:
+        # Whatever the model does to its input before the layers (positions, scales) is passed by.
+        with self._skipping(range(first_layer), inputs_embeds):
             output = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False, **extra)
-        finally:
-            for i, layer in enumerate(skipped):
-                self.layers[i] = layer
         return output.last_hidden_state
+
+    @torch.no_grad()
+    def residual_entering(
+        self, layer: int, inputs_embeds: Tensor, mask: Tensor, positions: Tensor
+    ) -> Tensor:
+        """The residual stream [N, S, D_l] that enters a layer behind the first, which does not run.
+
+        Args:
+            layer: From 1 on.
+            inputs_embeds: As in `decode`; so are the others.
+        """
+        kept: list[Tensor] = []
+        with (
+            self._skipping(range(layer, len(self.layers)), inputs_embeds),
+            self.residual_hooks({f"blocks.{layer - 1}.hook_resid_post": kept.append}),
+        ):
+            self.decode(inputs_embeds, mask=mask, positions=positions)
+        return kept[0]
+
+    @contextmanager
+    def _skipping(self, numbers: range, residual: Tensor) -> Iterator[None]:
+        """Leaves layers out: `residual` is what they hand on."""
+        skipped = {number: self.layers[number] for number in numbers}
+        output = (residual,) if skipped and self._layers_return_tuples else residual
+        try:
+            for number, layer in skipped.items():
+                self.layers[number] = _Skipped(layer, output)
+            yield
+        finally:
+            for number, layer in skipped.items():
+                self.layers[number] = layer
 
     def _check_row(self, length: int) -> None:
         if self.longest_row is None or length > self.longest_row:

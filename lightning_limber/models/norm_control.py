@@ -8,10 +8,10 @@ the norm, mean and covariance of text where they enter.
     learned  x = e^g tau u / |u|; the scalar g is trained, 0 at the start
     moments  x = mu + s R L^-1 (u - m); see `Moments`
 
-With `fixed` and `learned` the scale of the adapter's weights is free: a step turns them less the longer
-they are, so the learning rate that suits them is another one (weight decay bounds the length). A LayerNorm
-behind the projector that starts at text's norm (The Unseen Bias, arXiv 2512.08374) is `learned` with a gain
-for each channel.
+The scale of the adapter's weights is then free: a step turns them less the longer they are, and those of a
+calibrated adapter are short. So the learning rate that suits is another one than without norm control, and
+weight decay bounds the length. A LayerNorm behind the projector that starts at text's norm (The Unseen
+Bias, arXiv 2512.08374) is `learned` with a gain for each channel.
 """
 
 from __future__ import annotations
@@ -44,17 +44,16 @@ class NormControl(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"model.entry.norm={kind!r}: allowed are {', '.join(KINDS)}.")
         self.kind = kind
-        self.calibrated = torch.tensor(kind == "none")
-        if kind == "none":
-            return
-        self.register_buffer("calibrated", self.__dict__.pop("calibrated"))
-        if kind == "moments":
-            self.moments = Moments(width)
-            return
+        self.calibrated: Tensor
         self.norm: Tensor
-        self.register_buffer("norm", torch.tensor(1.0))
+        # Without norm control a checkpoint holds nothing of it.
+        self.register_buffer("calibrated", torch.tensor(kind == "none"), persistent=kind != "none")
+        if kind in ("fixed", "learned"):
+            self.register_buffer("norm", torch.tensor(1.0))
         if kind == "learned":
             self.log_scale = nn.Parameter(torch.tensor(0.0))
+        if kind == "moments":
+            self.moments = Moments(width)
 
     @torch.no_grad()
     def calibrate(self, norm: float, mean: Tensor, covariance: Tensor, tokens: Tensor) -> None:
@@ -74,14 +73,14 @@ class NormControl(nn.Module):
         self.calibrated.fill_(True)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens u [B, P, D] -> x [B, P, D]; in float32, but for ``none``."""
+        """Tokens u [B, P, D] -> x [B, P, D]; but for ``none``, in float32 also under autocast."""
         if self.kind == "none":
             return tokens
         if self.kind == "moments":
             with torch.autocast(tokens.device.type, enabled=False):
-                return self.moments(tokens.float().flatten(0, 1)).view(tokens.shape)
+                return self.moments(tokens.flatten(0, 1)).view(tokens.shape)
         scale = self.norm * self.log_scale.exp() if self.kind == "learned" else self.norm
-        return scale * nn.functional.normalize(tokens.float(), dim=-1)
+        return scale * nn.functional.normalize(tokens.to(scale.dtype), dim=-1)
 
 
 class Moments(nn.Module):
@@ -92,18 +91,20 @@ class Moments(nn.Module):
     inverse (its rank is D_v at most). The scale s makes the total variance tr(Sigma) exactly. So x has
     text's mean and total variance, and text's covariance up to the shrinkage and the rank of S. Where S
     equals Sigma, x is u. (Whitening and colouring by Cholesky factors: arXiv 1806.00420. Between Gaussians
-    this is the Knothe-Rosenblatt map. Symmetric roots would depend on no order of the channels, but
-    eigenvectors have no gradient where eigenvalues coincide, and here D - D_v of them do.)
+    this is the Knothe-Rosenblatt map. It depends on the order of the channels, which symmetric roots do
+    not; they need eigenvectors.)
 
     Training: each batch moves the running E[u] and E[u u^T] by `MOMENTUM` (the first ones by 1/2, 1/3,
     ...), and the values are those of the running moments, this batch included: a batch of n < D tokens has
-    no inverse covariance. The gradient is that of the batch's own moments, as in Batch Renormalization
-    (arXiv 1702.03275): with constants for moments, whatever makes u longer looks useful, the next moments
-    undo it, and the weights grow without end. In several processes the moments are those of all tokens, and
-    so is the gradient (all-reduces of D^2 numbers). Evaluation uses the running moments and changes
-    nothing.
+    no inverse covariance. The gradient takes R L^-1 for a constant, and mean and total variance for the
+    batch's own (as Batch Renormalization does, arXiv 1702.03275): neither a shift nor longer tokens look
+    useful, so the weights do not grow for them. It does not go through the covariance: a token's share in
+    the inverse covariance of its own batch of n is about D / n, and where that is not small the gradient
+    turns round and the loss rises.
+    In several processes the moments are those of all tokens, and so is the gradient (all-reduces of D^2 and
+    D numbers). Evaluation uses the running moments and changes nothing.
 
-    Cost: about 2 D^3 FLOPs forward at each call, also in evaluation; 2 D^2 numbers in a checkpoint.
+    Cost: about 2 D^3 FLOPs at each call, also in evaluation; 2 D^2 numbers in a checkpoint.
     """
 
     def __init__(self, width: int) -> None:
@@ -119,30 +120,44 @@ class Moments(nn.Module):
 
     def calibrate(self, mean: Tensor, covariance: Tensor, tokens: Tensor) -> None:
         self.mean.copy_(mean)
-        self.factor.copy_(torch.linalg.cholesky(_shrunk(covariance.float())))
-        self.running.copy_(_moments(tokens.float())[0])
+        self.factor.copy_(torch.linalg.cholesky(_shrunk(covariance.to(self.factor))))
+        self.running.copy_(_moments(tokens.to(self.running))[0])
         self.batches.fill_(1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        moments = self.running
+        tokens = tokens.to(self.running.dtype)
         if self.training:
-            batch, count = _moments(tokens)
-            self._update(batch.detach(), count)
-            # The running value, and the batch's gradient.
-            moments = self.running + (batch - batch.detach())
-        mean = moments[-1, :-1]  # m
-        covariance = moments[:-1, :-1] - mean.outer(mean)  # S
-        factor = torch.linalg.cholesky(_shrunk(covariance))  # L
-        weight = torch.linalg.solve_triangular(factor.mT, self.factor.mT, upper=True)  # (R L^-1)^T
-        # tr(Sigma), and what of it `weight` makes of S: S_ would give all of it, and I is no part of u.
+            self._update(tokens)
+        mean, weight, scale = self._map()
+        coloured = (tokens - mean) @ weight  # [n, D]
+        if self.training:
+            sums = torch.cat([coloured, coloured.square().sum(-1, keepdim=True)], dim=-1).sum(0)
+            sums = _all_reduce(torch.cat([sums, sums.new_tensor([len(tokens)])]))
+            centre, square = sums[:-2] / sums[-1].clamp_min(1), sums[-2] / sums[-1].clamp_min(1)
+            # One token is its own mean.
+            variance = (square - centre.square().sum()).clamp_min(torch.finfo(square.dtype).tiny)
+            # Values stay; the gradient is that of the batch's own mean and variance.
+            coloured = coloured - (centre - centre.detach())
+            scale = scale * (variance.detach() / variance).sqrt()
+        return self.mean + scale * coloured
+
+    @torch.no_grad()
+    def _map(self) -> tuple[Tensor, Tensor, Tensor]:
+        """m [D], (R L^-1)^T [D, D] and s of the running moments."""
+        mean = self.running[-1, :-1]
+        covariance = self.running[:-1, :-1] - mean.outer(mean)  # S
+        # Unchecked, or the host would wait: what is no number reaches the loss, which is checked.
+        factor = torch.linalg.cholesky_ex(_shrunk(covariance)).L
+        weight = torch.linalg.solve_triangular(factor.mT, self.factor.mT, upper=True)
+        # tr(Sigma), and what `weight` makes of S: it would make tr(Sigma) of S_, but I is no part of u.
         variance = self.factor.square().sum()
         added = SHRINKAGE * covariance.diagonal().mean() * weight.square().sum()
         made = (variance - added) / (1 - SHRINKAGE)
-        scale = (variance / made).sqrt()  # s
-        return self.mean + scale * ((tokens - mean) @ weight)
+        return mean, weight, (variance / made).sqrt()
 
     @torch.no_grad()
-    def _update(self, batch: Tensor, count: Tensor) -> None:
+    def _update(self, tokens: Tensor) -> None:
+        batch, count = _moments(tokens)
         rate = (1 / (self.batches + 1)).clamp_min(MOMENTUM)
         # A step in which no process has an image says nothing.
         self.running.lerp_(batch, rate * (count > 0))
@@ -152,17 +167,20 @@ class Moments(nn.Module):
 def _moments(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """E [u, 1] [u, 1]^T, [D + 1, D + 1], over the tokens [n, D] of all processes, and their number."""
     extended = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=-1)
-    sums = extended.mT @ extended
-    if distributed.is_available() and distributed.is_initialized():
-        sums = _AllReduce.apply(sums)
-    count = sums[-1, -1].detach()
+    sums = _all_reduce(extended.mT @ extended)
+    count = sums[-1, -1]
     return sums / count.clamp_min(1), count
 
 
 def _shrunk(covariance: Tensor) -> Tensor:
     mean_variance = covariance.diagonal().mean()
-    identity = torch.eye(len(covariance), device=covariance.device)
+    identity = torch.eye(len(covariance)).to(covariance)
     return torch.lerp(covariance, mean_variance * identity, SHRINKAGE)
+
+
+def _all_reduce(tensor: Tensor) -> Tensor:
+    together = distributed.is_available() and distributed.is_initialized()
+    return _AllReduce.apply(tensor) if together else tensor
 
 
 class _AllReduce(torch.autograd.Function):

@@ -74,11 +74,11 @@ class Regulariser(nn.Module):
         self.hooks = list(saes)
         # Straight into __dict__: frozen weights are no part of a checkpoint.
         self.__dict__["saes"] = list(saes.values())
-        early = [hook for hook in self.hooks if next_layer(hook) < entry_layer]
+        early = [hook for hook in self.hooks if 0 < entry_layer >= next_layer(hook)]
         if early:
             raise ValueError(
                 f"model.regularise.layers={config.layers}: image tokens enter at layer {entry_layer} "
-                f"(model.entry.layer), behind {', '.join(early)}."
+                f"(model.entry.layer), not before {', '.join(early)}."
             )
         self.norm: Tensor
         self.variance: Tensor

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_limber.assets import ASSETS
 from lightning_limber.models.llm import HOOK_NAME, LLM
+from lightning_limber.utils.files import CHECKSUMS, damaged_file
 from lightning_limber.utils.hub import from_hub
 
 warnings.filterwarnings("ignore", message=".*Sparse CSR tensor support is in beta")
@@ -100,6 +101,11 @@ def load_saes(release: str, sae_id: str, layers: list[int] | None, llm: LLM) -> 
 
 
 def _read_folder(kind: Any, folder: Path) -> Any:
+    if bad := damaged_file(folder):
+        raise ValueError(
+            f"probe.sae_release: '{folder / bad}' is damaged: its checksum is not that in {CHECKSUMS}. "
+            "Copy or train the SAE again."
+        )
     try:
         return kind.load_from_disk(folder, device="cpu")
     except Exception as error:  # Of whatever library reads a damaged file.

@@ -26,7 +26,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,8 +43,7 @@ from lightning_limber.models.llm import HOOK_NAME, LLM
 from lightning_limber.probe.metrics.geometry import reconstruction_metrics
 from lightning_limber.probe.screened_encoder import make_encoder
 from lightning_limber.probe.token_stats import TokenStats
-from lightning_limber.utils.cache import cache_dir
-from lightning_limber.utils.files import write_text
+from lightning_limber.utils.cache import cache_dir, keep, read_kept
 
 TEXT = ASSETS / "plain_text.txt"
 CONTEXT_SIZE = 128
@@ -242,11 +241,10 @@ def measure_once(
     ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     path = cache_dir() / "sanity_check" / f"{digest}.json"
-    if path.is_file():
-        with suppress(ValueError, TypeError):  # What is damaged is measured again.
-            return {name: TextStats(**stats) for name, stats in json.loads(path.read_text()).items()}
+    if (kept := read_kept(path)) is not None:
+        return {name: TextStats(**stats) for name, stats in json.loads(kept).items()}
     found = measure(llm, saes, prefix_ids, outlier_factor, context)
-    write_text(path, json.dumps({name: asdict(stats) for name, stats in found.items()}))
+    keep(path, json.dumps({name: asdict(stats) for name, stats in found.items()}))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from lightning_limber import sae_training
+from lightning_limber.utils.files import in_words
 
 
 def main(args: list[str] | None = None) -> None:
@@ -40,7 +42,13 @@ def main(args: list[str] | None = None) -> None:
     chosen = parser.parse_args(given)
     options = chosen[chosen.subcommand].as_dict()
     options.pop("config")
-    steps[chosen.subcommand](**options)
+    try:
+        steps[chosen.subcommand](**options)
+    except (OSError, ValueError) as error:
+        if os.environ.get("LIGHTNING_LIMBER_TRACEBACK"):
+            raise
+        print(f"error: {in_words(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

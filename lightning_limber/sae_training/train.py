@@ -30,7 +30,7 @@ from lightning_limber import __version__
 from lightning_limber.models import activations
 from lightning_limber.models.llm import LLM
 from lightning_limber.sae_training.corpus import read_documents
-from lightning_limber.utils.files import write_text, write_whole
+from lightning_limber.utils.files import write_checksums, write_text, write_whole
 
 CARD = "card.json"
 
@@ -286,6 +286,7 @@ def _save(sae: Any, scale: float, folder: Path) -> None:
     config = json.loads(config_path.read_text())
     config["device"] = "cpu"
     write_text(config_path, json.dumps(config, indent=1) + "\n")
+    write_checksums(folder)
 
 
 @torch.no_grad()

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from lightning_limber.utils.files import read_as
+
 Interval = tuple[float, float, float]
 """Value, lower and upper end."""
 Run = dict[str, Any]
@@ -180,8 +182,10 @@ def table_value(run: Run, which: int, key: Key) -> Interval | None:
 @lru_cache(maxsize=16)
 def read_images(path: Path) -> dict[str, np.ndarray]:
     """The arrays of ``images_epoch_{n}.npz``; none where there is no such file."""
-    if not path.is_file():
-        return {}
+    return read_as(path, _arrays) if path.is_file() else {}
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
     with np.load(path) as file:
         return {name: file[name] for name in file.files}
 

@@ -4,6 +4,7 @@
     config.yaml           what it was trained with; also a config for the command line
     README.md             the model card
     probe.png             the last probe, where there was one
+    checksums.json        of the weights: reading them compares
 
 `load(FOLDER)` and ``--model.adapter_weights FOLDER`` read it back, bit by bit.
 """
@@ -22,7 +23,7 @@ from lightning_limber.api import Trained
 from lightning_limber.probe.metrics import DEFAULT_METRICS, Panel, resolve_metrics
 from lightning_limber.probe.tables import Row
 from lightning_limber.utils.checkpoints import EXPORTED, newest_checkpoint, read_checkpoint
-from lightning_limber.utils.files import write_text, write_whole
+from lightning_limber.utils.files import write_checksums, write_text, write_whole
 from lightning_limber.utils.hub import source
 from lightning_limber.utils.loop_state import stored_epoch
 
@@ -50,6 +51,7 @@ def export(ckpt_path: str | Path, output: str | Path) -> Path:
     metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in notes.items()}
     weights = {key: value.contiguous() for key, value in trained.weights.items()}
     write_whole(folder / EXPORTED, lambda part: save_file(weights, part, metadata))
+    write_checksums(folder, EXPORTED)
     config = {key: trained.config[key] for key in SECTIONS if key in trained.config}
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     has_figure = _draw(checkpoint, trained, folder / "probe.png")

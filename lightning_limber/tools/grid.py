@@ -21,7 +21,6 @@ loaded before the settings are read.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import shlex
@@ -33,7 +32,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -145,16 +144,19 @@ class Work:
         if dry_run:
             self.show()
             return
-        with locked(grid.folder) as lock, self.passing_signals_on():
+        from lightning_limber.utils.run_lock import hold_run
+
+        hold_run(grid.folder)
+        with self.passing_signals_on():
             for arm in grid.arms:
                 for run in self.search(arm).values():
-                    self.execute(run, lock)
+                    self.execute(run)
                 self.tell_choice(arm)
             for arm in grid.arms:  # All before the first: the choice is new.
                 for run in self.main(arm):
                     self.check_unchanged(run)
             for place in range(len(grid.seeds)):
-                did = [self.execute(self.main(arm)[place], lock) for arm in grid.arms if self.main(arm)]
+                did = [self.execute(self.main(arm)[place]) for arm in grid.arms if self.main(arm)]
                 if any(did) or place == len(grid.seeds) - 1:
                     self.write_page()
         if self.failed:
@@ -206,7 +208,7 @@ class Work:
         found = {}
         for value, run in self.search(arm).items():
             if run.is_over:
-                of_epoch = read_validation(run.folder)
+                of_epoch = read_validation(run.folder / "validation.csv")
                 found[value] = of_epoch[max(of_epoch)]["loss"][0]
         return found
 
@@ -276,10 +278,14 @@ class Work:
                 + "\nMove it away, or give the arm or the grid's file another name."
             )
 
-    def execute(self, run: Run, lock: IO) -> bool:
+    def execute(self, run: Run) -> bool:
         """Does what is left of a run, if anything; ends the process where a signal has ended the run."""
+        from lightning_limber.utils.run_lock import hold_run, release_run
+
         if run.is_over:
             return False
+        hold_run(run.folder)  # A run outlives a grid that is killed.
+        release_run(run.folder)
         if not self._stop:
             print(f"[grid] {run.folder}\n{shown(run.command)}", flush=True)
             # A session of its own: Ctrl-C at a terminal reaches it once, from here.
@@ -287,7 +293,6 @@ class Work:
                 [sys.executable, "-m", "lightning_limber", *run.command],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                pass_fds=[lock.fileno()],
             )
             if self._stop:  # It came in between.
                 self._child.send_signal(self._stop)
@@ -342,21 +347,3 @@ def without_own(text: str) -> Settings:
 
 def shown(command: list[str]) -> str:
     return f"{program()} {shlex.join(command)}"
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[IO]:
-    """A lock that the grid and its run hold: also a run whose grid was killed keeps the next grid away.
-
-    Raises:
-        ValueError: somebody holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{folder}: a run of this grid is under way. Wait for its end, or end it."
-            ) from error
-        yield file

@@ -108,8 +108,8 @@ def read_folder(folder: Path) -> Run:
     return {
         "folder": folder,
         **(read_probe(probe) if probe.is_file() else NO_PROBE),
-        "held_out": read_validation(folder),
-        **read_scores(folder),
+        "held_out": read_validation(folder / "validation.csv"),
+        **read_scores(folder / "captions.csv", {}),
     }
 
 

@@ -37,6 +37,7 @@ from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.load import build_probe
 from lightning_limber.probe.metrics.match import top_latents
 from lightning_limber.probe.passes import Probe
+from lightning_limber.utils.files import append_text
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
@@ -146,9 +147,9 @@ class CaptionWriter(pl.Callback):
             lines = [line for part in parts for line in part]
         if not trainer.is_global_zero:
             return
-        with self.output.open("a", encoding="utf-8") as file:
-            for _, line in sorted(lines, key=lambda item: item[0]):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        in_order = [line for _, line in sorted(lines, key=lambda item: item[0])]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in in_order)
+        append_text(self.output, text)
         self.written += len(lines)
         self.errors += [line["image"] for _, line in lines if "error" in line]
 

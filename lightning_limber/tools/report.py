@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -31,28 +31,35 @@ from lightning_limber.probe.finding import sentences
 from lightning_limber.probe.tables import Row
 from lightning_limber.tools.compare import Interval, comparison, differences
 from lightning_limber.utils.adapter_config import upgrade_adapter
-from lightning_limber.utils.files import write_text
+from lightning_limber.utils.files import in_words, read_as, write_text
 
 SCALARS = ("train/", "val/", "captions/", "captions_chance/", "probe_seconds/", "memory/", "flops/")
 MAX_POINTS = 200
 """Longer training curves are drawn as means of this many equal parts."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line, as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}. See {self.prog} --help.\n")
+
+
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("lightning_limber report", description="Makes one HTML file of runs.")
+    parser = Parser("lightning_limber report", description="Makes one HTML file of runs.")
     text = "A run's folder, such as runs/default/version_0; several are compared with the first."
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help=text)
     parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="Default: report.html.")
     options = parser.parse_args(args)
     try:
         runs = [read_run(folder) for folder in options.runs]
-    except (FileNotFoundError, ValueError) as error:
-        parser.exit(1, f"error: {error}\n")
-    page = render(runs)
-    write_text(options.out, page)
-    print(f"[report] {options.out}: {len(page.encode()) / 1e6:.2f} MB, {len(options.runs)} run(s)")
-    if len(runs) > 1:
-        print(f"\n{comparison(runs)}")
+        page = render(runs)
+        write_text(options.out, page)
+        print(f"[report] {options.out}: {len(page.encode()) / 1e6:.2f} MB, {len(options.runs)} run(s)")
+        if len(runs) > 1:
+            print(f"\n{comparison(runs)}")
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"error: {in_words(error)}\n")
 
 
 def render(runs: list[dict[str, Any]]) -> str:
@@ -112,28 +119,43 @@ def read_run(folder: Path) -> dict[str, Any]:
             f"runs/default/version_0.{hint}"
         )
     config, record = folder / "config.yaml", folder / "run.json"
-    settings = config.read_text(encoding="utf-8") if config.is_file() else ""
+    settings = read_as(config, read_text) if config.is_file() else ""
+    baselines = folder / "captions_baselines.json"
+    words = read_as(baselines, read_json) if baselines.is_file() else {}
     scalars, seconds = read_scalars(folder)
     return {
         "folder": folder,
         "name": f"{folder.resolve().parent.name}/{folder.resolve().name}",
-        "summary": summary(yaml.safe_load(settings) or {}),
+        "summary": read_as(config, lambda _: summary(yaml.safe_load(settings) or {})),
         "config": settings,
-        "starts": json.loads(record.read_text(encoding="utf-8")) if record.is_file() else [],
+        "starts": read_as(record, read_json) if record.is_file() else [],
         "scalars": scalars,
         "seconds": seconds,
-        "panels": palette.read_panels(folder),
-        "finding": read_finding(folder / "probe.csv"),
-        **read_probe(folder / "probe.csv"),
-        "held_out": read_validation(folder),
-        **read_scores(folder),
+        "panels": read_as(folder / palette.PANELS_FILE, lambda _: palette.read_panels(folder)),
+        "finding": read_as(folder / "probe.csv", read_finding),
+        **read_as(folder / "probe.csv", read_probe),
+        "held_out": read_as(folder / "validation.csv", read_validation),
+        **read_as(folder / "captions.csv", lambda table: read_scores(table, words)),
         "gallery": {
-            epoch_of(path): [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            for path in folder.glob("captions_epoch_*.jsonl")
+            epoch_of(path): read_as(path, read_lines) for path in folder.glob("captions_epoch_*.jsonl")
         },
         "patches": newest_patches(folder),
-        "detectors": {epoch_of(path): read_rows(path) for path in folder.glob("detectors_epoch_*.csv")},
+        "detectors": {
+            epoch_of(path): read_as(path, read_rows) for path in folder.glob("detectors_epoch_*.csv")
+        },
     }
+
+
+def read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(read_text(path))
+
+
+def read_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in read_text(path).splitlines()]
 
 
 def epoch_of(path: Path) -> int:
@@ -196,29 +218,26 @@ def read_probe(path: Path) -> dict[str, Any]:
     }
 
 
-def read_validation(folder: Path) -> dict[int, dict[str, Interval]]:
+def read_validation(table: Path) -> dict[int, dict[str, Interval]]:
     """Held-out loss and accuracy by epoch and metric: the last validation of each epoch."""
     found: dict[int, dict[str, Interval]] = defaultdict(dict)
-    table = folder / "validation.csv"
     for row in read_rows(table) if table.is_file() else []:
         found[int(row["epoch"])][row["metric"]] = interval(row)
     return found
 
 
-def read_scores(folder: Path) -> dict[str, Any]:
+def read_scores(table: Path, words: dict[str, str]) -> dict[str, Any]:
     """Caption scores as ``scores[epoch][metric]``; and what is reached without looking,
-    ``baselines[writer]``: the one caption and its scores.
+    ``baselines[writer]``: the one caption (of `words`) and its scores.
     """
     scores: dict[int, dict[str, Interval]] = defaultdict(dict)
     blind: dict[str, dict[str, Interval]] = defaultdict(dict)
-    table, captions = folder / "captions.csv", folder / "captions_baselines.json"
     for row in read_rows(table) if table.is_file() else []:
         # Runs of before there were baselines have no writers.
         writer = row.get("writer", "model")
         of_writer = scores[int(row["epoch"])] if writer == "model" else blind[writer]
         of_writer[row["metric"]] = interval(row)
-    words = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {}
-    baselines = {writer: {"caption": words[writer], "scores": of} for writer, of in blind.items()}
+    baselines = {writer: {"caption": words.get(writer, ""), "scores": of} for writer, of in blind.items()}
     return {"scores": scores, "baselines": baselines}
 
 

@@ -7,13 +7,19 @@ part's images. A metric [I, 2] is the first column's sum over images divided by 
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lightning_limber.utils.files import write_whole
+
+DAMAGED = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+"""What reading an archive that is cut or changed raises."""
 
 
 def images_file(folder: Path, epoch: int, testing: bool = False) -> Path:
@@ -25,7 +31,8 @@ def add_arrays(path: Path, part: str, arrays: Mapping[str, Any]) -> None:
     """Puts a part's arrays into the file in place of those that it had; the file is whole at any time."""
     kept: dict[str, Any] = {}
     if path.is_file():
-        with np.load(path) as found:
+        # Of a damaged one, which may be measured again, nothing is kept.
+        with suppress(*DAMAGED), np.load(path) as found:
             kept = {name: found[name] for name in found.files if not name.startswith(f"{part}/")}
     added = {f"{part}/{name}": array for name, array in arrays.items()}
     write_whole(path, lambda aside: np.savez_compressed(aside, **kept, **added))

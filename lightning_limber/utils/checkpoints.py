@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from packaging.version import Version
 
+from lightning_limber import __version__
 from lightning_limber.utils.adapter_config import upgrade_adapter
 
 EXPORTED = "adapter.safetensors"
@@ -28,13 +30,15 @@ OWN = ("backbones", "trainer", "config")
 FREE = {
     *("num_workers", "max_bad_share", "val_batch_size", "_instantiator", "_class_path"),
     *("adapter_weights", "shard_llm", "held_out_features_gb"),
+    *("sae_memory_gb", "sanity_check"),
 }
 
 
 def training_settings(trainer: Any) -> dict[str, Any]:
     """The Trainer's settings that enter the arithmetic, as plain values."""
     names = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
-    settings = {name: getattr(trainer, name) for name in (*names, "limit_train_batches")}
+    limits = ("limit_train_batches", "limit_val_batches")
+    settings = {name: getattr(trainer, name) for name in (*names, *limits)}
     return {key: value for key, value in settings.items() if value is not None} | {
         "seed_everything": os.environ.get("PL_GLOBAL_SEED", "")
     }
@@ -51,10 +55,79 @@ def differences(saved: Any, now: Any, name: str) -> list[str]:
         ]
     if isinstance(saved, (list, tuple)) and isinstance(now, (list, tuple)):
         saved, now = list(saved), list(now)
+    # One batch (1) is not all batches (1.0).
+    is_same = saved == now and ("limit_" not in name or type(saved) is type(now))
     # A setting that a run of an older version did not have, at null.
-    if saved == now or (saved == "unset" and now is None):
+    if is_same or (saved == "unset" and now is None):
         return []
     return [f"{name}: {saved!r} in the checkpoint, {now!r} now"]
+
+
+def setting_differences(checkpoint: dict[str, Any], module: Any, trainer: Any, data: Any) -> list[str]:
+    """One line for each setting that may not change where training goes on; a longer schedule may.
+
+    Needs no loaded model.
+
+    Raises:
+        ValueError: training cannot go on from this checkpoint at all.
+    """
+    if "optimizer_states" not in checkpoint:
+        raise ValueError(
+            "This checkpoint holds weights only (save_weights_only): start a new run from its adapter "
+            "with --model.adapter_weights PATH (and no --ckpt_path)."
+        )
+    model, hparams = checkpoint["hyper_parameters"], dict(module.hparams)
+    model = {**model, "adapter": upgrade_adapter(model["adapter"])}
+    steps, now = model["optimizer"]["total_steps"], hparams["optimizer"]["total_steps"]
+    if now > steps:  # A run that is made longer; the model says what that changes.
+        model["optimizer"] = {**model["optimizer"], "total_steps": now}
+    lines = differences(model, hparams, "model")
+    if now < steps:
+        lines[-1] += f"; --model.optimizer.total_steps={steps} keeps the schedule"
+    step = checkpoint["global_step"]
+    if -1 < trainer.max_steps < step:
+        lines.append(f"trainer.max_steps: {trainer.max_steps}, but the checkpoint is of step {step}")
+    lines += differences(checkpoint.get("datamodule_hyper_parameters", {}), dict(data.hparams), "data")
+    now_set = training_settings(trainer)
+    # Older checkpoints do not hold the limit of validation.
+    saved = {"limit_val_batches": now_set["limit_val_batches"], **checkpoint["lightning_limber"]["trainer"]}
+    lines += differences(saved, now_set, "trainer")
+    for callback in trainer.callbacks:
+        lines += measurement_differences(checkpoint["callbacks"], callback)
+    return lines
+
+
+def measurement_differences(states: dict[str, Any], callback: Any) -> list[str]:
+    """One line for each setting in which a callback's new rows would differ from those of its table.
+
+    Args:
+        states: State of each callback in a checkpoint.
+        callback: One with ``settings`` that enter its numbers, or any other.
+    """
+    saved = states.get(callback.state_key, {}).get("settings")  # Older checkpoints have none.
+    if not saved or not hasattr(callback, "settings"):
+        return []
+    name = {"SAEProbe": "probe", "CaptionSamples": "captions"}[callback.state_key]
+    return differences(saved, callback.settings, name)
+
+
+def refuse(lines: list[str]) -> None:
+    """Stops a run that is another than the checkpoint's.
+
+    Raises:
+        ValueError: there is a difference.
+    """
+    if not lines:
+        return
+    ways = ["or start a new run from its adapter with --model.adapter_weights PATH (and no --ckpt_path)."]
+    if any(line.startswith(("probe.", "captions.")) for line in lines):
+        ways.append("`validate --ckpt_path` measures it with other settings, into a folder of its own.")
+    raise ValueError(
+        "This checkpoint belongs to another run:\n  "
+        + "\n  ".join(lines)
+        + "\n"
+        + " ".join(["Use the checkpoint's settings to continue it,", *ways])
+    )
 
 
 def check_same_run(checkpoint: dict[str, Any], module: Any, trainer: Any) -> None:
@@ -67,44 +140,18 @@ def check_same_run(checkpoint: dict[str, Any], module: Any, trainer: Any) -> Non
 
     Raises:
         ValueError: the frozen models or the adapter's shapes differ, or (when training goes on) any setting
-            does; a longer schedule may.
+            does.
     """
-    saved = checkpoint["lightning_limber"]
-    lines = differences(saved["backbones"], module.backbones, "weights")
+    lines = differences(checkpoint["lightning_limber"]["backbones"], module.backbones, "weights")
     theirs, ours = (
         {name: list(value.shape) for name, value in state.items()}
         for state in (checkpoint.get("state_dict", {}), module.state_dict())
     )
     if theirs:  # An export's weights are read by themselves.
         lines += differences(theirs, ours, "shape")
-    hparams = dict(module.hparams)
     if trainer is not None and trainer.state.fn == "fit":
-        if "optimizer_states" not in checkpoint:
-            raise ValueError(
-                "This checkpoint holds weights only (save_weights_only): start a new run from its adapter "
-                "with --model.adapter_weights PATH (and no --ckpt_path)."
-            )
-        model = checkpoint["hyper_parameters"]
-        model = {**model, "adapter": upgrade_adapter(model["adapter"])}
-        steps, now = model["optimizer"]["total_steps"], hparams["optimizer"]["total_steps"]
-        if now > steps:  # A run that is made longer; the model says what that changes.
-            model["optimizer"] = {**model["optimizer"], "total_steps": now}
-        lines += differences(model, hparams, "model")
-        if now < steps:
-            lines[-1] += f"; --model.optimizer.total_steps={steps} keeps the schedule"
-        step = checkpoint["global_step"]
-        if -1 < trainer.max_steps < step:
-            lines.append(f"trainer.max_steps: {trainer.max_steps}, but the checkpoint is of step {step}")
-        data = dict(trainer.datamodule.hparams)
-        lines += differences(checkpoint.get("datamodule_hyper_parameters", {}), data, "data")
-        lines += differences(saved["trainer"], training_settings(trainer), "trainer")
-    if lines:
-        raise ValueError(
-            "This checkpoint belongs to another run:\n  "
-            + "\n  ".join(lines)
-            + "\nUse the checkpoint's settings to continue it, or start a new run from its adapter "
-            "with --model.adapter_weights PATH (and no --ckpt_path)."
-        )
+        lines += setting_differences(checkpoint, module, trainer, trainer.datamodule)
+    refuse(lines)
 
 
 def slurm_job() -> str | None:
@@ -166,10 +213,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     missing = [name for name in NEEDED if name not in checkpoint] + [
         name for name in OWN if name not in own
     ]
+    version = own.get("version", "unknown")
     if missing:
         raise ValueError(
             f"'{path}' has no {', '.join(missing)}: it was written by another version of lightning_limber "
-            f"({own.get('version', 'unknown')}) or changed since. Use that version."
+            f"({version}) or changed since. Use that version."
+        )
+    if version != "unknown" and Version(version) > Version(__version__):
+        raise ValueError(
+            f"'{path}' was written by lightning_limber {version}, this is {__version__}: install that "
+            "version or a newer one."
         )
     return checkpoint
 

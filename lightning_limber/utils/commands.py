@@ -27,6 +27,26 @@ tokens become language.
   {prog} COMMAND --help                         all options of a command
 """
 
+LAYERS = """\
+Settings come from configs/base.yaml, the experiment (configs/default.yaml, unless a --config names its
+data), each --config, and flags; what comes later wins."""
+# Of options whose help is Lightning's.
+OPTIONS = {
+    "config": "Lay a YAML file of settings over the others; may be given several times.",
+    "print_config": "Print the whole config that this command makes, and exit.",
+    "seed_everything": "Seed of all random numbers; true draws one.",
+    "ckpt_path": "Start from this checkpoint: a .ckpt file, a run's folder, or 'last' for the newest run. "
+    "`fit` goes on where it stopped. The checkpoint's config takes the place of the experiment's.",
+    "weights_only": "Read tensors and plain values only; null does so for files on this machine.",
+    "model.adapter.help": "Show the options of a class of adapters, such as MLP, and exit.",
+    "data.help": "Show the options of a class of data, such as ImageFolder, and exit.",
+    "data": "Where images and captions come from: Scenes, ImageFolder, CocoCaptions, LLaVAConversations, "
+    "HuggingFaceCaptions, Shards, or a class of your own as my_module.MyData. Give its options as in "
+    "--data.batch_size 8.",
+}
+METAVARS = {"ckpt_path": "PATH"} | dict.fromkeys(("data", "model.adapter"), "CLASS")
+METAVARS |= dict.fromkeys(("data.help", "model.adapter.help"), "CLASS")
+
 
 def program() -> str:
     """How the command line was called."""

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
 from lightning_limber.utils.checkpoints import EXPORTED
+
+SECTIONS = ("trainer", "model", "probe", "captions", "checkpoint")
+"""Groups of settings."""
 
 
 def config_dir() -> Path:
@@ -22,6 +26,12 @@ def config_dir() -> Path:
     package = Path(__file__).parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
+
+
+def default_logger() -> Namespace:
+    """What ``trainer.logger: true`` stands for: the logger of configs/base.yaml."""
+    logger = _read(str(config_dir() / "base.yaml"))["trainer"]["logger"]
+    return Namespace(logger | {"init_args": Namespace(logger["init_args"])})
 
 
 def _configs(args: list[str]) -> Iterator[tuple[int, int, str]]:
@@ -57,6 +67,11 @@ def _read(name: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         found = "is empty" if config is None else f"holds a {type(config).__name__}"
         raise ValueError(f"{where} {found}. A config is a mapping, such as 'model: {{llm: gpt2}}'.")
+    for name in SECTIONS:
+        if not isinstance(config.get(name) or {}, dict):
+            raise ValueError(
+                f"{where}: {name}: {config[name]!r} is given, wanted is a mapping of settings."
+            )
     return config
 
 

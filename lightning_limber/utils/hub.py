@@ -13,6 +13,7 @@ The cache is ``$LIGHTNING_LIMBER_CACHE``, or ``~/.cache/lightning_limber``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,8 @@ def from_hub(name: str) -> Iterator[str]:
             kind that transformers knows.
     """
     path = resolve(name)
+    # Of each retry two lines, before the one below.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         yield path
     except ImportError as error:

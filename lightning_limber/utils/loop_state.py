@@ -66,24 +66,30 @@ def measured_epoch(trainer: Any) -> tuple[int, str]:
     return epoch, f"epoch {epoch}" + ("" if is_whole else f" (unfinished, step {trainer.global_step})")
 
 
-def write_place(fit_loop: dict[str, Any], trainer: Any, validated_batches: int) -> None:
+def write_place(fit_loop: dict[str, Any], trainer: Any, validated_batches: int) -> bool:
     """Makes the stored state of the loops say where training stands.
 
     Args:
         fit_loop: State of Lightning's loop as it is to be saved; changed in place.
         trainer: Lightning's.
         validated_batches: `Place.all_batches` at the newest validation that is over.
+
+    Returns:
+        Whether what an epoch, or a run inside one, ends with is still to come.
     """
     now, loop = place(trainer), trainer.fit_loop
-    total = now.all_batches
+    total, epoch = now.all_batches, loop.epoch_progress.current
+    is_after_batch = 0 < now.batches == loop.epoch_loop.batch_progress.current.ready
     to_validate = (
-        0 < now.batches == loop.epoch_loop.batch_progress.current.ready
+        is_after_batch
         and total != validated_batches
         and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
     )
+    stops = is_after_batch and trainer.should_stop and loop._can_stop_early
+    is_ending = now.is_whole or (stops and epoch.processed < epoch.ready)
     # Lightning takes one completed less than processed for "the batch has just ended", and trains on; all
     # alike are "what follows a batch has begun": validation, if its own counters say so, or an epoch's end.
-    is_followed = to_validate or now.is_whole
+    is_followed = to_validate or is_ending
     begun = now.epochs + (now.batches > 0)
     fit_loop["epoch_progress"] = {
         scope: _counts(begun, begun, now.epochs, now.epochs) for scope in ("total", "current")
@@ -104,6 +110,7 @@ def write_place(fit_loop: dict[str, Any], trainer: Any, validated_batches: int) 
     for loader in fit_loop["state_dict"].get("combined_loader", []):
         if loader.keys() == {"epoch", "batches"}:
             loader.update(epoch=now.epochs, batches=now.batches)
+    return is_ending
 
 
 def _counts(ready: int, started: int, processed: int, completed: int) -> dict[str, int]:

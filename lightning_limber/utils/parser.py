@@ -153,9 +153,11 @@ class Parser(LightningArgumentParser):
 
 
 NOT_ACCEPTED = re.compile(
-    r"unrecognized arguments: --([\w.]+)|(?:Group '([\w.]+)' does not accept o|O)ption '([\w.]+)'"
+    r"unrecognized arguments: --([\w.]+)|"
+    r"(?:(?:Group '([\w.]+)'|Subcommand '\w+') does not accept o|O)ption '([\w.]+)'"
 )
 NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)|Problem with given class_path '([\w.]+)'")
+NO_CALLABLE = re.compile(r"a callable class: (.*)\. Got value: (.*)")
 NO_VALUE = re.compile(r"Expected an? (.*)\. Got value: (.*)")
 
 
@@ -185,6 +187,9 @@ def explain(message: str, options: dict[str, Any]) -> str:
             return _at(message, f"{given}: {reason[1]}")
         what = f"there is no class '{given}'" + (f" ({reason[1]})" if reason else "")
         return _at(message, f"{what}.{near} A class of your own is named by its path, my_module.MyClass.")
+    if match := NO_CALLABLE.search(message):
+        missing = f"there is no class '{match[2]}' ({match[1]})."
+        return _at(message, f"{missing} A class of your own is named by its path, my_module.MyClass.")
     if match := NO_VALUE.search(message):
         wanted, given = re.sub(r"<class '(\w+)'>|typing\.", r"\1", match[1]), match[2]
         near = _near(given, re.findall(r"'(\w+)'", wanted))

