@@ -10,6 +10,9 @@ def read_settings(args: list[str]) -> str:
     from lightning_limber.utils.trainer import new_run_config
 
     class ReadOnlyCLI(LimberCLI):
+        def _set_seed(self) -> None:
+            pass
+
         def instantiate_classes(self) -> None:
             pass
 

@@ -25,13 +25,13 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 from typing import Any
 
 import yaml
@@ -121,7 +121,7 @@ class Work:
     def __init__(self, grid: Grid, read_settings: ReadSettings) -> None:
         self.grid, self.read_settings = grid, read_settings
         self._configs: dict[tuple[str, ...], Settings] = {}
-        self._child: subprocess.Popen | None = None
+        self._child: Popen | None = None
         self._stop = 0
         self.failed: list[Run] = []
 
@@ -289,9 +289,9 @@ class Work:
         if not self._stop:
             print(f"[grid] {run.folder}\n{shown(run.command)}", flush=True)
             # A session of its own: Ctrl-C at a terminal reaches it once, from here.
-            self._child = subprocess.Popen(
+            self._child = Popen(
                 [sys.executable, "-m", "lightning_limber", *run.command],
-                stdin=subprocess.DEVNULL,
+                stdin=DEVNULL,
                 start_new_session=True,
             )
             if self._stop:  # It came in between.

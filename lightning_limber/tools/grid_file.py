@@ -10,8 +10,6 @@ from typing import Any
 
 import yaml
 
-from lightning_limber.utils.config_files import find_configs
-
 Settings = dict[str, Any]
 """By name in dotted form."""
 KEYS = ("config", "set", "arms", "base", "seeds", "choose", "endpoints")
@@ -55,6 +53,8 @@ def read_grid(name: str) -> Grid:
         FileNotFoundError: there is no such file.
         ValueError: it is no grid.
     """
+    from lightning_limber.utils.config_files import find_configs  # It imports torch.
+
     file = Path(find_configs(["--config", name])[-1])
     given = yaml.safe_load(file.read_text(encoding="utf-8"))
 

@@ -10,6 +10,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -253,10 +254,11 @@ def figure(runs: Mapping[str, Sequence[Run]], base: str, x: str, y: str) -> Figu
         if dots:
             axis.scatter(*zip(*dots, strict=True), color=colour, marker=marker, label=arm, zorder=3)
     ends = axis.get_xlim(), axis.get_ylim()
+    styles = cycle(("--", ":", "-."))  # Of two lines of one colour.
     for name, draw, (low, high) in zip((x, y), (axis.axvline, axis.axhline), ends, strict=True):
         for label, group, value in anchors(runs[base], key_of(name)):
             if abs(value - (low + high) / 2) < 3 * (high - low):  # Farther, the dots would be one.
-                draw(value, color=COLOURS[group], ls="--", lw=1, label=label)
+                draw(value, color=COLOURS[group], ls=next(styles), lw=1, label=label)
             else:
                 axis.plot([], [], " ", label=f"{label}: {value:.3g}")
     axis.set_xlabel(x)
@@ -278,7 +280,7 @@ def anchors(runs: Sequence[Run], key: Key) -> Iterator[tuple[str, str, float]]:
         for group in ANCHORS:
             yield from mean_of(group, group, [of_group(run, metric, group, layer) for run in runs])
         if all(run["epochs"] and run["epochs"][0] == 0 for run in runs):
-            yield from mean_of("untrained", "image", [table_value(run, 0, key) for run in runs])
+            yield from mean_of("untrained", "control", [table_value(run, 0, key) for run in runs])
 
 
 def of_group(run: Run, metric: str, group: str, layer: int | None) -> Interval | None:
