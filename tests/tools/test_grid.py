@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -191,32 +192,43 @@ def test_a_run_that_is_cut_is_gone_on_with(models, run_grid, monkeypatch, tmp_pa
 def test_a_signal_reaches_the_run_and_ends_the_grid(models):
     changes = {"choose": None, "seeds": [0], "endpoints": ENDPOINTS[:1]}
     common = yaml.safe_load(write_grid(models).read_text())["set"]
-    file = write_grid(models, set=common | {"trainer.max_steps": 400, "probe.every_n_epochs": 0}, **changes)
+    common |= {"trainer.max_steps": 80, "probe.every_n_epochs": 0}
+    file = write_grid(models, set=common, **changes)
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "lightning_limber", "grid", str(file)], env=env)
     saved = Path("runs/tiny/linear/seed_0/checkpoints/last.ckpt")
     while not saved.is_file():
         assert process.poll() is None
-        time.sleep(0.1)
-    # The folder is this grid's alone.
-    second = run_cli("grid", str(file), env={"LIGHTNING_LIMBER_TRACEBACK": ""})
-    assert second.returncode == 2
-    assert "is written by another process" in second.stdout
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(100) == 128 + signal.SIGTERM
     [start] = json.loads(Path("runs/tiny/linear/seed_0/run.json").read_text())
     assert "ended_at_step" not in start
     assert not Path("runs/tiny/late").exists()
-    short = write_grid(
-        models, set=common | {"trainer.max_steps": 400, "probe.every_n_epochs": 0}, **changes
-    )
-    again = run_cli("grid", str(short))
+    again = run_cli("grid", str(file))
     assert again.returncode == 0, again.stdout
     starts = json.loads(Path("runs/tiny/linear/seed_0/run.json").read_text())
     assert len(starts) == 2
     assert starts[1]["from_step"] > 0
-    assert starts[1]["ended_at_step"] == 400
+    assert starts[1]["ended_at_step"] == 80
     assert [row["arm"] for row in read_csv(Path("runs/tiny/grid.csv"))] == ["linear", "late"]
+
+
+@pytest.mark.parametrize("folder", ["runs/tiny", "runs/tiny/linear/seed_0"])
+def test_one_grid_at_a_time_and_none_beside_a_run_that_outlived_its_own(models, run_grid, folder):
+    code = "from pathlib import Path; from lightning_limber.utils.run_lock import hold_run; "
+    code += f"hold_run(Path('{folder}')); print('held', flush=True); input()"
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    other = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=env,
+    )
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(ValueError, match=f"{folder} is written by another process"):
+        run_grid(write_grid(models, choose=None))
+    other.communicate(b"\n")
 
 
 # -- the file -----------------------------------------------------------------------------------------
@@ -271,6 +283,27 @@ def test_a_fault_is_found_before_the_first_run(models, run_grid, fault, monkeypa
     assert not Path("runs").exists()
     assert re.search(message, said.getvalue()), said.getvalue()
     assert said.getvalue().count("\n") <= 2
+
+
+def test_the_documented_grid_is_one(run_grid, monkeypatch, capsys):
+    monkeypatch.chdir(REPO)
+    [page] = re.findall(r"```yaml\n(.*?)```", (REPO / "docs/lab.md").read_text(), re.S)
+    head = grid.__doc__.partition("\n\n")[2].partition("\n\nA run is")[0]
+    for text in (page, head):
+        file = Path(os.environ["LIGHTNING_LIMBER_CACHE"]).with_name("documented.yaml")
+        file.write_text(textwrap.dedent(text))
+        run_grid(file, "--dry_run")
+        assert "python -m lightning_limber fit --config configs/default.yaml" in capsys.readouterr().out
+
+
+LAB = sorted((REPO / "configs/lab").glob("*.yaml"))
+
+
+@pytest.mark.skipif(not LAB, reason="No grid is shipped.")
+@pytest.mark.parametrize("file", LAB, ids=lambda file: file.stem)
+def test_every_shipped_grid_is_one(run_grid, file, capsys):
+    run_grid(file, "--dry_run")
+    assert "python -m lightning_limber fit" in capsys.readouterr().out
 
 
 def test_a_file_that_is_not_there(run_grid):
