@@ -156,17 +156,19 @@ class Work:
                 for run in self.main(arm):
                     self.check_unchanged(run)
             for place in range(len(grid.seeds)):
-                did = [self.execute(self.main(arm)[place]) for arm in grid.arms if self.main(arm)]
-                if any(did) or place == len(grid.seeds) - 1:
-                    self.write_page()
+                for arm in grid.arms:
+                    if (runs := self.main(arm)) and self.execute(runs[place]):
+                        self.write_page()  # A wrong endpoint is met after the first run, not the last.
+            self.write_page()
         if self.failed:
             folders = ", ".join(str(run.folder) for run in self.failed)
             raise ValueError(
-                f"{len(self.failed)} runs failed: {folders}. What does not need them is done; the same "
+                f"{len(self.failed)} run(s) failed: {folders}. What does not need them is done; the same "
                 "command tries them again."
             )
 
     def show(self) -> None:
+        """Prints what is done, and the commands of what is not."""
         for arm in self.grid.arms:
             runs = [*self.search(arm).values(), *self.main(arm)]
             for run in runs:
@@ -231,6 +233,7 @@ class Work:
         }
 
     def tell_choice(self, arm: str) -> None:
+        """Writes ``choice.json``, and says what was chosen for an arm."""
         choices, choose = self.choices(), self.grid.choose
         if choose is None or arm not in choices:
             return

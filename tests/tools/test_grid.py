@@ -177,7 +177,9 @@ def test_a_run_that_is_cut_is_gone_on_with(models, run_grid, monkeypatch, tmp_pa
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(Limber, "training_step", cut_once)
-    with pytest.raises(ValueError, match="1 runs failed: runs/tiny/late/seed_0. What does not need them"):
+    with pytest.raises(
+        ValueError, match=r"1 run\(s\) failed: runs/tiny/late/seed_0. What does not need them"
+    ):
         run_grid(write_grid(models, **changes))
     found = {row["arm"]: row["seeds"] for row in read_csv(Path("runs/tiny/grid.csv"))}
     assert found == {"linear": "2", "late": "1"}
