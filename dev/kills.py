@@ -2,8 +2,9 @@
 
 Each chain is one run that is killed (kill -9) again and again, at start-up, in a step, while saving, in
 validation or probe, until it gets through. Then its adapter must be that of the run that nobody killed, to
-the bit; its tables the same; and every step must stand once in the event files. In every third chain TMPDIR
-is on another file system. Prints a line for each chain, and exits with 1 where one differs.
+the bit; its tables the same; and every point of every curve must stand once in the event files. In every
+third chain TMPDIR is on another file system. Prints a line for each chain, and exits with 1 where one
+differs.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))
 import tiny
-from runs import final, scalars
+from runs import curves, final
 
 OTHER_FILE_SYSTEM = Path("/dev/shm")
 TABLES = ("probe.csv", "captions.csv", "validation.csv")
@@ -60,10 +60,12 @@ def differences(run: Path, straight: Path) -> list[str]:
         a, b = ((folder / table).read_text().replace(folder.name, "") for folder in (run, straight))
         if a != b:
             found.append(table)
-    steps = Counter(step for step, _ in scalars(run, "train/loss"))
-    if steps != Counter(step for step, _ in scalars(straight, "train/loss")):
-        found.append(f"steps in the event files: {dict(sorted(steps.items()))}")
-    return found
+    ours, theirs = (
+        {tag: sorted(step for step, _ in points) for tag, points in curves(root).items()}
+        for root in (run, straight)
+    )
+    wrong = [tag for tag in ours | theirs if ours.get(tag) != theirs.get(tag)]
+    return found + [f"steps of {tag} in the event files: {ours.get(tag)}" for tag in wrong[:5]]
 
 
 def main(minutes: float, seed: int = 0) -> int:

@@ -176,11 +176,10 @@ class LimberCLI(LightningCLI):
             self._name_slurm_run()
         elif self.config.subcommand == "fit":
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+            step = checkpoint["global_step"]
             # A batch is logged at the number of steps before it, the end of an epoch at that of all.
-            purge_step = checkpoint["global_step"] + (not progress["ready"])
-            self._continue_logs(
-                path, checkpoint["global_step"], None if "event_files" in checkpoint else purge_step
-            )
+            purge_step = None if "event_files" in checkpoint else step + (not progress["ready"])
+            self._continue_logs(path, step, purge_step)
 
     def _check_values(self) -> None:
         """What can be said of the settings before a model is loaded."""
@@ -338,6 +337,7 @@ class LimberCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
+        self.model.has_checkpoint = self._settings.get("ckpt_path") is not None
         settings = self._settings.clone()
         for key in ("config", "ckpt_path"):
             settings.pop(key, None)

@@ -7,30 +7,75 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from crash import Crash
+from process import HELPERS, run_cli
 from runs import assert_equal, crash_flags, final
 
 from lightning_limber import load
 from lightning_limber.data.scenes import SceneSet
+from lightning_limber.models.adapters import Vocabulary
 
-ENTRIES = {
+DESIGNS = {
+    "resampler": ["--model.adapter=Resampler", "--model.adapter.queries=3"],
+    "vocabulary": ["--model.adapter=Vocabulary", "--model.adapter.perplexity=10"],
+    "whole words": [
+        *("--model.adapter=Vocabulary", "--model.adapter.perplexity=10"),
+        *("--model.adapter.words=whole", "--model.entry.norm=fixed"),
+    ],
     "layer": ["--model.entry.layer=1"],
     "hold": ["--model.entry.layer=1", "--model.entry.norm=fixed", "--model.entry.hold=true"],
     "inject": ["--model.entry.norm=learned", "--model.entry.inject=[0,2]"],
+    "moments": ["--model.entry.norm=moments", "--model.entry.layer=2", "--model.entry.inject=[2]"],
 }
 
 
-@pytest.mark.parametrize("design", ENTRIES)
-def test_a_design_resumes_bit_equal(fit, design):
-    flags = [*ENTRIES[design], "--model.adapter.dropout=0.3"]
-    fit(*flags, *crash_flags("whole"))
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_design_resumes_bit_equal_and_is_exported_and_loaded(fit, design):
+    flags = [*DESIGNS[design], "--model.adapter.dropout=0.3"]
+    if "--model.adapter=Resampler" not in flags:
+        flags.append("--model.adapter.input_norm=channel")
+    cli = fit(*flags, *crash_flags("whole"))
     with pytest.raises(Crash):
         fit(*flags, *crash_flags("cut", "batch_start", 6))
+    early = final(Path("runs/default/version_1"))
     fit("--ckpt_path=runs/default/version_1", *crash_flags("cut"), base=False)
     whole, resumed = (final(Path(f"runs/default/version_{i}")) for i in (0, 1))
-    assert any(name.startswith("entry.") for name in whole)
     assert_equal(whole, resumed)
+    changed = {name for name in whole if not torch.equal(early[name], whole[name])}
+    trained = {name for name, parameter in cli.model.named_parameters() if parameter.requires_grad}
+    assert trained <= changed
+    assert not [name for name in whole if "llm" in name or "word_ids" in name]
+    assert ("entry.norm.moments.running" in changed) == (design == "moments")
+    fit("--ckpt_path=runs/default/version_0", "--output=exported", command="export", base=False)
+    loaded = load("exported", "cpu").model
+    assert_equal(loaded.state_dict(), whole)
+    features = torch.randn(2, 4, 24)
+    with torch.no_grad():
+        ours, theirs = (model.eval().made_of(features) for model in (cli.model, loaded))
+    torch.testing.assert_close(ours.tokens, theirs.tokens)
+    if isinstance(loaded.adapter, Vocabulary):
+        [[(word, weight), *_], *_] = loaded.adapter.words(features)[0]
+        assert word in loaded.llm.tokenizer.get_vocab()
+        assert 0 < weight < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("design", ["whole words", "moments", "layer", "inject"])
+def test_two_processes_and_a_sharded_llm_make_the_same_run(design, models, tmp_path):
+    flags = [*tiny.arguments(models, probe=False), *DESIGNS[design], *crash_flags("batches")]
+    flags += ["--trainer.max_steps=4", "--model.adapter.input_norm=channel"]
+    ddp = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    found = {}
+    for run, more in {"one": [], "ddp": ddp, "sharded": [*ddp, "--model.shard_llm=true"]}.items():
+        (tmp_path / run).mkdir()
+        done = run_cli("fit", *flags, *more, cwd=tmp_path / run, env=HELPERS)
+        assert done.returncode == 0, done.stdout
+        found[run] = final(tmp_path / run / "runs/default/version_0")
+    for run in ("ddp", "sharded"):
+        for key, value in found["one"].items():
+            torch.testing.assert_close(found[run][key], value, rtol=1e-3, atol=1e-4, msg=key)
 
 
 def test_a_design_is_probed_captioned_exported_and_loaded(fit, capsys):

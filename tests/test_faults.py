@@ -193,10 +193,9 @@ def test_a_run_goes_on_with_damaged_tables(name, damage, copy, fit):
         report([str(copy)])
 
 
-@pytest.mark.parametrize("damage", [cut, flip])
-def test_damaged_sums_by_image_are_named_by_a_comparison(damage, copy, fails):
+def test_damaged_sums_by_image_are_named_by_a_comparison(copy, fails):
     shutil.copytree(copy, "other")
-    damage(Path("other/images_epoch_1.npz"))
+    cut(Path("other/images_epoch_1.npz"))
     assert fails([str(copy), "other"], call=report).startswith("other/images_epoch_1.npz is damaged (")
 
 

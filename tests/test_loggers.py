@@ -27,6 +27,7 @@ def content(folder: Path) -> dict[str, bytes]:
     [
         pytest.param(None, "runs/default", id="TensorBoard"),
         pytest.param(False, "runs/default", id="none"),
+        pytest.param(True, "runs/default", id="Lightning's default"),
         pytest.param(CSV, "runs/csv", id="CSV"),
         pytest.param(OTHER, "logs/project", id="one without folders"),
         pytest.param([OTHER, CSV], "runs/csv", id="list"),

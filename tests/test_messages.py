@@ -221,7 +221,7 @@ COMMANDS = [
         "fit --config=types.yaml",
         "types.yaml: data: lightning_limber.data.Scenes: batch_size: 'many' is given",
     ),
-    ("fit --config=text.yaml", "text.yaml: model: 'gpt2' is given, wanted is a mapping."),
+    ("fit --config=text.yaml", "text.yaml: model: 'gpt2' is given, wanted is a mapping"),
     (
         "validate --ckpt_path=foreign.ckpt",
         "'foreign.ckpt' was not written by lightning_limber (keys: ['a']).",

@@ -153,20 +153,6 @@ def test_a_changed_setting_stops_the_resume(straight, fit, flag, message):
     assert message in str(error.value)
 
 
-def test_other_backbones_stop_the_resume(straight, fit, tmp_path):
-    """The same names, other weights behind them."""
-    from transformers import AutoModelForCausalLM
-
-    other = tiny.write_llm(tmp_path / "llm")
-    model = AutoModelForCausalLM.from_pretrained(other)
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
-    model.save_pretrained(other)
-    path = straight / "runs/default/version_0/checkpoints/epoch_1.ckpt"
-    with pytest.raises(ValueError, match=r"weights\.llm: '\w+' in the checkpoint, '\w+' now"):
-        fit(f"--ckpt_path={path}", f"--model.llm={other}", *crash_flags("batches"), base=False)
-
-
 def test_last_without_a_run_stops(fit):
     with pytest.raises(FileNotFoundError, match="no run in 'runs/default' has saved a checkpoint"):
         fit("--ckpt_path=last")

@@ -81,7 +81,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapter = make_adapter(features.shape[-1], llm.hidden_size)
-        entry = make_entry(entry_config, make_adapter, features.shape[-1], llm)
+        entry = make_entry(entry_config, adapter, make_adapter, features.shape[-1], llm)
     adapter.bind(llm)
     tokens = adapter.count_tokens(features.to(next(adapter.parameters()).device))
     check_length(llm, tokens, hparams["max_caption_tokens"])
@@ -110,10 +110,17 @@ def build(
 
 
 def make_entry(
-    config: EntryConfig, make_adapter: Callable[[int, int], Adapter], vision_size: int, llm: LLM
+    config: EntryConfig,
+    adapter: Adapter,
+    make_adapter: Callable[[int, int], Adapter],
+    vision_size: int,
+    llm: LLM,
 ) -> Entry:
     """What stands between an adapter and an LLM."""
     config.check(len(llm.layers))
+    if config.norm == "moments" and adapter.last_linear is not None:
+        # Taken off again with the mean, it would move by rounding alone.
+        adapter.last_linear.bias.requires_grad_(False)
 
     def make() -> Adapter:
         adapter = make_adapter(vision_size, llm.hidden_size)

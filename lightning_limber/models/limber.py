@@ -102,6 +102,8 @@ class Limber(Captioner):
         self.loaded_epoch = (0, True)
         self.run_config: str | None = None
         """The run's whole config as YAML, set by the CLI; travels in the checkpoint."""
+        self.has_checkpoint = False
+        """Whether one brings the adapter, set by the CLI: `adapter_weights` are not read again then."""
         self.decoding = Decoding()
         """How `predict` writes, set by the CLI."""
         self.held_out = HeldOut()
@@ -111,8 +113,9 @@ class Limber(Captioner):
     def configure_model(self) -> None:
         """Loads the frozen weights and builds the adapter between them."""
         if self.llm.model is None:
+            hparams = dict(self.hparams) | ({"adapter_weights": None} if self.has_checkpoint else {})
             configs = self.entry_config, self.regularise_config
-            made = build(self.vision, self.llm, self.make_adapter, *configs, self.hparams, self._trainer)
+            made = build(self.vision, self.llm, self.make_adapter, *configs, hparams, self._trainer)
             self.adapter, self.entry, self.backbones = made.adapter, made.entry, made.backbones
             self.regulariser = made.regulariser
             self.num_image_tokens, self.token_norm = made.num_image_tokens, made.token_norm

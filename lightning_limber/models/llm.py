@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_limber.models.head_loss import FrozenHeadLoss
+from lightning_limber.models.layers import ResidualHook, Skipped, hook_post, hook_pre
 from lightning_limber.utils.hub import from_hub
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 from lightning_limber.models.frozen import freeze, store_matrices
 
 HOOK_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
-
-
-ResidualHook = Callable[[Tensor], Tensor | None]
 
 
 class LLM(nn.Module):
@@ -78,6 +76,7 @@ class LLM(nn.Module):
         self.longest_row: int | None = getattr(config, "sliding_window", None) or sys.maxsize
         """Longest packed sequence that an attention mask can separate; None if the model ignores masks."""
         self.layers = self._find_layers(config.num_hidden_layers)
+        self._look_at_a_layer()
         if weights:
             try:
                 self._check_steps()
@@ -102,17 +101,26 @@ class LLM(nn.Module):
         return found[0][1]
 
     @torch.no_grad()
+    def _look_at_a_layer(self) -> None:
+        """Some architectures' layers return a bare tensor, others a tuple that starts with it."""
+        kept: list[Any] = []
+        handle = self.layers[0].register_forward_hook(lambda _m, _a, output: kept.append(output))
+        with self.embedding.weight.device:
+            ids, mask = torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 1, 2, 2, dtype=torch.bool).tril()
+        # With a mask: transformers looks at the values of anything else.
+        self.decode(self.embed(ids), mask=mask, positions=ids)
+        handle.remove()
+        self._layers_return_tuples = isinstance(kept[0], tuple)
+
+    @torch.no_grad()
     def _check_steps(self) -> None:
         ids = torch.arange(1, 5)[None] % self.vocab_size
         expected = self.model(input_ids=ids).logits[0]
-        kept: list[Any] = []
         middle = len(self.layers) // 2
-        handle = self.layers[middle].register_forward_hook(lambda _m, _a, output: kept.append(output))
-        whole = self.decode(self.embed(ids))[0]
-        handle.remove()
-        # Some architectures' layers return a bare tensor, others a tuple that starts with it.
-        self._layers_return_tuples = isinstance(kept[0], tuple)
-        residual = kept[0][0] if self._layers_return_tuples else kept[0]
+        kept: list[Tensor] = []
+        with self.residual_hooks({f"blocks.{middle}.hook_resid_post": kept.append}):
+            whole = self.decode(self.embed(ids))[0]
+        [residual] = kept
         part = self.decode(residual, first_layer=middle + 1)[0]
         got = self.logits(whole)
         if not (
@@ -219,7 +227,7 @@ class LLM(nn.Module):
         output = (residual,) if skipped and self._layers_return_tuples else residual
         try:
             for number, layer in skipped.items():
-                self.layers[number] = _Skipped(layer, output)
+                self.layers[number] = Skipped(layer, output)
             yield
         finally:
             for number, layer in skipped.items():
@@ -331,7 +339,7 @@ class LLM(nn.Module):
                         ".hook_resid_post."
                     )
                 number = int(match[1])
-                register = _hook_pre if match[2] == "pre" else _hook_post
+                register = hook_pre if match[2] == "pre" else hook_post
                 handles.append(register(self.layers[number], fn, first))
             yield
         finally:
@@ -357,40 +365,3 @@ def _compiled(forward: Callable) -> Callable:
         return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
 
     return call
-
-
-class _Skipped(nn.Module):
-    """Stands in for a decoder layer: hands on `output`, fires no hook, gathers no weights."""
-
-    def __init__(self, layer: nn.Module, output: Any) -> None:
-        super().__init__()
-        # Straight into __dict__: the layer is not moved, sharded or listed as a part of this.
-        self.__dict__.update(layer=layer, output=output)
-
-    def __getattr__(self, name: str) -> Any:
-        # Some models ask their layers for more (Gemma: attention_type).
-        return getattr(self.__dict__["layer"], name)
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        return self.output
-
-
-def _hook_pre(layer: nn.Module, fn: ResidualHook, first: bool):
-    def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if args:
-            new = fn(args[0])
-            return None if new is None else ((new, *args[1:]), kwargs)
-        new = fn(kwargs["hidden_states"])
-        return None if new is None else (args, {**kwargs, "hidden_states": new})
-
-    return layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
-
-
-def _hook_post(layer: nn.Module, fn: ResidualHook, first: bool):
-    def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        if isinstance(output, tuple):  # See `LLM._check_steps`.
-            new = fn(output[0])
-            return None if new is None else (new, *output[1:])
-        return fn(output)
-
-    return layer.register_forward_hook(hook, prepend=first)

@@ -104,6 +104,10 @@ class Moments(nn.Module):
     In several processes the moments are those of all tokens, and so is the gradient (all-reduces of D^2 and
     D numbers). Evaluation uses the running moments and changes nothing.
 
+    A bias right before this changes nothing, so its gradient is rounding, of which Adam still makes whole
+    steps; the running mean follows them late. Until such a bias is frozen, two runs that round differently
+    (one process and two) part within a few steps.
+
     Cost: about 2 D^3 FLOPs at each call, also in evaluation; 2 D^2 numbers in a checkpoint.
     """
 

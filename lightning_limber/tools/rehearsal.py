@@ -141,7 +141,9 @@ class Rehearsal:
             vision_size = features.shape[-1]
             model.adapter = model.make_adapter(vision_size, model.llm.hidden_size)
             model.adapter.bind(model.llm)
-            model.entry = make_entry(model.entry_config, model.make_adapter, vision_size, model.llm)
+            model.entry = make_entry(
+                model.entry_config, model.adapter, model.make_adapter, vision_size, model.llm
+            )
             self.image_tokens = model.adapter.count_tokens(features)
         check_length(model.llm, self.image_tokens, model.hparams["max_caption_tokens"])
         self.prefix_tokens = len(self._prefix_ids)
@@ -188,6 +190,8 @@ class Rehearsal:
                 flops[name], done = counter.total - done, counter.total
 
             def after_decoder(_module: nn.Module, _args: Any, output: Any) -> None:
+                if not output.last_hidden_state.requires_grad:  # Layers below the image tokens'.
+                    return
                 mark("LLM forward")
                 meter.phase = "head"
                 output.last_hidden_state.register_hook(lambda _gradient: mark("head"))

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from controlled import Controlled
 from parts import sae_probe
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_limber.data.records import Record
 from lightning_limber.models.adapters import MLP, Adapter, Linear, PixelShuffle, Resampler, Vocabulary
 from lightning_limber.models.adapters.spec import adapter_from_spec
+from lightning_limber.models.entry import EntryConfig
 from lightning_limber.models.image_tokens import embed_sequences
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.vision import VisionConfig
@@ -52,12 +52,16 @@ def batch_of(model: Limber, images: int = IMAGES, **kwargs):
 
 
 def real_and_planned(
-    vision: str, llm: str, precision: str = "32-true", adapter: Callable[[int, int], Adapter] = Linear
+    vision: str,
+    llm: str,
+    precision: str = "32-true",
+    adapter: Callable[[int, int], Adapter] = Linear,
+    entry: EntryConfig = EntryConfig(),
 ) -> tuple[Limber, Rehearsal]:
     """The same model twice: loaded, and on fake tensors."""
 
     def limber() -> Limber:
-        return Limber(VisionConfig(vision), llm, adapter, "{bos}{image}the {caption}{eos}")
+        return Limber(VisionConfig(vision), llm, adapter, entry, prompt="{bos}{image}the {caption}{eos}")
 
     real = limber()
     real.configure_model()
@@ -89,12 +93,23 @@ def counted(function) -> int:
         ("llama", "dinov2", partial(Resampler, queries=5)),
         ("gemma2", "dinov2", partial(Vocabulary, perplexity=10)),
         ("gptj", "dinov2", partial(Vocabulary, words="whole", perplexity=10)),
-        ("llama", "dinov2", partial(Controlled, norm="moments")),
     ],
 )
 def test_flops_and_parameters_are_those_of_the_real_step(tmp_path, llm, vision, adapter):
     names = tiny.write_vision(tmp_path / "vision", vision), tiny.write_llm(tmp_path / "llm", llm)
-    real, planned = real_and_planned(*names, adapter=adapter)
+    check_counts(*real_and_planned(*names, adapter=adapter))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"layer": 2}, {"layer": 1, "norm": "fixed", "hold": True}, {"inject": [0, 2], "norm": "moments"}],
+)
+def test_entries_are_counted(models, entry):
+    names = str(models / "vision"), str(models / "llm")
+    check_counts(*real_and_planned(*names, entry=EntryConfig(**entry)))
+
+
+def check_counts(real: Limber, planned: Rehearsal) -> None:
     batch = batch_of(real)
     step = planned.step(IMAGES)
     assert sum(step.flops.values()) == pytest.approx(counted(lambda: run(real, batch, "32-true")), rel=0.02)
@@ -102,7 +117,7 @@ def test_flops_and_parameters_are_those_of_the_real_step(tmp_path, llm, vision, 
         pixels = batch.pixel_values
         assert step.flops["vision forward"] == counted(lambda: real.vision(pixels))
         features = real.vision(pixels)
-        assert step.flops["adapter forward"] == counted(lambda: real.adapter(features))
+        assert step.flops["adapter forward"] == counted(lambda: real.made_of(features))
         alone = batch_of(real, for_probe=True).without_image
         text = counted(lambda: real.llm.decode(embed_sequences(real.llm, alone, None)))
     assert planned.text_flops() * IMAGES == text
@@ -110,7 +125,7 @@ def test_flops_and_parameters_are_those_of_the_real_step(tmp_path, llm, vision, 
     assert planned.parameters == {
         "vision": sum(p.numel() for p in real.vision.parameters()),
         "llm": sum(p.numel() for p in real.llm.parameters()),
-        "adapter": sum(p.numel() for p in real.adapter.parameters()),
+        "adapter": sum(p.numel() for p in real.parameters()),
     }
 
 

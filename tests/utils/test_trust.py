@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import pickle
 import shutil
-from contextlib import nullcontext
+import sys
+import tarfile
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -18,6 +21,9 @@ from process import HELPERS, run_cli
 from runs import crash_flags
 
 from lightning_limber import load
+from lightning_limber.data.records import UnreadableRecord
+from lightning_limber.data.shards import Shards
+from lightning_limber.tools.report import main as report
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +229,142 @@ def test_it_may_not_ask_for_pickles(hostile, fit, monkeypatch):
     _, _, ckpt_path, _, _, weights_only = seen
     assert weights_only is None
     assert str(ckpt_path) == str(path)
+
+
+# -- by every command ---------------------------------------------------------------------------------
+
+
+EVENTS: list[tuple[str, str]] = []
+"""What the interpreter opens, starts and connects to, while `watched` is in use."""
+WATCHED = ("open", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "exec")
+
+
+def _note(event: str, args: tuple) -> None:
+    if _NOTING and event in WATCHED:
+        EVENTS.append((event, repr(args)))
+
+
+_NOTING: list[bool] = []
+sys.addaudithook(_note)
+
+
+@pytest.fixture
+def watched():
+    EVENTS.clear()
+    _NOTING.append(True)
+    yield EVENTS
+    _NOTING.clear()
+
+
+KINDS = (
+    *("callback", "callback_that_writes", "logger", "strategy_at_depth", "dotted_callable", "adapter"),
+    *("metric_by_name", "data", "data_by_a_file", "environment"),
+)
+"""One of each kind of those above."""
+ELSEWHERE = {kind: SHAPES[kind] for kind in KINDS} | {
+    "adapter_weights": ("model/adapter_weights", "SECRET"),
+    "log_folder": ("trainer/default_root_dir", "MARK"),
+    "log_folder_of_a_logger": (
+        "trainer/logger",
+        {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": "MARK", "name": "MARK"},
+        },
+    ),
+    "parent_folder": (
+        "trainer/logger",
+        {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": {"save_dir": "../..", "name": "../MARK"},
+        },
+    ),
+    "ckpt_path": ("ckpt_path", "SECRET"),
+    "output": ("output", "MARK"),
+    "images": ("images", ["SECRET"]),
+    "config": ("config", ["SECRET"]),
+}
+
+
+def run_command(command: str, path: Path, fit) -> None:
+    """`load` stands for what Python does; `report` reads the config as a run's."""
+    if command == "load":
+        load(path).caption(torch_image())
+    elif command == "report":
+        report([str(path.parent)])
+    else:
+        flags = ["--trainer.limit_predict_batches=1"] if command == "predict" else []
+        fit(f"--ckpt_path={path}", *flags, command=command, base=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["predict", "load", "export", "report"])
+def test_no_command_runs_or_reads_anything_else(command, run, hostile, fit, marker, watched, tmp_path):
+    """Each shape is refused or done without; nobody opens the secret, starts a process or connects."""
+    secret = tmp_path / "secret.pt"
+    torch.save({"weight": torch.zeros(3)}, secret)
+    config = yaml.safe_dump(
+        {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(marker)]}}
+    )
+    Path(f"{marker}.yaml").write_text(config)
+    refused = []
+    for shape, (key, value) in ELSEWHERE.items():
+        given = json.loads(json.dumps(filled(value, marker)).replace("SECRET", str(secret)))
+        path = hostile(setting(key, given))
+        if command == "report":
+            shutil.copytree(run, "run", dirs_exist_ok=True)
+            stored = torch.load(path, weights_only=True)["lightning_limber"]["config"]
+            Path("run/config.yaml").write_text(stored)
+            Path("run/probe.csv").write_text(
+                "run,epoch,layer,group,metric,value,low,high\na,0,0,image,l0,1,1,1\n"
+            )
+            path = Path("run/last.ckpt")
+        EVENTS.clear()
+        try:
+            run_command(command, path, fit)
+        except (ValueError, SystemExit):
+            refused.append(shape)
+        assert not marker.exists(), shape
+        bad = [event for event in EVENTS if str(secret) in event[1] or str(marker) in event[1]]
+        assert not bad, (shape, bad)
+        assert not [event for event in EVENTS if event[0] == "socket.connect"], shape
+    if command == "predict":
+        assert set(KINDS) <= set(refused)
+
+
+def test_members_of_a_hostile_tar_are_not_unpacked(tmp_path, watched, monkeypatch):
+    """Links and names that lead outside are no samples; only the tar itself is opened."""
+    monkeypatch.setenv("LIGHTNING_LIMBER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "secret.txt").write_text("the password")
+    picture = io.BytesIO()
+    torch_image().save(picture, "PNG")
+    for name in ("a.tar", "b.tar"):
+        with tarfile.open(name, "w") as tar:
+            for member, kind in (
+                ("1.png", b"0"),
+                ("1.txt", tarfile.SYMTYPE),
+                ("../2.png", b"0"),
+                ("../2.txt", b"0"),
+                ("/3.png", b"0"),
+                ("/3.txt", tarfile.LNKTYPE),
+            ):
+                info = tarfile.TarInfo(member)
+                content = picture.getvalue() if member.endswith("png") else b"a cat"
+                info.type, info.linkname = kind, str(tmp_path / "secret.txt")
+                info.size = len(content) if kind == b"0" else 0
+                tar.addfile(info, io.BytesIO(content))
+    before = everything(tmp_path)
+    EVENTS.clear()
+    train, _ = Shards("{a,b}.tar").datasets()
+    captions = []
+    for i in range(len(train)):
+        with suppress(UnreadableRecord):
+            captions += train[i].captions
+    assert captions == ["a cat"]
+    assert not [event for event in EVENTS if "secret" in event[1]]
+    new = {
+        path for path in everything(tmp_path) - before if (tmp_path / "cache") not in (path, *path.parents)
+    }
+    assert not new
 
 
 # -- where it writes ---------------------------------------------------------------------------------

@@ -135,15 +135,20 @@ class Adapter(nn.Module):
         self.calibrated.fill_(True)
 
     def _calibrate_output(self, features: Tensor, token_norm: Tensor) -> None:
-        layers = [module for module in self.project.modules() if isinstance(module, nn.Linear)]
         scale = token_norm / self._mean_norm(features)
-        for parameter in layers[-1].parameters() if layers else ():
+        for parameter in self.last_linear.parameters() if self.last_linear else ():
             parameter.mul_(scale)
         if not torch.isclose(self._mean_norm(features), token_norm, rtol=1e-2):
             raise ValueError(
                 f"model.adapter {type(self).__name__}: scaling the last nn.Linear of `project` does not "
                 "scale the image tokens. End `project` with an nn.Linear, or override `calibrate`."
             )
+
+    @property
+    def last_linear(self) -> nn.Linear | None:
+        """The last ``nn.Linear`` of `project`."""
+        layers = [module for module in self.project.modules() if isinstance(module, nn.Linear)]
+        return layers[-1] if layers else None
 
     @torch.no_grad()
     def silence(self, features: Tensor) -> None:
@@ -155,8 +160,7 @@ class Adapter(nn.Module):
         Raises:
             ValueError: the last ``nn.Linear`` of `project` is not what makes the tokens.
         """
-        layers = [module for module in self.project.modules() if isinstance(module, nn.Linear)]
-        for parameter in layers[-1].parameters() if layers else ():
+        for parameter in self.last_linear.parameters() if self.last_linear else ():
             parameter.zero_()
         if self._mean_norm(features):
             raise ValueError(

@@ -1,0 +1,48 @@
+"""What is put before, behind or in the place of a decoder layer of whatever architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+ResidualHook = Callable[[Tensor], Tensor | None]
+"""Sees a residual stream [N, S, D_l]; a tensor that it returns takes its place."""
+
+
+class Skipped(nn.Module):
+    """Stands in for a decoder layer: hands on `output`, fires no hook, gathers no weights."""
+
+    def __init__(self, layer: nn.Module, output: Any) -> None:
+        super().__init__()
+        # Straight into __dict__: the layer is not moved, sharded or listed as a part of this.
+        self.__dict__.update(layer=layer, output=output)
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models ask their layers for more (Gemma: attention_type).
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self.output
+
+
+def hook_pre(layer: nn.Module, fn: ResidualHook, first: bool):
+    def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if args:
+            new = fn(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = fn(kwargs["hidden_states"])
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
+
+
+def hook_post(layer: nn.Module, fn: ResidualHook, first: bool):
+    def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):  # See `LLM._look_at_a_layer`.
+            new = fn(output[0])
+            return None if new is None else (new, *output[1:])
+        return fn(output)
+
+    return layer.register_forward_hook(hook, prepend=first)
