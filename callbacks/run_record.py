@@ -56,10 +56,11 @@ class RunRecord(pl.Callback):
     epoch that the checkpoint finished.
 
     ``run.json`` lists, for each start of the run (a resumed one has several): command, versions, device,
-    numbers of trained parameters and of images. ``memory/peak_gb`` (1e9 bytes) is the device's on a GPU,
-    the process' elsewhere. ``flops/step`` and ``flops/image`` are counted in forward and backward of the
-    run's first batch, over all processes (see flops.py): other batches have captions of other lengths, and
-    with `cache_features` later epochs have no encoder. Compiled layers cannot be counted.
+    numbers of trained parameters and of images; and where it ended by itself, ``ended_at_step``.
+    ``memory/peak_gb`` (1e9 bytes) is the device's on a GPU, the process' elsewhere. ``flops/step`` and
+    ``flops/image`` are counted in forward and backward of the run's first batch, over all processes (see
+    flops.py): other batches have captions of other lengths, and with `cache_features` later epochs have no
+    encoder. Compiled layers cannot be counted.
     """
 
     def __init__(self) -> None:
@@ -69,14 +70,17 @@ class RunRecord(pl.Callback):
         self.history: dict[int, tuple[int, dict[str, Interval]]] = {}
         """Epoch and scores of each validation, by step."""
         self._names: dict[int, str] = {}
+        self._folder: str | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._folder = trainer.log_dir  # Asks all processes.
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        folder = trainer.log_dir  # Asks all processes.
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if folder:
-            self._write(Path(folder), trainer, pl_module, data)
+        if self._folder:
+            self._write(Path(self._folder), trainer, pl_module, data)
         settings = flat({"model": dict(pl_module.hparams), "data": dict(data.hparams)})
         # Not by log_hyperparams: Lightning's also logs the metrics as scalars of step 0. The tab shows
         # the newest value of each of these tags.
@@ -84,6 +88,10 @@ class RunRecord(pl.Callback):
         self._summaries(trainer, start, session)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        path = Path(self._folder) / "run.json" if self._folder and trainer.is_global_zero else None
+        if path and (starts := earlier_starts(path)):
+            starts[-1]["ended_at_step"] = trainer.global_step
+            write_text(path, json.dumps(starts, indent=1))
         if self._session_end is not None:
             self._summaries(trainer, self._session_end)
 

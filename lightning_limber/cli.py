@@ -362,7 +362,7 @@ def _as_given(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def main(args: list[str] | None = None) -> LimberCLI:
+def main(args: list[str] | None = None, kind: type[LimberCLI] = LimberCLI) -> LimberCLI:
     """The command line. `args` replaces ``sys.argv[1:]``."""
     # Workers of torch's loader and of tokenizers do not mix otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -376,7 +376,7 @@ def main(args: list[str] | None = None) -> LimberCLI:
     }
     try:
         sys.argv[1:] = find_configs(sys.argv[1:])
-        return LimberCLI(
+        return kind(
             Limber,
             CaptionData,
             trainer_class=Trainer,

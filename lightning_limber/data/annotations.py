@@ -58,6 +58,9 @@ class AnnotationSet:
     def name(self, index: int) -> str:
         return self.packed[index]["id"]
 
+    def has_image(self, index: int) -> bool:
+        return bool(self.packed[index]["image"])
+
     def contents(self, times: bool) -> Iterator[Content]:
         images = [row["image"] for row in self.packed]
         stamps = iter(file_stamps([self.images / image for image in images if image], times))

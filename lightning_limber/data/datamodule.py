@@ -17,6 +17,7 @@ from lightning_limber.data.collate import Batch, Collator
 from lightning_limber.data.fingerprint import data_differences, fingerprint
 from lightning_limber.data.left_out import listing
 from lightning_limber.data.loader import BatchLoader, BatchSource, Purpose, RecordSet, RecordStream
+from lightning_limber.data.part import split_off
 from lightning_limber.data.records import UNREADABLE
 
 
@@ -37,6 +38,8 @@ class CaptionData(pl.LightningDataModule):
         share_prefix: Put the captions of one training image into one sequence, [prefix | image |
             caption 1 | caption 2 | ...], in which each sees the image and itself only: the same loss,
             with the image's tokens computed once. False gives each caption a sequence of its own.
+        choose_on: Hold out this many training records, spread by a hash, in place of the held-out set: for
+            choosing settings without a look at the held-out images. null holds out the held-out set.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class CaptionData(pl.LightningDataModule):
         length_window: int = 0,
         max_bad_share: float = 0.01,
         share_prefix: bool = True,
+        choose_on: int | None = None,
     ) -> None:
         super().__init__()
         self.batch_size = batch_size
@@ -59,6 +63,7 @@ class CaptionData(pl.LightningDataModule):
         self.length_window = length_window
         self.max_bad_share = max_bad_share
         self.share_prefix = share_prefix
+        self.choose_on = choose_on
         self._fingerprint: dict[str, dict[str, str]] | None = None
         self.train_set: RecordSet | RecordStream
         self.val_set: RecordSet
@@ -82,6 +87,8 @@ class CaptionData(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if not hasattr(self, "train_set"):
             self.train_set, self.val_set = self.datasets()
+            if self.choose_on is not None:
+                self.train_set, self.val_set = split_off(self.train_set, self.choose_on)
         world_size = self._world[1]
         if self.batch_size % world_size:
             raise ValueError(

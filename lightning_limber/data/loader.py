@@ -27,8 +27,8 @@ class RecordSet(Protocol):
     These attributes are optional: ``lengths`` (about how long each record's text is, in any unit) lets
     batches hold texts of like length, ``blocks`` (first index of each file, if many records lie in one)
     keeps what is read at a time near together, ``captions(index)`` gives a record's captions without
-    decoding its image, ``name(index)`` its name in messages, and ``contents(times)`` what tells the records
-    from others (`fingerprint`).
+    decoding its image, ``name(index)`` its name in messages, ``has_image(index)`` whether it has one, and
+    ``contents(times)`` what tells the records from others (`fingerprint`).
     """
 
     def __len__(self) -> int: ...

@@ -7,7 +7,7 @@ the same one everywhere.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ COLOURS = {
 }
 SPARE = ("#882255", "#332288", "#44AA99")
 """Colours of groups that a user adds."""
+MARKERS = "osD^vP*X"
 CONTROLS = ("noise", "words_long")
 """Groups of the image tokens' norms that say nothing: what is no better than they shows length alone."""
 PAPER_NAME = "Venhoff et al., Gemma 2 2B"
@@ -61,6 +62,15 @@ def ordered_groups(groups: Iterable[str]) -> dict[str, str]:
     others = [name for name in given if name not in COLOURS]
     spare = {name: SPARE[i % len(SPARE)] for i, name in enumerate(others)}
     return {name: COLOURS[name] for name in known} | spare
+
+
+def design_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each design: of two with one colour the markers differ."""
+    colours = [*(colour for name, colour in COLOURS.items() if name != "control"), *SPARE]
+    return {
+        name: (colours[i % len(colours)], MARKERS[i // len(colours) % len(MARKERS)])
+        for i, name in enumerate(names)
+    }
 
 
 def write_panels(panels: Iterable[Panel], folder: Path) -> None:

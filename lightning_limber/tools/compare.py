@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +60,40 @@ def ratio(sums: np.ndarray) -> np.ndarray:
         return precision * np.exp(np.minimum(1 - reference / length, 0))
 
 
-def two_level(ours: np.ndarray, base: np.ndarray | None = None) -> Interval:
+class TwoLevel(NamedTuple):
+    """A mean over seeds, or the difference of two, with what its 95 % interval is made of."""
+
+    value: float
+    low: float
+    high: float
+    """Ends of the interval over images."""
+    seeds: list[np.ndarray]
+    """Values of the seeds [S] of each group."""
+
+    def interval(self) -> Interval:
+        seeds = seeds_part(self.seeds)
+        below, above = (math.hypot(self.value - end, seeds) for end in (self.low, self.high))
+        return self.value, self.value - below, self.value + above
+
+    def p(self) -> float:
+        """The p-value that belongs to the interval: 1 less the level at which it would just reach 0.
+
+        At other levels the part over images is in proportion to the normal distribution's quantile, that
+        over seeds to Student's: beyond 99 % a thousand samples have no percentiles of their own.
+        """
+        images = abs(self.value - (self.low if self.value > 0 else self.high)) / NormalDist().inv_cdf(0.975)
+
+        def reach(p: float) -> float:
+            return math.hypot(images * NormalDist().inv_cdf(1 - p / 2), seeds_part(self.seeds, 1 - p))
+
+        low, high = 0.0, 1.0
+        while high - low > 1e-6:
+            middle = (low + high) / 2
+            low, high = (middle, high) if reach(middle) >= abs(self.value) else (low, middle)
+        return high
+
+
+def levels(ours: np.ndarray, base: np.ndarray | None = None) -> TwoLevel:
     """Mean over seeds of a metric, minus that of other runs, with a 95 % interval over images and seeds.
 
     The images' part is the percentile interval of a bootstrap that draws the same images for all runs, with
@@ -78,13 +112,17 @@ def two_level(ours: np.ndarray, base: np.ndarray | None = None) -> Interval:
     weights = bootstrap_weights(int(used.sum()))
     by_seed = [ratio(weights @ group[:, used]) for group in groups]  # [S, 1 + R] each
     samples = by_seed[0].mean(0) - (by_seed[1].mean(0) if base is not None else 0.0)
-    value, (low, high) = float(samples[0]), np.nanpercentile(samples[1:], [2.5, 97.5])
-    seeds = seeds_part([values[:, 0] for values in by_seed])
-    return value, value - math.hypot(value - low, seeds), value + math.hypot(high - value, seeds)
+    low, high = np.nanpercentile(samples[1:], [2.5, 97.5]).tolist()
+    return TwoLevel(float(samples[0]), low, high, [values[:, 0] for values in by_seed])
 
 
-def seeds_part(groups: Sequence[np.ndarray]) -> float:
-    """Half of the 95 % interval of a mean over seeds' values [S], or of the difference of two such means.
+def two_level(ours: np.ndarray, base: np.ndarray | None = None) -> Interval:
+    """`levels` as one interval."""
+    return levels(ours, base).interval()
+
+
+def seeds_part(groups: Sequence[np.ndarray], level: float = 0.95) -> float:
+    """Half of the interval of a mean over seeds' values [S], or of the difference of two such means.
 
     Student's t, for two groups with Welch's degrees of freedom; 0 where a group has one seed alone.
     """
@@ -96,7 +134,16 @@ def seeds_part(groups: Sequence[np.ndarray]) -> float:
     if not (total := sum(variances)):
         return 0.0
     freedom = total**2 / sum(v**2 / (len(values) - 1) for v, values in zip(variances, groups, strict=True))
-    return float(stdtrit(freedom, 0.975) * math.sqrt(total))
+    return float(stdtrit(freedom, (1 + level) / 2) * math.sqrt(total))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for being several (Holm 1979): those below 0.05 are wrong in 5 % of families."""
+    order, adjusted, least = np.argsort(p_values, kind="stable"), [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order.tolist()):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = least
+    return adjusted
 
 
 def independent(a: Sequence[float], b: Sequence[float]) -> Interval:

@@ -10,6 +10,7 @@ COMMANDS = {
     "export": "Write the adapter of a checkpoint as a folder for a hub.",
     "plan": "Say what a run will cost in FLOPs, memory and hours; no weights are loaded.",
     "report": "Make one HTML file of runs.",
+    "grid": "Train designs with several seeds and say which is better at what.",
 }
 HELP = """\
 usage: {prog} COMMAND [--config FILE ...] [--OPTION VALUE ...]

@@ -140,6 +140,7 @@ RANGES_OF_CLASSES: dict[str, dict[str, Range]] = {
         "seed": at_least(0),
         "length_window": at_least(0, " (0 switches it off)"),
         "max_bad_share": between(0, 1),
+        "choose_on": at_least(1, ", or null for the held-out set"),
     },
     "Scenes": {"train_size": at_least(1), "val_size": at_least(1), "image_size": at_least(1)},
     "ImageFolder": {"val_share": inside(0, 1)},

@@ -83,24 +83,29 @@ def _claim_version(logger: TensorBoardLogger | CSVLogger) -> int:
     return int(new_folder(Path(logger.root_dir)).rpartition("_")[2])
 
 
-class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml``, for a new run: it names no checkpoint and no version of this one's folder,
-    and a schedule that follows trainer.max_steps still does.
+def new_run_config(parser: Any, config: Any) -> str:
+    """A command's settings as YAML, for a new run: it names no checkpoint and no version of this one's
+    folder, and a schedule that follows trainer.max_steps still does.
     """
+    config = config.clone()
+    for key in ("config", "ckpt_path"):
+        config.pop(key, None)
+    loggers = config.trainer.logger
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if "version" in (getattr(logger, "init_args", None) or {}):
+            logger.init_args.version = None
+            logger.pop("dict_kwargs", None)
+    if config.model.optimizer.total_steps == config.trainer.max_steps:
+        config.model.optimizer.total_steps = "${trainer.max_steps}"
+    return parser.dump(config, skip_unset=False, skip_validation=True)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml``; see `new_run_config`."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         folder = trainer.log_dir  # Asks all processes.
         if self.already_saved or not trainer.is_global_zero or folder is None:
             return
-        config, self.already_saved = self.config.clone(), True
-        for key in ("config", "ckpt_path"):
-            config.pop(key, None)
-        loggers = config.trainer.logger
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
-            if "version" in (getattr(logger, "init_args", None) or {}):
-                logger.init_args.version = None
-                logger.pop("dict_kwargs", None)
-        if config.model.optimizer.total_steps == config.trainer.max_steps:
-            config.model.optimizer.total_steps = "${trainer.max_steps}"
-        text = self.parser.dump(config, skip_unset=False, skip_validation=True)
-        write_text(Path(folder) / self.config_filename, text)
+        self.already_saved = True
+        write_text(Path(folder) / self.config_filename, new_run_config(self.parser, self.config))

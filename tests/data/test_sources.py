@@ -191,6 +191,41 @@ def test_training_captions_need_no_image(kind, make, monkeypatch):
     assert list(data.training_captions(limit=7)) == [text for record in some for text in record.captions]
 
 
+@pytest.mark.parametrize("kind", sorted(WRITERS.keys() - {"hf-stream"}))
+def test_settings_are_chosen_on_training_records(kind, make):
+    """The records of both parts are those of the training set, and each knows what it knew there."""
+    whole = make(kind)
+    data = make(kind, choose_on=5)
+    kept, held_out = data.train_set, data.val_set
+    assert len(held_out) == 5
+    assert all(record.image is not None for record in map(held_out.__getitem__, range(5)))
+    indices = [*kept.indices, *held_out.indices]
+    assert sorted(indices) == list(range(len(whole.train_set)))
+    for place, index in enumerate(indices):
+        part, own = (kept, place) if place < len(kept) else (held_out, place - len(kept))
+        assert part[own].id == whole.train_set[index].id
+        assert list(part.captions(own)) == list(whole.train_set.captions(index))
+        if hasattr(whole.train_set, "lengths"):
+            assert part.lengths[own] == whole.train_set.lengths[index]
+    assert [name for batch in data.val_dataloader() for name in batch.ids] == [
+        held_out[i].id for i in range(5)
+    ]
+    seen = [name for batch in data.train_dataloader() for name in batch.ids]
+    assert sorted(seen) == sorted(kept[i].id for i in range(len(kept)))
+    assert data.fingerprint()["training"]["records"] == str(len(kept))
+    # A larger number only adds to them.
+    assert {*held_out.indices} < {*make(kind, choose_on=9).val_set.indices}
+
+
+def test_no_settings_are_chosen_on_what_is_not_there(make):
+    with pytest.raises(ValueError, match="data.choose_on=5: a stream's records can only be read from the"):
+        make("hf-stream", choose_on=5)
+    with pytest.raises(
+        ValueError, match="data.choose_on=99: the training set has .* records with an image"
+    ):
+        make("coco", choose_on=99)
+
+
 def test_training_captions_of_any_data_set(make):
     """One that has no `captions`, and records that cannot be read."""
     data = make("folder")

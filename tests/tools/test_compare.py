@@ -156,6 +156,58 @@ def test_intervals_over_few_seeds_cover(seeds):
     assert over_images / 400 < 0.8
 
 
+def test_a_p_value_is_that_of_its_interval():
+    """Below 0.05 where the interval leaves 0 out; of images alone z, of seeds alone Welch's t."""
+    seen = set()
+    for world in range(60):
+        ours, base = draw(world, 40, runs=3, shift=0), draw(world, 40, runs=6, shift=0)[3:]
+        ours[..., 0] += 0.12 * ours[..., 1]
+        found = compare.levels(ours, base)
+        _, low, high = found.interval()
+        assert (found.p() < 0.05) == (low > 0 or high < 0)
+        seen.add(low > 0)
+    assert seen == {True, False}
+    images = compare.TwoLevel(1.0, 0.4, 1.5, [np.ones(1)])
+    assert images.p() == pytest.approx(2 * stats.norm.sf(1.959964 / 0.6), abs=1e-5)
+    seeds = [np.array([1.0, 1.3, 1.4]), np.array([0.5, 0.9, 1.2, 0.7])]
+    value = seeds[0].mean() - seeds[1].mean()
+    alone = compare.TwoLevel(value, value, value, seeds)
+    assert alone.p() == pytest.approx(stats.ttest_ind(*seeds, equal_var=False).pvalue, abs=1e-5)
+    assert compare.levels(ours, ours).p() == 1
+    assert compare.TwoLevel(0.0, 0.0, 0.0, [np.ones(3)]).p() == 1
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 5])
+def test_p_values_are_not_too_small_where_nothing_differs(seeds):
+    """Of worlds in which seeds differ a little, and images do; runs of one seed differ by image alone."""
+    worlds, found = 400, []
+    for world in range(worlds):
+        sums = draw(world, 60, runs=2 * seeds, shift=0.0)
+        effect = np.random.default_rng(world).normal(0, 0.05 * (seeds > 1), (2 * seeds, 1))
+        sums[..., 0] += effect * sums[..., 1]
+        found.append(compare.levels(sums[:seeds], sums[seeds:]).p())
+    below = {level: np.mean(np.array(found) < level) for level in (0.01, 0.05, 0.2)}
+    for level, share in below.items():  # Three standard errors of so many worlds.
+        assert share <= level + 3 * np.sqrt(level * (1 - level) / worlds), below
+    assert below[0.2] > 0.02  # Nor does it say nothing at all.
+
+
+def test_holm_is_the_step_down_procedure():
+    """An adjusted p-value is the least level at which the procedure, taken literally, rejects."""
+    random = np.random.default_rng(0)
+    for count in (1, 2, 5, 11):
+        p = random.uniform(0, 0.3, count) ** 2
+        p[-1] = p[0]
+        adjusted = compare.holm(p.tolist())
+        for level in random.uniform(0, 1, 50):
+            rejected, order = set(), np.argsort(p, kind="stable")
+            for step, place in enumerate(order):
+                if p[place] > level / (count - step):
+                    break
+                rejected.add(place)
+            assert rejected == {place for place in range(count) if adjusted[place] <= level}
+
+
 def test_ratios_and_bleu_are_those_of_the_scores():
     torch.manual_seed(0)
     counts = torch.randint(1, 9, (30, 10)).double()
