@@ -1,7 +1,7 @@
 """Parts of your own, plugged in by their import path; no file of the project changes.
 
     export PYTHONPATH=examples
-    lightning-limber fit --model.adapter my_parts.Resampler --probe.metrics+=my_parts.StrongLatents
+    lightning-limber fit --model.adapter my_parts.LearnedQueries --probe.metrics+=my_parts.StrongLatents
 
 A command that starts from a checkpoint of it names the classes again; in Python, import this file first.
 """
@@ -15,7 +15,7 @@ from lightning_limber.models.adapters import Adapter
 from lightning_limber.probe.metrics import Panel, TokenMean, Tokens
 
 
-class Resampler(Adapter):
+class LearnedQueries(Adapter):
     """Learned queries that read the patches through a transformer.
 
     Args:

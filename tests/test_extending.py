@@ -22,7 +22,7 @@ from lightning_limber.utils.checkpoints import read_checkpoint
 
 EXAMPLES = str(REPO / "examples")
 ENV = {"PYTHONPATH": os.pathsep.join([HELPERS["PYTHONPATH"], EXAMPLES, str(REPO)])}
-NAMED = ["--model.adapter=my_parts.Resampler", "--probe.metrics+=my_parts.StrongLatents"]
+NAMED = ["--model.adapter=my_parts.LearnedQueries", "--probe.metrics+=my_parts.StrongLatents"]
 OWN = [*NAMED, "--model.adapter.queries=3", "--model.adapter.dropout=0.1"]
 RUN = Path("runs/default/version_0")
 
@@ -40,7 +40,7 @@ def straight(models, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("straight")
     done = run_cli("fit", *tiny.arguments(models), *OWN, cwd=root, env=ENV)
     assert done.returncode == 0, done.stdout
-    assert "Resampler, 4 x 24 -> 3 x 32" in done.stdout
+    assert "LearnedQueries, 4 x 24 -> 3 x 32" in done.stdout
     return root / RUN
 
 
@@ -55,7 +55,7 @@ def test_the_example_is_short():
 
 def test_the_run_stores_plain_values(straight, checkpoint):
     settings = {"queries": 3, "layers": 2, "heads": 4, "input_norm": "none", "dropout": 0.1}
-    spec = {"class_path": "my_parts.Resampler", "init_args": settings}
+    spec = {"class_path": "my_parts.LearnedQueries", "init_args": settings}
     assert read_checkpoint(checkpoint)["hyper_parameters"]["adapter"] == spec
     assert yaml.safe_load((straight / "config.yaml").read_text())["model"]["adapter"] == spec
     assert (straight / "probe.csv").is_file()
@@ -97,8 +97,8 @@ def test_export_needs_no_class_and_is_loaded_back(checkpoint, fit, monkeypatch):
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != EXAMPLES])
     fit(f"--ckpt_path={checkpoint}", "--output=exported", command="export", base=False)
     assert "my_parts" not in sys.modules
-    assert "# Resampler adapter from vision to llm" in Path("exported/README.md").read_text()
-    with pytest.raises(ValueError, match="--model.adapter my_parts.Resampler"):
+    assert "# LearnedQueries adapter from vision to llm" in Path("exported/README.md").read_text()
+    with pytest.raises(ValueError, match="--model.adapter my_parts.LearnedQueries"):
         load("exported", "cpu")
     assert "my_parts" not in sys.modules
     monkeypatch.syspath_prepend(EXAMPLES)
@@ -113,14 +113,14 @@ def test_export_needs_no_class_and_is_loaded_back(checkpoint, fit, monkeypatch):
 def test_plan(models, fit, capsys):
     fit(*OWN, command="plan")
     output = capsys.readouterr().out
-    assert "-> Resampler ->" in output
+    assert "-> LearnedQueries ->" in output
     assert "a sequence: 3 image + " in output
 
 
 def test_report_names_the_class_and_its_settings(straight):
     report([str(straight), "-o", "out.html"])
     assert (
-        "Resampler, queries 3, layers 2, heads 4, input_norm none, dropout 0.1"
+        "LearnedQueries, queries 3, layers 2, heads 4, input_norm none, dropout 0.1"
         in Path("out.html").read_text()
     )
 
@@ -128,19 +128,19 @@ def test_report_names_the_class_and_its_settings(straight):
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 @pytest.mark.parametrize("flags", [[], ["--model.adapter=MLP"]], ids=["nothing", "another"])
 def test_a_checkpoints_word_imports_nothing(checkpoint, fit, command, flags):
-    with pytest.raises(ValueError, match="--model.adapter my_parts.Resampler"):
+    with pytest.raises(ValueError, match="--model.adapter my_parts.LearnedQueries"):
         fit(f"--ckpt_path={checkpoint}", *flags, command=command, base=False)
     assert "my_parts" not in sys.modules
 
 
 def test_hyper_parameters_import_nothing(checkpoint):
-    with pytest.raises(ValueError, match="--model.adapter my_parts.Resampler"):
+    with pytest.raises(ValueError, match="--model.adapter my_parts.LearnedQueries"):
         Limber(**read_checkpoint(checkpoint)["hyper_parameters"])
     assert "my_parts" not in sys.modules
 
 
 def test_a_config_of_ones_own_names_the_class(checkpoint, fit):
-    adapter = {"class_path": "my_parts.Resampler", "init_args": {"queries": 3}}
+    adapter = {"class_path": "my_parts.LearnedQueries", "init_args": {"queries": 3}}
     Path("mine.yaml").write_text(yaml.safe_dump({"model": {"adapter": adapter}}))
     flags = ["--config=mine.yaml", NAMED[1]]
     fit(f"--ckpt_path={checkpoint}", *flags, command="validate", base=False)

@@ -233,7 +233,7 @@ def test_what_it_cannot_measure_is_said(fit, monkeypatch):
     flags = ["--probe.metrics=[object_patches]", "--trainer.max_steps=1", "--captions.num_images=0"]
     monkeypatch.syspath_prepend(Path(tiny.__file__).parents[2] / "examples")
     with pytest.raises(ValueError, match="object_patches needs image tokens that are places in the image"):
-        fit(*flags, "--model.adapter=my_parts.Resampler", "--model.adapter.queries=4", probe=True)
+        fit(*flags, "--model.adapter=my_parts.LearnedQueries", "--model.adapter.queries=4", probe=True)
     metric, notes = ObjectPatches(), []
     for scenes in ([None], []):
         batch, probe = SimpleNamespace(scenes=scenes), SimpleNamespace(model=None)
