@@ -59,17 +59,22 @@ class Explanation:
     score: float | None = None
 
 
+SCHEMES = ("http", "https", "s3", "gs", "hf")
+"""Of addresses."""
+
+
 def read_explanations(where: str | Path) -> list[Explanation]:
     """Reads one SAE's explanations, in the order of the files; rows without a description are left out.
 
     Args:
-        where: One `.jsonl` or `.jsonl.gz` file, or a folder of them, local or any URL that fsspec
-            opens (`s3://`, `https://`, ...). A URL's folder is read as `batch-0.jsonl.gz` and on,
-            as plain web servers list nothing.
+        where: One `.jsonl` or `.jsonl.gz` file, or a folder of them, local or at an address of one of
+            `SCHEMES` (a checkpoint may name it, and other schemes of fsspec do more than read). A folder
+            at an address is read as `batch-0.jsonl.gz` and on, as plain web servers list nothing.
 
     Raises:
         FileNotFoundError: There is no such file, or the folder has no batch.
-        ValueError: A row lacks `layer`, `index` or `description`; the message names file and line.
+        ValueError: The address has another scheme; or a row lacks `layer`, `index` or `description`, and
+            the message names file and line.
     """
     rows: list[Explanation] = []
     for name, data in _files(str(where)):
@@ -149,6 +154,12 @@ def write_explanations(rows: Iterable[Explanation], path: Path) -> None:
 def _files(where: str) -> Iterator[tuple[str, bytes]]:
     import fsspec
 
+    scheme, is_url, _ = where.partition("://")
+    if "::" in where or (is_url and scheme not in SCHEMES):
+        raise ValueError(
+            f"probe.descriptions={where}: allowed are files, folders, and addresses that begin with "
+            f"{', '.join(f'{scheme}://' for scheme in SCHEMES)}."
+        )
     if where.endswith((".jsonl", ".jsonl.gz")):
         names = [where]
     elif "://" in where:

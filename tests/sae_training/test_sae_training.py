@@ -439,9 +439,17 @@ def test_reads_neuronpedia_batches_in_order_with_their_explainers(tmp_path: Path
     assert explainers(rows) == {"model-2": 1, "model-10": 1}
 
 
-def test_reads_a_url_batch_by_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["memory://a", "ssh://host/a.jsonl", "zip://a.jsonl::https://b/c.zip"])
+def test_other_schemes_are_not_opened(where: str) -> None:
+    """A checkpoint from elsewhere may name where descriptions are."""
+    with pytest.raises(ValueError, match=r"probe.descriptions=.*allowed are files, folders, and addresses"):
+        read_explanations(where)
+
+
+def test_reads_a_url_batch_by_batch(monkeypatch) -> None:
     import fsspec
 
+    monkeypatch.setattr("lightning_limber.probe.explanations.SCHEMES", ("memory",))
     for batch in (0, 1):
         with fsspec.open(f"memory://np/explanations/batch-{batch}.jsonl.gz", "wb") as file:
             file.write(gzip.compress(json.dumps(_neuronpedia_row(batch)).encode()))
