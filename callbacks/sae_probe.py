@@ -26,6 +26,7 @@ from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.figures import heatmap_figure, matrix_figure, patch_figure, probe_figure
 from lightning_limber.probe.finding import finding_figure, sentences
 from lightning_limber.probe.load import build_probe
+from lightning_limber.probe.metrics import whole_spec
 from lightning_limber.probe.metrics.base import IMAGE
 from lightning_limber.probe.palette import write_panels
 from lightning_limber.probe.passes import Probe, Report
@@ -165,7 +166,8 @@ class SAEProbe(pl.Callback):
     @property
     def settings(self) -> dict[str, Any]:
         """What enters the numbers."""
-        return {"num_images": self.num_images, **asdict(self.config)}
+        metrics = [whole_spec(spec) for spec in self.config.metrics]
+        return {"num_images": self.num_images, **asdict(self.config), "metrics": metrics}
 
     def _begin_anew(self, other: list[str]) -> None:
         """Leaves the run's rows out of the table of `validate` where they were measured otherwise."""

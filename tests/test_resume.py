@@ -200,5 +200,5 @@ def test_a_second_stage_starts_from_the_first_ones_adapter(models, fit, tmp_path
     start = read_checkpoint(Path("runs/second/version_0/checkpoints/epoch_1.ckpt"))
     assert start["hyper_parameters"]["adapter_weights"] == "runs/first"
     Path("runs/empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no run in 'runs/empty' has saved a checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no run that has saved a checkpoint"):
         fit(*own, "--model.adapter_weights=runs/empty", base=False)

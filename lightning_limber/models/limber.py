@@ -35,7 +35,6 @@ from lightning_limber.models.vision import VisionConfig
 from lightning_limber.utils.checkpoints import check_same_run, training_settings
 from lightning_limber.utils.loop_state import stored_epoch
 
-ADDED_SETTINGS = {"entry": asdict(EntryConfig()), "regularise": asdict(RegulariseConfig())}
 NUM_TEXTS = 256
 """Training records whose captions are the text that `Entry.calibrate` looks at."""
 
@@ -64,6 +63,9 @@ class Limber(Captioner):
         compile_llm: Compile the LLM's decoder layers for training steps, a minute or more at the start.
         shard_llm: Split the LLM's decoder layers over the processes of a DDP run; nothing else changes.
     """
+
+    added_settings = {"entry": asdict(EntryConfig()), "regularise": asdict(RegulariseConfig())}
+    """What older checkpoints do not say."""
 
     def __init__(
         self,
@@ -244,8 +246,6 @@ class Limber(Captioner):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another run, see `check_same_run`."""
-        if "hyper_parameters" in checkpoint:  # Older ones lack settings that had one value then.
-            checkpoint["hyper_parameters"] = ADDED_SETTINGS | checkpoint["hyper_parameters"]
         check_same_run(checkpoint, self, self._trainer)
         if self._trainer is not None:
             self.loaded_epoch = stored_epoch(checkpoint)

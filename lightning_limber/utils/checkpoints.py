@@ -77,7 +77,7 @@ def setting_differences(checkpoint: dict[str, Any], module: Any, trainer: Any, d
             "with --model.adapter_weights PATH (and no --ckpt_path)."
         )
     model, hparams = checkpoint["hyper_parameters"], dict(module.hparams)
-    model = {**model, "adapter": upgrade_adapter(model["adapter"])}
+    model = {**module.added_settings, **model, "adapter": upgrade_adapter(model["adapter"])}
     steps, now = model["optimizer"]["total_steps"], hparams["optimizer"]["total_steps"]
     if now > steps:  # A run that is made longer; the model says what that changes.
         model["optimizer"] = {**model["optimizer"], "total_steps": now}

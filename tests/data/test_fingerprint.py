@@ -145,7 +145,7 @@ def test_kept_features_are_of_these_very_files(source, tmp_path):
         data.train_set, _ = data.datasets()
         trainer = types.SimpleNamespace(datamodule=data, precision="32-true")
         open_feature_cache([], (1, 1), trainer)
-        [path] = (tmp_path / "cache/features").glob("*.f32")
+        [path] = (tmp_path / "cache/features").glob("*.rows")
         path.unlink()
         return path.name
 

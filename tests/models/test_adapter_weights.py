@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lightning_limber import __version__
 from lightning_limber.models.adapter_weights import read_projector
 from lightning_limber.models.adapters import MLP, Adapter, Linear, PixelShuffle
 
@@ -131,7 +132,7 @@ def test_16_bit_weights_become_float32_and_a_missing_bias_zero(dtype, suffix, tm
 def test_a_checkpoint_of_this_project_comes_back_unchanged(tmp_path):
     adapter = PixelShuffle(VISION, LLM, input_norm="channel")
     saved = {f"adapter.{key}": value for key, value in adapter.state_dict().items()}
-    own = {"version": "1", "backbones": {}, "trainer": {}, "config": None}
+    own = {"version": __version__, "backbones": {}, "trainer": {}, "config": None}
     checkpoint = {"lightning_limber": own, "hyper_parameters": {}, "loops": {}, "global_step": 0}
     path = write(checkpoint | {"state_dict": saved}, tmp_path / "last.ckpt")
     state = read_projector(path)

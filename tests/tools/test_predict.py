@@ -526,7 +526,7 @@ def test_export_and_back(run, fit, tmp_path):
     (image,) = pictures(tmp_path / "some", 1)
     fit(f"--ckpt_path={run}", "--output=out", command="export", base=False)
     names = {path.name for path in Path("out").iterdir()}
-    assert names == {"adapter.safetensors", "config.yaml", "README.md", "probe.png"}
+    assert names == {"adapter.safetensors", "checksums.json", "config.yaml", "README.md", "probe.png"}
     original, back = load(run, "cpu"), load("out", "cpu")
     state = original.model.adapter.state_dict()
     exported = read_projector("out")

@@ -108,6 +108,19 @@ def resolve_metric(spec: MetricSpec) -> ProbeMetric:
     return found(**init_args)
 
 
+def whole_spec(spec: MetricSpec) -> MetricSpec:
+    """The same for every way to name a metric: its class path with all its settings, or its name where it
+    ships and has its own settings.
+    """
+    found = type(resolve_metric(spec))
+    parameters = inspect.signature(found).parameters.values()
+    settings = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    given = (spec.get("init_args") or {}) if isinstance(spec, dict) else {}
+    if REGISTRY.get(found.name) is found and settings | given == settings:
+        return found.name
+    return {"class_path": f"{found.__module__}.{found.__qualname__}", "init_args": settings | given}
+
+
 def resolve_metrics(specs: Sequence[MetricSpec]) -> list[ProbeMetric]:
     """Metrics in the order in which they are computed.
 

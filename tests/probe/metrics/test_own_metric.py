@@ -188,7 +188,7 @@ def test_resumed_and_exported_runs_keep_it(run, fit, my_parts, tmp_path):
     fit("--output=export", path, command="export", base=False)
     assert (tmp_path / "export/probe.png").stat().st_size > 10_000
     assert "my_parts" not in sys.modules
-    fit(path, "--trainer.max_steps=12", f"--probe.metrics=[{CLASS_PATH}]", base=False)
+    fit(path, "--trainer.max_steps=12", f"--probe.metrics+={CLASS_PATH}", base=False)
     table = pd.read_csv(copy / "probe.csv")
     assert set(table[table.metric == "l0_strong"].epoch) == {0, 1, 2, 3}
 
