@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
@@ -106,8 +106,8 @@ class Intervention:
             copies = images.view(-1, other.shape[1])[:, 0]
             new = other.index_select(0, copies).flatten(0, 1)
             # What enters at later layers is the other image's, too.
-            places = self.batch.groups["image_copies"][0]
-            losses = self._branch(self._clean, hook, places, new, self._other_tokens)
+            clean = replace(self._clean, image_tokens=self._other_tokens)
+            losses = self._branch(clean, hook, self.batch.groups["image_copies"][0], new)
             self._swapped[hook] = self._sum(self.batch, losses)
         return self._swapped[hook]
 
@@ -164,30 +164,14 @@ class Intervention:
             hidden = model.decode(sequences, tokens)
         return _Forward(sequences, tokens, residuals, hidden)
 
-    def _branch(
-        self,
-        clean: _Forward,
-        hook: str,
-        positions: Tensor,
-        new: Tensor,
-        image_tokens: ImageTokens | None = None,
-    ) -> Tensor:
-        hidden = self._decode(clean, hook, positions, new, image_tokens)
-        return self._label_losses(clean.sequences, hidden)
+    def _branch(self, clean: _Forward, hook: str, positions: Tensor, new: Tensor) -> Tensor:
+        return self._label_losses(clean.sequences, self._decode(clean, hook, positions, new))
 
-    def _decode(
-        self,
-        clean: _Forward,
-        hook: str,
-        positions: Tensor,
-        new: Tensor,
-        image_tokens: ImageTokens | None = None,
-    ) -> Tensor:
+    def _decode(self, clean: _Forward, hook: str, positions: Tensor, new: Tensor) -> Tensor:
         """[R, W, D] last hidden states with tokens `new` at flat positions of this layer."""
         residual = clean.residuals[hook]
         spliced = residual.flatten(0, 1).index_copy(0, positions, new).view_as(residual)
-        tokens = clean.image_tokens if image_tokens is None else image_tokens
-        return self.probe.model.decode_from(next_layer(hook), spliced, clean.sequences, tokens)
+        return self.probe.model.decode_from(next_layer(hook), spliced, clean.sequences, clean.image_tokens)
 
     def _label_losses(self, sequences: Sequences, hidden: Tensor) -> Tensor:
         return self.probe.model.target_losses(sequences, hidden)[0]
