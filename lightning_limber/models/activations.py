@@ -117,23 +117,34 @@ def counted_at_all(hidden: dict[str, Tensor], mask: Tensor, median_norms: dict[s
     return torch.stack([counted(hidden[name], mask, median_norms[name]) for name in hidden]).all(0)
 
 
+@torch.no_grad()
+def text_tokens(
+    llm: LLM, contexts: list[Context], hook_names: list[str], batch_tokens: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Tokens [n, D] of text at each hook, float32, without first positions and attention sinks; and the
+    median norm, before sinks are left out.
+    """
+    device = llm.embedding.weight.device
+    kept: dict[str, list[Tensor]] = {name: [] for name in hook_names}
+    for ids, mask, _ in batches(contexts, batch_tokens):
+        inner = mask.bool().to(device)
+        inner[:, 0] = False
+        for name, hidden in residuals(llm, ids.to(device), hook_names).items():
+            kept[name].append(hidden[inner].float())
+    found = {}
+    for name, parts in kept.items():
+        x = torch.cat(parts)
+        norm = x.norm(dim=-1)
+        median = norm.median()
+        found[name] = x[norm <= SINK_FACTOR * median], median
+    return found
+
+
 def median_norms(
     llm: LLM, contexts: list[Context], hook_names: list[str], batch_tokens: int
 ) -> tuple[dict[str, float], dict[str, Tensor], dict[str, float]]:
     """Yardsticks of text at each hook: median norm, then mean vector and mean norm without sinks."""
-    norms: dict[str, list[Tensor]] = {name: [] for name in hook_names}
-    kept: dict[str, list[Tensor]] = {name: [] for name in hook_names}
-    for ids, mask, _ in batches(contexts, batch_tokens):
-        inner = mask.bool()
-        inner[:, 0] = False
-        for name, hidden in residuals(llm, ids, hook_names).items():
-            norms[name].append(hidden[inner].float().norm(dim=-1))
-            kept[name].append(hidden[inner].float())
-    median, mean, scale = {}, {}, {}
-    for name in hook_names:
-        norm = torch.cat(norms[name])
-        median[name] = norm.median().item()
-        is_text = norm <= SINK_FACTOR * median[name]
-        mean[name] = torch.cat(kept[name])[is_text].mean(0)
-        scale[name] = norm[is_text].mean().item()
-    return median, mean, scale
+    found = text_tokens(llm, contexts, hook_names, batch_tokens)
+    median = {name: float(norm) for name, (_, norm) in found.items()}
+    mean = {name: x.mean(0) for name, (x, _) in found.items()}
+    return median, mean, {name: float(x.norm(dim=-1).mean()) for name, (x, _) in found.items()}

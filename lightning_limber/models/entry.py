@@ -121,9 +121,7 @@ class Entry(nn.Module):
             added.calibrate(features, scale)  # type: ignore[operator]
             added.silence(features)  # type: ignore[operator]
         if here is not None:
-            training = adapter.training
-            tokens = adapter.eval()(features)
-            adapter.train(training)
+            tokens = adapter.evaluate(adapter, features)
             if self.mean is not None:
                 self.mean.copy_(here.mean)
             norm = here.norm if self.config.layer else token_norm

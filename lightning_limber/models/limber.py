@@ -161,10 +161,10 @@ class Limber(Captioner):
         reading = nullcontext() if self.regulariser is None else self.regulariser.reading(self.llm, batch)
         with reading:
             image_tokens, losses, correct = self(batch)
-        loss_of_batch, extra = losses.sum(), losses.new_zeros(())
+        loss_of_batch = losses.sum()
         if self.regulariser is not None:
-            extra = self.regulariser.penalty(batch, self.num_image_tokens)
-            loss_of_batch = loss_of_batch + self.regularise_config.weight * extra
+            penalty = self.regulariser.penalty(batch, self.num_image_tokens)
+            loss_of_batch = loss_of_batch + self.regularise_config.weight * penalty
         norms = image_tokens.tokens.detach().float().norm(dim=-1)  # [B, P]
         counts = [len(losses), norms.numel(), batch.used_positions, batch.input_ids.numel()]
         counts += [sum(batch.truncated), len(batch.truncated)]
@@ -190,7 +190,7 @@ class Limber(Captioner):
             "train/truncated": cut / texts,
         }
         if self.regulariser is not None:
-            log["train/penalty"] = extra.detach() / max(1, len(losses))
+            log["train/penalty"] = penalty.detach() / max(1, len(losses))
         for layer, added in image_tokens.added.items():
             norm = added.detach().float().norm(dim=-1).mean()
             log[f"train/injected_norm/layer_{layer:02d}"] = norm / self.token_norm

@@ -44,10 +44,7 @@ class NormControl(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"model.entry.norm={kind!r}: allowed are {', '.join(KINDS)}.")
         self.kind = kind
-        self.calibrated: Tensor
         self.norm: Tensor
-        # Without norm control a checkpoint holds nothing of it.
-        self.register_buffer("calibrated", torch.tensor(kind == "none"), persistent=kind != "none")
         if kind in ("fixed", "learned"):
             self.register_buffer("norm", torch.tensor(1.0))
         if kind == "learned":
@@ -70,7 +67,6 @@ class NormControl(nn.Module):
             self.moments.calibrate(mean, covariance, tokens.flatten(0, 1))
         elif self.kind != "none":
             self.norm.fill_(norm)
-        self.calibrated.fill_(True)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens u [B, P, D] -> x [B, P, D]; but for ``none``, in float32 also under autocast."""

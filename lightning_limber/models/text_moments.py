@@ -37,17 +37,6 @@ def text_moments(llm: LLM, texts: Iterable[str], hooks: Iterable[str]) -> dict[s
         texts: Captions.
         hooks: Names, see `LLM.residual_hooks`.
     """
-    names, device = list(hooks), llm.embedding.weight.device
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
-    for ids, mask, _ in activations.batches(list(activations.contexts(texts, llm.tokenizer, 128)), 4096):
-        counted = mask.bool()
-        counted[:, 0] = False
-        for name, hidden in activations.residuals(llm, ids.to(device), names).items():
-            found[name].append(hidden[counted.to(device)].float())
-    moments = {}
-    for name, parts in found.items():
-        x = torch.cat(parts)
-        norm = x.norm(dim=-1)
-        x = x[norm <= activations.SINK_FACTOR * norm.median()]
-        moments[name] = TextMoments(norm.median(), x.mean(0), x.T.cov(correction=0))
-    return moments
+    contexts = list(activations.contexts(texts, llm.tokenizer, 128))
+    found = activations.text_tokens(llm, contexts, list(hooks), 4096)
+    return {name: TextMoments(norm, x.mean(0), x.T.cov(correction=0)) for name, (x, norm) in found.items()}

@@ -106,7 +106,7 @@ class Adapter(nn.Module):
         Raises:
             ValueError: the output is not [B, P', D_l].
         """
-        tokens = self._evaluate(self, features)
+        tokens = self.evaluate(self, features)
         if tokens.shape != (len(features), tokens.shape[1], self.llm_size):
             raise ValueError(
                 f"model.adapter {type(self).__name__} turns features {list(features.shape)} into "
@@ -169,9 +169,9 @@ class Adapter(nn.Module):
             )
 
     def _mean_norm(self, features: Tensor) -> Tensor:
-        return self._evaluate(self, features).float().norm(dim=-1).mean()
+        return self.evaluate(self, features).float().norm(dim=-1).mean()
 
-    def _evaluate(self, compute: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    def evaluate(self, compute: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
         """What a method of this adapter makes of the features without dropout."""
         training = self.training
         self.eval()

@@ -95,7 +95,7 @@ class Vocabulary(Adapter):
             features: [B, P, D_v].
             count: Words for each token.
         """
-        weights, places = self._evaluate(self.probabilities, features).topk(count)  # [B, P, count]
+        weights, places = self.evaluate(self.probabilities, features).topk(count)  # [B, P, count]
         ids = places if self.word_ids is None else self.word_ids[places]
         return [
             [
@@ -119,7 +119,7 @@ class Vocabulary(Adapter):
     def _calibrate_output(self, features: Tensor, token_norm: Tensor) -> None:
         rows = features.flatten(0, 1)  # [B * P, D_v]
         rows = rows[:: -(-len(rows) // CALIBRATION_TOKENS)]
-        logits = self._evaluate(self._logits, rows[None])[0]  # [n, V']
+        logits = self.evaluate(self._logits, rows[None])[0]  # [n, V']
         # Entropy grows with the temperature: bisection of its logarithm.
         low, high = logits.std().log() + torch.tensor([[-6.0], [6.0]], device=logits.device)
         for _ in range(16):
