@@ -20,7 +20,6 @@ loaded before the settings are read.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -37,7 +36,7 @@ from typing import Any
 import yaml
 
 from lightning_limber.tools.grid_file import Grid, Settings, read_grid
-from lightning_limber.utils.commands import COMMANDS, program
+from lightning_limber.utils.commands import COMMANDS, Parser, program
 from lightning_limber.utils.files import in_words, write_text
 
 ReadSettings = Callable[[list[str]], str]
@@ -88,7 +87,7 @@ def flag(setting: tuple[str, Any]) -> str:
 
 def main(args: list[str], read_settings: ReadSettings) -> None:
     description = f"{COMMANDS['grid']} What is there is left or gone on with."
-    parser = argparse.ArgumentParser(f"{program()} grid", description=description)
+    parser = Parser(f"{program()} grid", description=description)
     parser.add_argument(
         "file", metavar="FILE", help="The grid's YAML file; docs/lab.md says what it holds."
     )

@@ -55,7 +55,10 @@ def read_grid(name: str) -> Grid:
     """
     from lightning_limber.utils.config_files import find_configs  # It imports torch.
 
-    file = Path(find_configs(["--config", name])[-1])
+    try:
+        file = Path(find_configs(["--config", name])[-1])
+    except FileNotFoundError as error:  # It was given without the flag.
+        raise FileNotFoundError(str(error).removeprefix("--config ")) from None
     given = yaml.safe_load(file.read_text(encoding="utf-8"))
 
     def need(holds: bool, key: str, allowed: str) -> None:

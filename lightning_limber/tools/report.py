@@ -11,7 +11,6 @@ TensorBoard; no torch is loaded.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import csv
 import html
@@ -21,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -31,18 +30,12 @@ from lightning_limber.probe.finding import sentences
 from lightning_limber.probe.tables import Row
 from lightning_limber.tools.compare import Interval, comparison, differences
 from lightning_limber.utils.adapter_config import upgrade_adapter
+from lightning_limber.utils.commands import Parser
 from lightning_limber.utils.files import in_words, read_as, write_text
 
 SCALARS = ("train/", "val/", "captions/", "captions_chance/", "probe_seconds/", "memory/", "flops/")
 MAX_POINTS = 200
 """Longer training curves are drawn as means of this many equal parts."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in a line, as the other commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}. See {self.prog} --help.\n")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,6 +1,8 @@
-"""The commands in a line each; imports nothing, so that help comes at once."""
+"""The commands in a line each; imports next to nothing, so that help comes at once."""
 
+import argparse
 import sys
+from typing import NoReturn
 
 COMMANDS = {
     "fit": "Train an adapter, validate and probe it after each epoch.",
@@ -51,3 +53,10 @@ METAVARS |= dict.fromkeys(("data.help", "model.adapter.help"), "CLASS")
 def program() -> str:
     """How the command line was called."""
     return "lightning-limber" if "lightning-limber" in sys.argv[0] else "python -m lightning_limber"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line, as the commands of LightningCLI do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}. See {self.prog} --help.\n")
