@@ -208,7 +208,7 @@ COMMANDS = [
     ("fit --model.vision.pool", "argument --model.vision.pool: expected one argument"),
     (
         "fit --config=configs/stamp.yaml",
-        "--config configs/stamp.yaml: there is no such file. Did you mean 'c",
+        "--config configs/stamp.yaml: there is no such file. Did you mean 'configs/stamps.yaml'?",
     ),
     ("fit --config=empty.yaml", "empty.yaml is empty. A config is a mapping, such as "),
     ("fit --config=list.yaml", "list.yaml holds a list. A config is a mapping, such as "),

@@ -97,7 +97,9 @@ def find_configs(args: list[str]) -> list[str]:
                 f"configs/{path.relative_to(config_dir())}" for path in config_dir().rglob("*.yaml")
             ]
             by_name = {Path(path).name: path for path in map(str, Path(name).parent.glob("*.yaml"))}
-            by_name |= {Path(path).name: path for path in shipped_names}
+            # Of one name, the one that is least deep.
+            shallow_last = sorted(shipped_names, key=lambda path: -path.count("/"))
+            by_name |= {Path(path).name: path for path in shallow_last}
             near = get_close_matches(Path(name).name, by_name, 1)
             hint = (
                 f"Did you mean '{by_name[near[0]]}'?"

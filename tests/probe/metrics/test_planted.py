@@ -6,6 +6,8 @@ import pytest
 import torch
 from parts import probe_batches, sae_probe
 
+from lightning_limber.models.image_tokens import ImageTokens
+
 
 def test_planted_caption_embeddings_look_like_text(probed, monkeypatch):
     """Image tokens that ARE the caption's first embeddings give the `text` curve, within the interval.
@@ -16,10 +18,10 @@ def test_planted_caption_embeddings_look_like_text(probed, monkeypatch):
     model, callback = cli.model, sae_probe(cli)
     first = len(model.collator().prompt.prefix_ids)
 
-    def opening(sequences) -> torch.Tensor:
-        return sequences.input_ids[:, first : first + 4]
+    def opening(batch) -> ImageTokens:
+        return ImageTokens(model.llm.embed(batch.without_image.input_ids[:, first : first + 4]))
 
-    monkeypatch.setattr(model, "image_tokens", lambda batch: model.llm.embed(opening(batch.without_image)))
+    monkeypatch.setattr(model, "image_tokens", opening)
 
     def batches():
         for batch in probe_batches(cli, 60):
@@ -50,10 +52,12 @@ def test_planted_noise_gives_the_noise_curve(probed, monkeypatch):
     own = model.image_tokens
     generator = torch.Generator().manual_seed(1)
 
-    def noise(batch):
-        tokens = own(batch)
+    def of_same_norms(tokens: torch.Tensor) -> torch.Tensor:
         random = torch.randn(tokens.shape, generator=generator)
         return random * (tokens.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True))
+
+    def noise(batch) -> ImageTokens:
+        return own(batch).filled(of_same_norms)
 
     def curves(group: str) -> torch.Tensor:
         rows = callback.probe.run(probe_batches(probed, 60)).rows
