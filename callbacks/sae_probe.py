@@ -70,24 +70,31 @@ class SAEProbe(pl.Callback):
     Numbers go to every logger as ``{metric}/{group}/layer_{l}``, with their 95 % bootstrap intervals to
     ``probe.csv`` and ``probe.parquet`` in the run's folder (run, epoch, layer, group, metric, value,
     low, high), by image to ``images_epoch_{n}.npz`` (by_image.py), and as figures to TensorBoard.
-    ``flops/probe`` is counted in the probe before training.
+    ``flops/probe`` is counted in the first probe.
     ``patches_epoch_{n}.jpg`` shows on which patches latents fire whose descriptions match the caption, at
     the layer where `match` is highest.
 
     Args:
         num_images: Held-out images to probe, spread over them by a hash: always the same.
         every_n_epochs: Epochs between two probes; 0 switches the probe off.
+        before_training: Probe the untrained adapter too, as epoch 0: the control for what training adds.
         published_curves: Draw the curves of Venhoff et al. (Gemma 2 2B) beside the run's own, by
             relative depth.
         config: See `ProbeConfig`.
     """
 
     def __init__(
-        self, num_images: int = 256, every_n_epochs: int = 1, published_curves: bool = False, **config: Any
+        self,
+        num_images: int = 256,
+        every_n_epochs: int = 1,
+        before_training: bool = True,
+        published_curves: bool = False,
+        **config: Any,
     ) -> None:
         self.config = ProbeConfig(**config)
         self.num_images = num_images
         self.every_n_epochs = every_n_epochs
+        self.before_training = before_training
         self.published_curves = published_curves
         self.history: History = {}
         self._saes: dict[str, str] = {}
@@ -117,7 +124,7 @@ class SAEProbe(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Probes the untrained adapter, as epoch 0; not when a run is resumed."""
-        if self.every_n_epochs and trainer.global_step == 0:
+        if self.every_n_epochs and self.before_training and trainer.global_step == 0:
             self._run_and_log(trainer, pl_module, 0, "epoch 0")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -200,7 +207,7 @@ class SAEProbe(pl.Callback):
     def _run_and_log(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, label: str) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         # The first is counted: it alone reads the captions without an image.
-        counter = FlopCounter() if trainer.state.fn == "fit" and epoch == 0 else None
+        counter = FlopCounter() if trainer.state.fn == "fit" and not self.history else None
         untrained = epoch > 0 and module.hparams["adapter_weights"] is None
         with counter or nullcontext():
             report = self.probe.run(

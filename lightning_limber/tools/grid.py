@@ -25,6 +25,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -38,10 +39,12 @@ import yaml
 from lightning_limber.tools.grid_file import Grid, Settings, read_grid
 from lightning_limber.utils.commands import COMMANDS, Parser, program
 from lightning_limber.utils.files import in_words, write_text
+from lightning_limber.utils.run_lock import hold_run, release_run
 
 ReadSettings = Callable[[list[str]], str]
 """A command's arguments -> its whole config as YAML."""
 FOR_ALL: Settings = {"model.cache_features": True}
+GRID_LOCK = ".grid_lock"
 FOR_CHOOSING: Settings = {"probe.every_n_epochs": 0, "captions.num_images": 0}
 
 
@@ -143,21 +146,14 @@ class Work:
         if dry_run:
             self.show()
             return
-        from lightning_limber.utils.run_lock import hold_run
-
-        hold_run(grid.folder)
         with self.passing_signals_on():
-            for arm in grid.arms:
-                for run in self.search(arm).values():
-                    self.execute(run)
-                self.tell_choice(arm)
-            for arm in grid.arms:  # All before the first: the choice is new.
-                for run in self.main(arm):
-                    self.check_unchanged(run)
-            for place in range(len(grid.seeds)):
-                for arm in grid.arms:
-                    if (runs := self.main(arm)) and self.execute(runs[place]):
-                        self.write_page()  # A wrong endpoint is met after the first run, not the last.
+            while left := self.left():
+                if claimed := next(filter(self.claim, left), None):
+                    self.execute(claimed)
+                    release_run(claimed.folder, GRID_LOCK)
+                else:  # Others do what is left: wait for their ends.
+                    time.sleep(1)
+                self.end_if_stopped()
             self.write_page()
         if self.failed:
             folders = ", ".join(str(run.folder) for run in self.failed)
@@ -165,6 +161,17 @@ class Work:
                 f"{len(self.failed)} run(s) failed: {folders}. What does not need them is done; the same "
                 "command tries them again."
             )
+
+    def left(self) -> list[Run]:
+        """The runs that can be done now, in order: those that choose values, then all arms of each seed."""
+        arms = self.grid.arms
+        mains = [self.main(arm) for arm in arms]
+        for runs in mains:
+            for run in runs:  # The choice may be new.
+                self.check_unchanged(run)
+        of_seeds = [runs[place] for place in range(len(self.grid.seeds)) for runs in mains if runs]
+        runs = [run for arm in arms for run in self.pending(arm)] + of_seeds
+        return [run for run in runs if not run.is_over and run not in self.failed]
 
     def show(self) -> None:
         """Prints what is done, and the commands of what is not."""
@@ -213,10 +220,24 @@ class Work:
                 found[value] = of_epoch[max(of_epoch)]["loss"][0]
         return found
 
+    def pending(self, arm: str) -> list[Run]:
+        """The runs that an arm's choice needs next; none once it is chosen.
+
+        Of numbers the middle one is tried first, then where the loss falls, until both neighbours of the
+        best are tried: fewer runs, and the same choice where the loss has one valley.
+        """
+        runs, losses = self.search(arm), self.losses(arm)
+        values = list(runs)
+        if are_numbers(values):
+            values.sort()
+            best = values.index(min(losses, key=losses.__getitem__)) if losses else len(values) // 2
+            values = values[max(best - 1, 0) : best + 2] if losses else values[best : best + 1]
+        return [runs[value] for value in values if value not in losses]
+
     def choice(self, arm: str) -> Any:
-        """The value with the lowest loss; None before all are tried."""
+        """The value with the lowest loss; None before its neighbours are tried."""
         losses = self.losses(arm)
-        return min(losses, key=losses.__getitem__) if 0 < len(losses) == len(self.search(arm)) else None
+        return min(losses, key=losses.__getitem__) if losses and not self.pending(arm) else None
 
     def choices(self) -> dict[str, Settings]:
         """What was chosen, of what, by arm."""
@@ -224,7 +245,7 @@ class Work:
         return {
             arm: {
                 "chosen": value,
-                "at the edge": value in edges(losses),
+                "at the edge": value in edges(self.search(arm)),
                 "losses": {str(one): loss for one, loss in losses.items()},
             }
             for arm, (value, losses) in found.items()
@@ -280,32 +301,47 @@ class Work:
                 + "\nMove it away, or give the arm or the grid's file another name."
             )
 
-    def execute(self, run: Run) -> bool:
-        """Does what is left of a run, if anything; ends the process where a signal has ended the run."""
-        from lightning_limber.utils.run_lock import hold_run, release_run
-
-        if run.is_over:
+    def claim(self, run: Run) -> bool:
+        """Takes a run for this process; False where another has it or has ended it."""
+        try:
+            hold_run(run.folder, GRID_LOCK)
+            hold_run(run.folder)  # A run outlives a grid that is killed.
+            release_run(run.folder)
+        except ValueError:
+            release_run(run.folder, GRID_LOCK)
             return False
-        hold_run(run.folder)  # A run outlives a grid that is killed.
-        release_run(run.folder)
-        if not self._stop:
-            print(f"[grid] {run.folder}\n{shown(run.command)}", flush=True)
-            # A session of its own: Ctrl-C at a terminal reaches it once, from here.
-            self._child = Popen(
-                [sys.executable, "-m", "lightning_limber", *run.command],
-                stdin=DEVNULL,
-                start_new_session=True,
-            )
-            if self._stop:  # It came in between.
-                self._child.send_signal(self._stop)
-            code = self._child.wait()
-            if not self._stop and (code or not run.is_over):
-                print(f"[grid] {run.folder} failed with exit code {code}", file=sys.stderr, flush=True)
-                self.failed.append(run)
+        if run.is_over:  # Another process ended it since.
+            release_run(run.folder, GRID_LOCK)
+        return not run.is_over
+
+    def execute(self, run: Run) -> None:
+        """Does what is left of a run, and says what follows from it."""
+        print(f"[grid] {run.folder}\n{shown(run.command)}", flush=True)
+        # A session of its own: Ctrl-C at a terminal reaches it once, from here.
+        self._child = Popen(
+            [sys.executable, "-m", "lightning_limber", *run.command],
+            stdin=DEVNULL,
+            start_new_session=True,
+        )
+        if self._stop:  # It came in between.
+            self._child.send_signal(self._stop)
+        code = self._child.wait()
+        if self._stop:
+            return
+        if code or not run.is_over:
+            print(f"[grid] {run.folder} failed with exit code {code}", file=sys.stderr, flush=True)
+            self.failed.append(run)
+            return
+        for arm in self.grid.arms:
+            if run in self.search(arm).values():
+                self.tell_choice(arm)
+            elif run in self.main(arm):
+                self.write_page()  # A wrong endpoint is met after the first run, not the last.
+
+    def end_if_stopped(self) -> None:
         if self._stop:
             print(f"[grid] stopped; go on with: {program()} grid {shlex.quote(str(self.grid.file))}")
             sys.exit(128 + self._stop)
-        return True
 
     @contextmanager
     def passing_signals_on(self) -> Iterator[None]:
@@ -333,10 +369,13 @@ class Work:
             print(f"[grid] {grid.folder / 'README.md'}", flush=True)
 
 
+def are_numbers(values: Collection[Any]) -> bool:
+    return all(isinstance(value, (int, float)) for value in values)
+
+
 def edges(values: Collection[Any]) -> tuple[Any, ...]:
     """The least and the greatest of numbers; of anything else none."""
-    numbers = all(isinstance(value, (int, float)) for value in values)
-    return (min(values), max(values)) if numbers else ()
+    return (min(values), max(values)) if are_numbers(values) else ()
 
 
 def without_own(text: str) -> Settings:

@@ -13,19 +13,24 @@ try:
 except ImportError:  # Windows.
     fcntl = None  # type: ignore[assignment]
 
+LOCK = ".lock"
 _held: dict[Path, IO[Any]] = {}
 
 
 @rank_zero_only
-def hold_run(folder: Path) -> None:
+def hold_run(folder: Path, name: str = LOCK) -> None:
     """Takes the run for this process until `release_run` or its end.
 
     A lock of `lockf`, unlike one of `flock`, is not kept alive by loader processes that outlive a kill.
 
+    Args:
+        folder: The run's.
+        name: Of the lock, where a run has several.
+
     Raises:
         ValueError: another process has it.
     """
-    path = folder.resolve() / ".lock"
+    path = folder.resolve() / name
     if fcntl is None or path in _held or os.environ.get("NODE_RANK", "0") != "0":
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +51,7 @@ def hold_run(folder: Path) -> None:
     _held[path] = file
 
 
-def release_run(folder: Path) -> None:
+def release_run(folder: Path, name: str = LOCK) -> None:
     """Lets others have the run."""
-    if file := _held.pop(folder.resolve() / ".lock", None):
+    if file := _held.pop(folder.resolve() / name, None):
         file.close()

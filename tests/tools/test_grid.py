@@ -23,7 +23,7 @@ from scipy import stats
 
 from lightning_limber.__main__ import read_settings
 from lightning_limber.models.limber import Limber
-from lightning_limber.tools import compare, grid, grid_page
+from lightning_limber.tools import compare, grid, grid_file, grid_page
 from lightning_limber.tools.grid_page import FIGURE, figure, markdown, measure, sentences
 from lightning_limber.utils.by_image import add_arrays, images_file
 
@@ -216,21 +216,48 @@ def test_a_signal_reaches_the_run_and_ends_the_grid(models):
     assert [row["arm"] for row in read_csv(Path("runs/tiny/grid.csv"))] == ["linear", "late"]
 
 
-@pytest.mark.parametrize("folder", ["runs/tiny", "runs/tiny/linear/seed_0"])
-def test_one_grid_at_a_time_and_none_beside_a_run_that_outlived_its_own(models, run_grid, folder):
+@pytest.mark.slow
+def test_processes_share_a_grid_and_none_takes_a_run_that_another_has(models, run_grid, monkeypatch):
+    """A run that outlives its grid is another's too."""
     code = "from pathlib import Path; from lightning_limber.utils.run_lock import hold_run; "
-    code += f"hold_run(Path('{folder}')); print('held', flush=True); input()"
+    code += "hold_run(Path('runs/tiny/linear/seed_0')); print('held', flush=True); input()"
     env = {**os.environ, "PYTHONPATH": str(REPO)}
     other = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=env,
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
     )
     assert other.stdout.readline() == b"held\n"
-    with pytest.raises(ValueError, match=f"{folder} is written by another process"):
-        run_grid(write_grid(models, choose=None))
-    other.communicate(b"\n")
+    monkeypatch.setattr(grid.time, "sleep", lambda _: other.poll() is None and other.communicate(b"\n"))
+    commands = run_grid(write_grid(models, choose=None, seeds=[0], endpoints=ENDPOINTS[:1]))
+    assert [command[-1].rpartition("=")[2] for command in commands] == ["seed_0"] * 2
+    assert [Path(command[-2].rpartition("=")[2]).name for command in commands] == ["late", "linear"]
+    rows = read_csv(Path("runs/tiny/grid.csv"))
+    assert [row["arm"] for row in rows] == ["linear", "late"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "tried"),
+    [
+        ((5, 4, 3, 2, 3), (3, 2, 4, 5)),
+        ((3, 2, 3, 4, 5), (3, 2, 1)),
+        ((4, 3, 2, 3, 4), (3, 2, 4)),
+        ((5, 4, 3, 2, 1), (3, 2, 4, 5)),
+    ],
+    ids=["above", "below", "middle", "edge"],
+)
+def test_a_value_is_sought_where_the_loss_falls(monkeypatch, losses, tried):
+    values = dict(zip((1, 2, 3, 4, 5), losses, strict=True))
+    choose = grid_file.Choose(LR, [3, 1, 2, 5, 4], 4, {})
+    work = grid.Work(
+        grid_file.Grid(Path("a.yaml"), None, {}, {"a": {}}, "a", [0], choose, ["held_out/loss"]), None
+    )
+    found: dict[int, float] = {}
+    monkeypatch.setattr(work, "losses", lambda arm: found)
+    while left := work.pending("a"):
+        assert work.choice("a") is None
+        value = left[0].settings[LR]
+        found[value] = values[value]
+    assert tuple(found) == tried
+    assert work.choice("a") == min(values, key=values.__getitem__)
 
 
 # -- the file -----------------------------------------------------------------------------------------
