@@ -62,7 +62,7 @@ def test_a_design_resumes_bit_equal_and_is_exported_and_loaded(fit, design):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("design", ["layer"])
+@pytest.mark.parametrize("design", ["layer", "whole words", "inject", "moments"])
 def test_two_processes_and_a_sharded_llm_make_the_same_run(design, models, tmp_path):
     flags = [*tiny.arguments(models, probe=False), *DESIGNS[design], *crash_flags("batches")]
     flags += ["--trainer.max_steps=4", "--model.adapter.input_norm=channel"]
