@@ -55,9 +55,10 @@ class Rule(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """One panel of the figure, with lines of what was measured alone."""
+    """One panel of the figure: what it shows (if the numbers are there), and lines of what was measured."""
 
     title: str
+    sentence: str
     lines: list[Line]
     rules: list[Rule]
 
@@ -88,11 +89,6 @@ def at_layers(layers: Sequence[int], probed: Sequence[int]) -> str:
         texts += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run)
     text = " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
     return f"at layer{'s' if len(layers) > 1 else ''} {text}"
-
-
-def sentences(rows: Sequence[Row]) -> list[str]:
-    """What beats its control, and what does not, of what was measured: a claim, a colon, its numbers."""
-    return [sentence for sentence in (_use(rows), _excess(rows), _words(rows)) if sentence]
 
 
 def _use(rows: Sequence[Row]) -> str:
@@ -168,7 +164,7 @@ def _number(point: Point) -> str:
 
 
 def charts(rows: Sequence[Row]) -> list[Chart]:
-    """Three by layer: where the picture is read, direction against controls, words."""
+    """Three by layer: where the picture is read, geometry against controls, words."""
     measured = {(row.group, row.metric) for row in rows if row.layer is not None and row.value == row.value}
     lens = "neighbour_lift" if ("image", "neighbour_lift") in measured else "lens_hit"
 
@@ -188,6 +184,7 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
     return [
         Chart(
             "Where the picture is read: nats lost a token",
+            _use(rows),
             [
                 *line("another picture in its place", "image", "use"),
                 *line("its SAE reconstruction in its place", "image", "harm_splice", dotted=True),
@@ -197,17 +194,29 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
         ),
         Chart(
             "Beyond length: 0 random words, 1 text",
+            _excess(rows),
             sum(excess, []),
             [rule(LABELS["words_long"], "words_long", 0), rule("text", "text", 1)],
         ),
-        Chart("Nearest words in own captions, times chance", sum(words, []), [rule(others, "control", 1)])
+        Chart(
+            "Nearest words in own captions, times chance",
+            _words(rows),
+            sum(words, []),
+            [rule(others, "control", 1)],
+        )
         if lens == "neighbour_lift"
         else Chart(
             "The logit lens says a word of the caption",
+            "",
             sum([*words, line(others, "image", "lens_hit_chance", True, COLOURS["control"])], []),
             [],
         ),
     ]
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """What beats its control, and what does not, of what was measured: a claim, a colon, its numbers."""
+    return [chart.sentence for chart in charts(rows) if chart.sentence]
 
 
 def finding_figure(rows: Sequence[Row], title: str = "") -> Figure:

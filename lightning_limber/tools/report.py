@@ -26,7 +26,7 @@ import yaml
 
 from lightning_limber.assets import ASSETS
 from lightning_limber.probe import palette
-from lightning_limber.probe.finding import Chart, charts, sentences
+from lightning_limber.probe.finding import Chart, charts
 from lightning_limber.probe.tables import Row
 from lightning_limber.tools.compare import Interval, Run, by_seed, comparison, differences
 from lightning_limber.tools.seeds import merged
@@ -64,8 +64,7 @@ def render(runs: list[Run]) -> str:
     shown = [merged(group) for group in by_group]
     tell_apart(shown)
     for run in shown:
-        rows = newest_rows(run)
-        run["finding"] = {"sentences": sentences(rows), "charts": [chart_data(one) for one in charts(rows)]}
+        run["finding"] = [chart_data(chart) for chart in charts(newest_rows(run))]
     paper = palette.published_curves()
     groups = palette.ordered_groups(group for run in runs for group in run["groups"])
     data = {
@@ -109,7 +108,7 @@ def newest_rows(run: Run) -> list[Row]:
 
 def chart_data(chart: Chart) -> dict[str, Any]:
     lines, rules = ([one._asdict() for one in of] for of in (chart.lines, chart.rules))
-    return {"title": chart.title, "lines": lines, "rules": rules}
+    return {**chart._asdict(), "lines": lines, "rules": rules}
 
 
 def plain(value: Any) -> Any:
