@@ -165,53 +165,49 @@ def _number(point: Point) -> str:
 
 def charts(rows: Sequence[Row]) -> list[Chart]:
     """Three by layer: where the picture is read, geometry against controls, words."""
-    measured = {(row.group, row.metric) for row in rows if row.layer is not None and row.value == row.value}
-    lens = "neighbour_lift" if ("image", "neighbour_lift") in measured else "lens_hit"
 
-    def line(label: str, group: str, metric: str, dotted: bool = False, colour: str = "") -> list[Line]:
-        known = (group, metric) in measured
-        return [Line(label, group, metric, colour or COLOURS[group], dotted)] if known else []
+    def line(label: str, group: str, metric: str, dotted: bool = False) -> Line:
+        return Line(label, group, metric, COLOURS[group], dotted)
 
     def rule(label: str, group: str, height: float) -> Rule:
         return Rule(label, COLOURS[group], height)
 
-    excess = [
-        line(f"image tokens, {name} ({metric})", "image", f"excess_{metric}_over_words_long", bool(place))
-        for place, (metric, name) in enumerate(EXCESS.items())
-    ]
-    words = [line(LABELS.get(group, group), group, lens) for group in ("image", *CONTROLS)]
     others = "other images' captions"
-    return [
-        Chart(
-            "Where the picture is read: nats lost a token",
-            _use(rows),
-            [
-                *line("another picture in its place", "image", "use"),
-                *line("its SAE reconstruction in its place", "image", "harm_splice", dotted=True),
-                *line("text: its SAE reconstruction", "text", "harm_splice", dotted=True),
-            ],
-            [],
-        ),
-        Chart(
-            "Beyond length: 0 random words, 1 text",
-            _excess(rows),
-            sum(excess, []),
-            [rule(LABELS["words_long"], "words_long", 0), rule("text", "text", 1)],
-        ),
-        Chart(
-            "Nearest words in own captions, times chance",
-            _words(rows),
-            sum(words, []),
-            [rule(others, "control", 1)],
-        )
-        if lens == "neighbour_lift"
-        else Chart(
-            "The logit lens says a word of the caption",
-            "",
-            sum([*words, line(others, "image", "lens_hit_chance", True, COLOURS["control"])], []),
-            [],
-        ),
-    ]
+    read = Chart(
+        "Where the picture is read: nats lost a token",
+        _use(rows),
+        [
+            line("another picture in its place", "image", "use"),
+            line("its SAE reconstruction in its place", "image", "harm_splice", dotted=True),
+            line("text: its SAE reconstruction", "text", "harm_splice", dotted=True),
+        ],
+        [],
+    )
+    excess = Chart(
+        "Beyond length: 0 random words, 1 text",
+        _excess(rows),
+        [
+            line(f"image tokens, {name} ({metric})", "image", f"excess_{metric}_over_words_long", place > 0)
+            for place, (metric, name) in enumerate(EXCESS.items())
+        ],
+        [rule(LABELS["words_long"], "words_long", 0), rule("text", "text", 1)],
+    )
+    words = Chart(
+        "Nearest words in own captions, times chance",
+        _words(rows),
+        [line(LABELS.get(group, group), group, "neighbour_lift") for group in ("image", *CONTROLS)],
+        [rule(others, "control", 1)],
+    )
+    if not points(rows, "image", "neighbour_lift"):
+        lens = [line(LABELS.get(group, group), group, "lens_hit") for group in ("image", *CONTROLS)]
+        lens.append(Line(others, "image", "lens_hit_chance", COLOURS["control"], True))
+        words = Chart("The logit lens says a word of the caption", "", lens, [])
+    return [_of_what_was_measured(chart, rows) for chart in (read, excess, words)]
+
+
+def _of_what_was_measured(chart: Chart, rows: Sequence[Row]) -> Chart:
+    lines = [line for line in chart.lines if points(rows, line.group, line.metric)]
+    return chart._replace(lines=lines, rules=chart.rules if lines else [])
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import takewhile
@@ -45,9 +46,9 @@ def seed_of(run: Run) -> str:
 
 
 def shared_name(names: Sequence[str]) -> str:
-    """What all names begin with, without a number's beginning: ``Linear`` of Linear-10/a, Linear-11/a."""
-    shared = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    return "".join(letters[0] for letters in shared).rstrip("0123456789-_/. (") or names[0]
+    """What all names begin with, without the seed's: ``late`` of late/seed_0 and late/seed_1."""
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return re.sub(r"([\W_]*seed)?[\W_]*\d*$", "", "".join(letters[0] for letters in same)) or names[0]
 
 
 def one_seed(run: Run) -> dict[str, Any]:

@@ -342,7 +342,9 @@ def test_a_group_is_shown_as_the_mean_and_its_seeds(tmp_path):
 
 def test_the_name_of_a_group():
     assert shared_name(["Linear-10/version_0", "Linear-11/version_0"]) == "Linear"
-    assert shared_name(["late/seed_0", "late/seed_1"]) == "late/seed"
+    assert shared_name(["mlp2-0/version_0", "mlp2-1/version_0"]) == "mlp2"
+    assert shared_name(["late/seed_0", "late/seed_1"]) == "late"
+    assert shared_name(["default/version_0", "default/version_3"]) == "default/version"
     assert shared_name(["1/a", "2/a"]) == "1/a"
 
 
