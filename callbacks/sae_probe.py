@@ -241,7 +241,7 @@ class SAEProbe(pl.Callback):
         log_table(trainer, "probe/rows", frame(report.rows).astype({"layer": float}))
         self._log_figures(trainer, module, epoch, label, report)
         if patches is not None:
-            figure = patch_figure(*patches)
+            figure = patch_figure(*patches, report.rows)
             log_figure(trainer, "probe/patches", figure)
             if files and figure is not None:
                 write_whole(files / f"patches_epoch_{epoch}.jpg", partial(figure.savefig, dpi=70))

@@ -196,7 +196,11 @@ def _box(column: int, row: int) -> Any:
 
 
 def patch_figure(
-    images: list[torch.Tensor], captions: list[str], maps: list[list[PatchMap]], layer: int
+    images: list[torch.Tensor],
+    captions: list[str],
+    maps: list[list[PatchMap]],
+    layer: int,
+    rows: Sequence[Row] = (),
 ) -> Figure:
     """Where latents fire whose descriptions match the caption: an image a row, a latent a column.
 
@@ -205,12 +209,13 @@ def patch_figure(
         captions: One caption of each image.
         maps: From `matching_latents`, over a square grid of patches.
         layer: Layer of the LLM.
+        rows: Of the same probe; its `match` at the layer and what chance gives stand beside the pictures.
     """
     columns = 1 + max([1, *map(len, maps)])
-    rows = max(1, len(images))
-    figure = new_figure(3.4 * columns, 3.5 * rows + 0.4)
-    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 1.1 / (3.5 * rows), bottom=0.01, hspace=0.3)
-    axes = np.atleast_2d(figure.subplots(rows, columns))[: len(images)]
+    height = 3.5 * max(1, len(images))
+    figure = new_figure(3.4 * columns, height + 0.4)
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 1.1 / height, bottom=0.01, hspace=0.3)
+    axes = np.atleast_2d(figure.subplots(max(1, len(images)), columns))[: len(images)]
     for row, image, caption, found in zip(axes, images, captions, maps, strict=True):
         for axis in row:
             axis.axis("off")
@@ -230,5 +235,10 @@ def patch_figure(
             title = f"latent {patches.latent} (up to {grid.max():.2g}): {patches.description}"
             axis.set_title(wrap(title, 44), fontsize=8.5, loc="left")
     title = f"Patches that fire latents whose descriptions match the caption, layer {layer}"
+    said = {row.metric: row for row in rows if (row.group, row.layer) == ("image", layer)}
+    if "match" in said:
+        shares = (said["match"], said["match_chance"])
+        texts = (f"{row.metric} {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in shares)
+        title += f"\nof all probed images: {', '.join(texts)}"
     figure.suptitle(title, x=0.01, ha="left")
     return as_written(figure)

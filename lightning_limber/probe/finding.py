@@ -1,4 +1,4 @@
-"""What a probe found, in sentences and in one figure of three panels; no number without its control.
+"""What a probe found, in three sentences and three charts; no number without its control.
 
     1. Where is the picture read?                   `use`, against 0
     2. Are image tokens nearer to text than         `excess_*_over_words_long`, against 0
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 NEGLIGIBLE = 0.01
 """Share of the use at the first layer from which the picture still counts as read."""
-EXCESS = {"cosine": "reconstruction (cosine)", "l0": "sparsity (l0)"}
+EXCESS = {"cosine": "reconstruction", "l0": "sparsity"}
+LABELS = {"image": "image tokens", "words_long": "random words of their length"}
 
 
 class Point(NamedTuple):
@@ -33,6 +34,33 @@ class Point(NamedTuple):
     value: float
     low: float
     high: float
+
+
+class Line(NamedTuple):
+    """A metric of a group, by layer."""
+
+    label: str
+    group: str
+    metric: str
+    colour: str
+    dotted: bool
+
+
+class Rule(NamedTuple):
+    """A control or an aim that is the same at every layer."""
+
+    label: str
+    colour: str
+    height: float
+
+
+class Chart(NamedTuple):
+    """One panel of the figure: what it shows (if the numbers are there), and lines of what was measured."""
+
+    title: str
+    sentence: str
+    lines: list[Line]
+    rules: list[Rule]
 
 
 def points(rows: Iterable[Row], group: str, metric: str) -> list[Point]:
@@ -63,12 +91,6 @@ def at_layers(layers: Sequence[int], probed: Sequence[int]) -> str:
     return f"at layer{'s' if len(layers) > 1 else ''} {text}"
 
 
-def sentences(rows: Sequence[Row]) -> list[str]:
-    """What beats its control, and what does not; of the metrics that were measured."""
-    found = [_use(rows), *(_excess(rows, metric) for metric in EXCESS), _words(rows)]
-    return [sentence for sentence in found if sentence]
-
-
 def _use(rows: Sequence[Row]) -> str:
     use = points(rows, "image", "use")
     if not use:
@@ -86,43 +108,53 @@ def _use(rows: Sequence[Row]) -> str:
     )
 
 
-def _excess(rows: Sequence[Row], metric: str) -> str:
-    excess = points(rows, "image", f"excess_{metric}_over_words_long")
-    if not excess:
-        return ""
-    beyond = [point.layer for point in excess if point.low > 0]
-    where = at_layers(beyond, [point.layer for point in excess])
-    best = max(excess, key=lambda point: point.value)
-    words = "nearer to text than random words of their length"
-    if not beyond:
-        return f"In {EXCESS[metric]} image tokens are at no layer {words}."
-    return (
-        f"In {EXCESS[metric]} image tokens are {words} {where}: by {_number(best)} of the way at layer "
-        f"{best.layer}."
-    )
+def _excess(rows: Sequence[Row]) -> str:
+    beyond: list[str] = []
+    numbers: list[str] = []
+    nowhere: list[str] = []
+    for metric, name in EXCESS.items():
+        excess = points(rows, "image", f"excess_{metric}_over_words_long")
+        layers = [point.layer for point in excess if point.low > 0]
+        if layers:
+            best = max(excess, key=lambda point: point.value)
+            beyond.append(f"in {name} {at_layers(layers, [point.layer for point in excess])}")
+            numbers.append(f"{_number(best)} of the way ({metric}, layer {best.layer})")
+        elif excess:
+            nowhere.append(f"in {name} ({metric})")
+    without = " and ".join(nowhere)
+    if beyond:
+        return (
+            f"Image tokens are nearer to text than random words of their length {' and '.join(beyond)}: "
+            f"by {' and '.join(numbers)}" + (f"; {without} at no layer." if without else ".")
+        )
+    nearer = "Image tokens are nowhere nearer to text than random words of their length"
+    return f"{nearer}: {without} at no layer." if without else ""
 
 
 def _words(rows: Sequence[Row]) -> str:
     lift = points(rows, "image", "neighbour_lift")
     if not lift:
         return ""
-    controls = [points(rows, group, "neighbour_lift") for group in CONTROLS]
+    controls = {group: points(rows, group, "neighbour_lift") for group in CONTROLS}
     limit: dict[int, float] = {}
-    for point in (point for of_group in controls for point in of_group):
+    for point in (point for of_group in controls.values() for point in of_group):
         limit[point.layer] = max(limit.get(point.layer, 1.0), point.high)
     above = [point.layer for point in lift if point.low > limit.get(point.layer, 1.0)]
-    where = at_layers(above, [point.layer for point in lift])
     best = max(lift, key=lambda point: point.value)
-    beside = {
-        group: next((point for point in of_group if point.layer == best.layer), None)
-        for group, of_group in zip(CONTROLS, controls, strict=True)
-    }
-    controlled = ", ".join(f"{group} {point.value:.2f}" for group, point in beside.items() if point)
-    return (
-        f"The nearest words of image tokens are in the image's own captions {_number(best)} times as "
-        f"often as in other images' at layer {best.layer}{f' ({controlled})' if controlled else ''}; above "
-        f"chance and controls {where}."
+    beside = "".join(
+        f"; {LABELS.get(group, group)} {point.value:.2f}"
+        for group, of_group in controls.items()
+        for point in of_group
+        if point.layer == best.layer
     )
+    often = f"{_number(best)} times as often as in other images' captions (layer {best.layer}{beside})"
+    if not above:
+        return (
+            "The nearest words of image tokens are not those of the picture: at best they are in its own "
+            f"captions {often}, which chance or a control reaches."
+        )
+    where = at_layers(above, [point.layer for point in lift])
+    return f"The nearest words of image tokens are the picture's own {where}: in its captions {often}."
 
 
 def _number(point: Point) -> str:
@@ -131,41 +163,71 @@ def _number(point: Point) -> str:
     return f"{point.value:.2f} [{point.low:.2f}, {point.high:.2f}]"
 
 
+def charts(rows: Sequence[Row]) -> list[Chart]:
+    """Three by layer: where the picture is read, geometry against controls, words."""
+
+    def line(label: str, group: str, metric: str, dotted: bool = False) -> Line:
+        return Line(label, group, metric, COLOURS[group], dotted)
+
+    def rule(label: str, group: str, height: float) -> Rule:
+        return Rule(label, COLOURS[group], height)
+
+    others = "other images' captions"
+    read = Chart(
+        "Where the picture is read: nats lost a token",
+        _use(rows),
+        [
+            line("another picture in its place", "image", "use"),
+            line("its SAE reconstruction in its place", "image", "harm_splice", dotted=True),
+            line("text: its SAE reconstruction", "text", "harm_splice", dotted=True),
+        ],
+        [],
+    )
+    excess = Chart(
+        "Beyond length: 0 random words, 1 text",
+        _excess(rows),
+        [
+            line(f"image tokens, {name} ({metric})", "image", f"excess_{metric}_over_words_long", place > 0)
+            for place, (metric, name) in enumerate(EXCESS.items())
+        ],
+        [rule(LABELS["words_long"], "words_long", 0), rule("text", "text", 1)],
+    )
+    words = Chart(
+        "Nearest words in own captions, times chance",
+        _words(rows),
+        [line(LABELS.get(group, group), group, "neighbour_lift") for group in ("image", *CONTROLS)],
+        [rule(others, "control", 1)],
+    )
+    if not points(rows, "image", "neighbour_lift"):
+        lens = [line(LABELS.get(group, group), group, "lens_hit") for group in ("image", *CONTROLS)]
+        lens.append(Line(others, "image", "lens_hit_chance", COLOURS["control"], True))
+        words = Chart("The logit lens says a word of the caption", "", lens, [])
+    return [_of_what_was_measured(chart, rows) for chart in (read, excess, words)]
+
+
+def _of_what_was_measured(chart: Chart, rows: Sequence[Row]) -> Chart:
+    lines = [line for line in chart.lines if points(rows, line.group, line.metric)]
+    return chart._replace(lines=lines, rules=chart.rules if lines else [])
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """What beats its control, and what does not, of what was measured: a claim, a colon, its numbers."""
+    return [chart.sentence for chart in charts(rows) if chart.sentence]
+
+
 def finding_figure(rows: Sequence[Row], title: str = "") -> Figure:
-    """Three panels by layer: where the picture is read, direction against controls, words."""
+    """`charts`, side by side."""
     figure = new_figure(13, 4.0 if title else 3.7)
     figure.subplots_adjust(left=0.04, right=0.99, top=0.82 if title else 0.88, bottom=0.13, wspace=0.14)
-    read, excess, words = figure.subplots(1, 3)
-    _band(read, points(rows, "image", "use"), COLOURS["image"], "another picture in its place")
-    _band(
-        read,
-        points(rows, "image", "harm_splice"),
-        COLOURS["image"],
-        "its SAE reconstruction in its place",
-        ":",
-    )
-    _band(read, points(rows, "text", "harm_splice"), COLOURS["text"], "text: SAE reconstruction", ":")
-    for (metric, name), style in zip(EXCESS.items(), ("-", ":"), strict=True):
-        found = points(rows, "image", f"excess_{metric}_over_words_long")
-        _band(excess, found, COLOURS["image"], f"image tokens, {name}", style)
-    excess.axhline(0, color=COLOURS["words_long"], lw=1.5, label="random words of their length")
-    excess.axhline(1, color=COLOURS["text"], lw=1.5, label="text")
-    lens = "neighbour_lift" if points(rows, "image", "neighbour_lift") else "lens_hit"
-    for group in ("image", *CONTROLS):
-        _band(words, points(rows, group, lens), COLOURS[group], group.replace("_", " "))
-    if lens == "lens_hit":
-        _band(words, points(rows, "image", "lens_hit_chance"), COLOURS["control"], "other captions", ":")
-    else:
-        words.axhline(1, color=COLOURS["control"], lw=1.5, label="other images' captions")
-    titles = (
-        "Where the picture is read: nats lost a token",
-        "Beyond length: 0 random words, 1 text",
-        "Nearest words in own captions, times chance"
-        if lens == "neighbour_lift"
-        else "The logit lens says a word of the caption",
-    )
-    for axis, text in zip(figure.axes, titles, strict=True):
-        axis.set_title(text, fontsize=11, loc="left")
+    for axis, chart in zip(figure.subplots(1, 3), charts(rows), strict=True):
+        for line in chart.lines:
+            layers, values, low, high = zip(*points(rows, line.group, line.metric), strict=True)
+            style = {"ls": ":"} if line.dotted else {"marker": "o", "ms": 3}
+            axis.plot(layers, values, color=line.colour, label=line.label, **style)
+            axis.fill_between(layers, low, high, color=line.colour, alpha=0.18, linewidth=0)
+        for rule in chart.rules:
+            axis.axhline(rule.height, color=rule.colour, lw=1.5, label=rule.label)
+        axis.set_title(chart.title, fontsize=11, loc="left")
         axis.set_xlabel("layer of the LLM")
         axis.grid(alpha=0.25)
         if axis.get_legend_handles_labels()[0]:
@@ -173,11 +235,3 @@ def finding_figure(rows: Sequence[Row], title: str = "") -> Figure:
     if title:
         figure.suptitle(title, x=0.01, ha="left")
     return as_written(figure)
-
-
-def _band(axis, found: Sequence[Point], colour: str, label: str, style: str = "-") -> None:
-    if not found:
-        return
-    layers, values, low, high = zip(*found, strict=True)
-    axis.plot(layers, values, style, color=colour, marker="o" if style == "-" else None, ms=3, label=label)
-    axis.fill_between(layers, low, high, color=colour, alpha=0.18, linewidth=0)

@@ -167,15 +167,15 @@ def epochs_of(run: Run, part: str) -> list[int]:
     return run["epochs"] if part == "probe" else sorted(run["scores" if part == "captions" else part])
 
 
-def table_value(run: Run, which: int, key: Key) -> Interval | None:
-    """A run's own number at its last (-1) or first (0) epoch; the probe's is that of image tokens."""
+def table_value(run: Run, which: int, key: Key, group: str = "image") -> Interval | None:
+    """A run's own number at its last (-1), first (0) or other epoch; the probe's is that of a group."""
     part, metric, layer = key
     if not (epochs := epochs_of(run, part)):
         return None
     epoch = epochs[which]
     if part != "probe":
         return run["scores" if part == "captions" else part][epoch].get(metric)
-    curve = run["curves"].get(metric, {}).get("image", {}).get(epoch, [])
+    curve = run["curves"].get(metric, {}).get(group, {}).get(epoch, [])
     return dict(zip(run["layers"], curve, strict=False)).get(layer)
 
 
@@ -190,7 +190,9 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-def sums_by_image(run: Run, which: int, key: Key) -> tuple[np.ndarray, np.ndarray] | None:
+def sums_by_image(
+    run: Run, which: int, key: Key, of: str = "image"
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Names [I] and sums [I, C] behind `table_value`, in the names' order; None where none are kept."""
     part, metric, layer = key
     found = read_images(run["folder"] / f"images_epoch_{epochs_of(run, part)[which]}.npz")
@@ -198,7 +200,7 @@ def sums_by_image(run: Run, which: int, key: Key) -> tuple[np.ndarray, np.ndarra
         return None
     names, sums = found[f"{part}/names"], found[f"{part}/{metric}"]
     if part == "probe":
-        group, place = found["probe/groups"] == "image", found["probe/layers"] == layer
+        group, place = found["probe/groups"] == of, found["probe/layers"] == layer
         if not group.any() or not place.any():
             return None
         sums = sums[group.argmax(), place.argmax()]
@@ -207,25 +209,32 @@ def sums_by_image(run: Run, which: int, key: Key) -> tuple[np.ndarray, np.ndarra
     return None if np.isnan(sums).any() else (names[order], sums)
 
 
-def same_images(groups: Sequence[Sequence[Run]], which: Sequence[int], key: Key) -> list[np.ndarray] | None:
+def same_images(
+    groups: Sequence[Sequence[Run]], which: Sequence[int], key: Key, of: str = "image"
+) -> list[np.ndarray] | None:
     """Sums [S, I, C] of each group of runs; None unless all have them, of the same images."""
-    found = [[sums_by_image(run, at, key) for run in runs] for runs, at in zip(groups, which, strict=True)]
+    found = [
+        [sums_by_image(run, at, key, of) for run in runs] for runs, at in zip(groups, which, strict=True)
+    ]
     flat = [one for of_group in found for one in of_group]
     if any(one is None or not np.array_equal(one[0], flat[0][0]) for one in flat):  # type: ignore[index]
         return None
     return [np.stack([sums for _, sums in of_group]) for of_group in found]  # type: ignore[misc]
 
 
-def estimate(runs: Sequence[Run], key: Key, which: int = -1) -> Interval | None:
-    """The mean over a group's seeds, with its interval; of one run that of its table."""
-    values = [value for run in runs if (value := table_value(run, which, key)) is not None]
+def estimate(runs: Sequence[Run], key: Key, which: int = -1, group: str = "image") -> Interval | None:
+    """The mean over the runs' seeds, with its interval; of one run that of its table.
+
+    The probe's is that of a group of tokens.
+    """
+    values = [value for run in runs if (value := table_value(run, which, key, group)) is not None]
     if len(values) < len(runs):
         return None
     if len(runs) == 1:
         return values[0]
     value, low, high = np.array(values).mean(0).tolist()
     # A table has NaN where a ratio would mean nothing.
-    if not math.isnan(value) and (sums := same_images([runs], [which], key)):
+    if not math.isnan(value) and (sums := same_images([runs], [which], key, group)):
         return two_level(*sums)
     seeds = seeds_part([np.array(values)[:, 0]])
     return value, value - math.hypot(value - low, seeds), value + math.hypot(high - value, seeds)
@@ -269,18 +278,21 @@ def differences(
 
 
 def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
-    """Groups of runs whose configs differ in ``seed_everything`` alone (and in the folder's name)."""
+    """Groups of runs whose configs differ in ``seed_everything`` alone (and in the folder's name), and
+    that were probed at the same epochs: a run that is not as far is none of the group.
+    """
     groups: list[tuple[Any, dict[Any, Run]]] = []
     for run in runs:
         config = yaml.safe_load(run["config"]) or {}
         seed = config.pop("seed_everything", None)
         config.get("trainer", {}).pop("logger", None)
+        settings = config and (config, run["epochs"])
         for known, members in groups:
-            if config and known == config and seed not in members:
+            if settings and known == settings and seed not in members:
                 members[seed] = run
                 break
         else:
-            groups.append((config, {seed: run}))
+            groups.append((settings, {seed: run}))
     return [list(members.values()) for _, members in groups]
 
 

@@ -26,14 +26,16 @@ import yaml
 
 from lightning_limber.assets import ASSETS
 from lightning_limber.probe import palette
-from lightning_limber.probe.finding import sentences
+from lightning_limber.probe.finding import Chart, charts
 from lightning_limber.probe.tables import Row
-from lightning_limber.tools.compare import Interval, comparison, differences
+from lightning_limber.tools.compare import Interval, Run, by_seed, comparison, differences
+from lightning_limber.tools.seeds import merged
 from lightning_limber.utils.adapter_config import upgrade_adapter
 from lightning_limber.utils.commands import Parser
 from lightning_limber.utils.files import in_words, read_as, write_text
 
 SCALARS = ("train/", "val/", "captions/", "captions_chance/", "probe_seconds/", "memory/", "flops/")
+MATCH = ("match", "match_chance")
 MAX_POINTS = 200
 """Longer training curves are drawn as means of this many equal parts."""
 
@@ -55,12 +57,14 @@ def main(args: list[str] | None = None) -> None:
         parser.exit(2, f"error: {in_words(error)}\n")
 
 
-def render(runs: list[dict[str, Any]]) -> str:
-    """The page. Runs of one name are told apart by number."""
-    names = [run["name"] for run in runs]
-    for i, run in enumerate(runs):
-        if names.count(run["name"]) > 1:
-            run["name"] += f" ({i + 1})"
+def render(runs: list[Run]) -> str:
+    """The page, on which runs that differ in their seed alone are one."""
+    tell_apart(runs)
+    by_group = by_seed(runs)
+    shown = [merged(group) for group in by_group]
+    tell_apart(shown)
+    for run in shown:
+        run["finding"] = [chart_data(chart) for chart in charts(newest_rows(run))]
     paper = palette.published_curves()
     groups = palette.ordered_groups(group for run in runs for group in run["groups"])
     data = {
@@ -70,16 +74,41 @@ def render(runs: list[dict[str, Any]]) -> str:
             "paper": palette.PAPER_NAME,
         },
         "paper": {key: paper[key] for key in ("layers", "curves", "legend", "convergence_layer")},
-        "runs": [{name: value for name, value in run.items() if name != "folder"} for run in runs],
-        "differences": [differences([run], runs[:1]) for run in runs[1:]],
-        "since_start": [differences([run], [run], (-1, 0)) for run in runs],
-        "comparison": comparison(runs) if len(runs) > 1 else "",
+        "runs": [{name: value for name, value in run.items() if name != "folder"} for run in shown],
+        "differences": [differences(group, by_group[0]) for group in by_group[1:]],
+        "since_start": [differences(group, group, (-1, 0)) for group in by_group],
+        "comparison": comparison(runs) if len(shown) > 1 else "",
     }
     template = (ASSETS / "report.html").read_text(encoding="utf-8")
     # A caption may hold "</script>"; an escaped slash is the same JSON.
     text = json.dumps(plain(data), separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
-    title = html.escape(", ".join(run["name"] for run in runs))
+    title = html.escape(", ".join(run["name"] for run in shown))
     return template.replace("{{TITLE}}", title, 1).replace("{{DATA}}", text, 1)
+
+
+def tell_apart(runs: Sequence[Run]) -> None:
+    """Numbers those of one name."""
+    names = [run["name"] for run in runs]
+    for i, run in enumerate(runs):
+        if names.count(run["name"]) > 1:
+            run["name"] += f" ({i + 1})"
+
+
+def newest_rows(run: Run) -> list[Row]:
+    """What the last probe measured by layer."""
+    last = run["epochs"][-1]
+    return [
+        Row(layer, group, metric, *found)
+        for metric, of_metric in run["curves"].items()
+        for group, by_epoch in of_metric.items()
+        for layer, found in zip(run["layers"], by_epoch.get(last, ()), strict=False)
+        if found
+    ]
+
+
+def chart_data(chart: Chart) -> dict[str, Any]:
+    lines, rules = ([one._asdict() for one in of] for of in (chart.lines, chart.rules))
+    return {**chart._asdict(), "lines": lines, "rules": rules}
 
 
 def plain(value: Any) -> Any:
@@ -98,7 +127,7 @@ def plain(value: Any) -> Any:
 # -- what a run left ----------------------------------------------------------------------------------
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path) -> Run:
     """All that the report shows of one run.
 
     Raises:
@@ -125,14 +154,13 @@ def read_run(folder: Path) -> dict[str, Any]:
         "scalars": scalars,
         "seconds": seconds,
         "panels": read_as(folder / palette.PANELS_FILE, lambda _: palette.read_panels(folder)),
-        "finding": read_as(folder / "probe.csv", read_finding),
-        **read_as(folder / "probe.csv", read_probe),
+        **(probe := read_as(folder / "probe.csv", read_probe)),
         "held_out": read_as(folder / "validation.csv", read_validation),
         **read_as(folder / "captions.csv", lambda table: read_scores(table, words)),
         "gallery": {
             epoch_of(path): read_as(path, read_lines) for path in folder.glob("captions_epoch_*.jsonl")
         },
-        "patches": newest_patches(folder),
+        "patches": newest_patches(folder, probe),
         "detectors": {
             epoch_of(path): read_as(path, read_rows) for path in folder.glob("detectors_epoch_*.csv")
         },
@@ -155,12 +183,23 @@ def epoch_of(path: Path) -> int:
     return int(path.stem.rpartition("_")[2])
 
 
-def newest_patches(folder: Path) -> dict[str, Any] | None:
-    """The picture of the last epoch that has one, as base64."""
+def newest_patches(folder: Path, probe: Run) -> dict[str, Any] | None:
+    """The picture of the last epoch that has one, as base64, with `match` at its layer: that where `match`
+    is highest.
+    """
     found = sorted(folder.glob("patches_epoch_*.jpg"), key=epoch_of)
     if not found:
         return None
-    return {"epoch": epoch_of(found[-1]), "jpeg": base64.b64encode(found[-1].read_bytes()).decode()}
+    epoch = epoch_of(found[-1])
+    match, chance = (probe["curves"].get(name, {}).get("image", {}).get(epoch, []) for name in MATCH)
+    by_layer = list(zip(probe["layers"], match, chance, strict=False))
+    layer, value, by_chance = max(
+        (one for one in by_layer if one[1]), key=lambda one: one[1][0], default=(None, None, None)
+    )
+    return {
+        **{"epoch": epoch, "jpeg": base64.b64encode(found[-1].read_bytes()).decode()},
+        **{"layer": layer, "match": value, "chance": by_chance},
+    }
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -172,19 +211,6 @@ def interval(row: dict[str, str]) -> Interval:
     """A row of a tidy table; an empty field is NaN."""
     value, low, high = (float(row[name] or "nan") for name in ("value", "low", "high"))
     return value, low, high
-
-
-def read_finding(path: Path) -> list[str]:
-    """What the last probe found, in sentences."""
-    rows = read_rows(path)
-    last = max(int(row["epoch"]) for row in rows)
-    return sentences(
-        [
-            Row(int(row["layer"]) if row["layer"] else None, row["group"], row["metric"], *interval(row))
-            for row in rows
-            if int(row["epoch"]) == last
-        ]
-    )
 
 
 def read_probe(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from lightning_limber.tools.compare import (
     two_level,
 )
 from lightning_limber.tools.report import main, read_run
+from lightning_limber.tools.seeds import merged, shared_name
 from lightning_limber.utils.by_image import add_arrays, images_file
 
 LAYERS = (0, 9)
@@ -303,7 +304,55 @@ def test_runs_of_several_seeds_are_one_row(tmp_path, capsys):
         re.search(r'"application/json">(.*?)</script>', Path("out.html").read_text(), re.S)[1]
     )
     assert page["comparison"] == "\n\n".join(text[1:]).rstrip("\n")
-    assert len(page["differences"]) == 4  # The page shows every run.
+    assert [run["name"] for run in page["runs"]] == ["a (3 seeds)", "b (2 seeds)"]
+    [minus_first] = page["differences"]
+    assert minus_first["metrics"]["l0"][1] == pytest.approx([9, *two_level(ours, base)], rel=1e-3)
+    assert minus_first["over"]["metrics/l0"] == PAIRED_SEEDS
+
+
+def test_a_group_is_shown_as_the_mean_and_its_seeds(tmp_path):
+    sums = draw(11, 30, runs=3)
+    folders = [write_run(tmp_path / f"a/{i}", everywhere(sums[i]), seed=i) for i in range(3)]
+    runs = [read_run(folder) for folder in folders]
+    for run, scale in zip(runs, (1, 2, 3), strict=True):
+        run["scalars"] = {"train/loss": [(4, scale), (9, 10 * scale), (10 + scale, 0.0)]}
+    shown = merged(runs)
+    for epoch in (0, 1):
+        expected = two_level(sums * [1 + epoch, 1])
+        for found in (
+            *shown["curves"]["l0"]["image"][epoch],
+            shown["held_out"][epoch]["loss"],
+            shown["scores"][epoch]["slots/all"],
+        ):
+            assert found == pytest.approx(expected, rel=1e-5)
+        for seed, own in zip(shown["seeds"], sums, strict=True):
+            value = (1 + epoch) * own[:, 0].sum() / own[:, 1].sum()
+            assert seed["curves"]["l0"]["image"][epoch] == pytest.approx([value] * 2)
+    assert [seed["seed"] for seed in shown["seeds"]] == ["0", "1", "2"]
+    assert shown["summary"]["seed"] == "0, 1, 2"
+    assert shown["scalars"] == {"train/loss": [(4, 2.0), (9, 20.0)]}  # Of the steps that all have.
+    assert merged(runs[:1]) == {**runs[0], "seeds": []}
+    # Of groups other than image tokens, which have no sums here: Student's t and the tables' intervals.
+    other = [[(0.5 + seed, 0.4, 0.6)] * 2 for seed in range(3)]
+    for run, curve in zip(runs, other, strict=True):
+        run["curves"]["l0"]["text"] = {0: curve, 1: curve}
+    value, _, _ = merged(runs)["curves"]["l0"]["text"][1][0]
+    assert value == pytest.approx(1.5)
+
+
+def test_the_name_of_a_group():
+    assert shared_name(["Linear-10/version_0", "Linear-11/version_0"]) == "Linear"
+    assert shared_name(["mlp2-0/version_0", "mlp2-1/version_0"]) == "mlp2"
+    assert shared_name(["late/seed_0", "late/seed_1"]) == "late"
+    assert shared_name(["default/version_0", "default/version_3"]) == "default/version"
+    assert shared_name(["1/a", "2/a"]) == "1/a"
+
+
+def test_a_run_that_is_not_as_far_is_none_of_the_group(tmp_path):
+    sums = everywhere(draw(12, 10)[0])
+    runs = [read_run(write_run(tmp_path / f"a/{i}", sums, seed=i)) for i in range(3)]
+    runs[1]["epochs"] = [0]
+    assert [[run["name"] for run in group] for group in by_seed(runs)] == [["a/0", "a/2"], ["a/1"]]
 
 
 def test_seeds_without_sums_by_image(tmp_path):

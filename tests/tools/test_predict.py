@@ -17,6 +17,7 @@ from process import REPO, run_cli
 from lightning_limber import load
 from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.adapter_weights import read_projector
+from lightning_limber.probe import palette
 from lightning_limber.probe.explanations import Explanation, write_explanations
 
 
@@ -381,3 +382,5 @@ def test_the_notebook_is_code_that_runs(run, monkeypatch, tmp_path):
     for cell in cells:
         exec(compile(cell, "explore.ipynb", "exec"), names)
     assert len(names["table"]) > 100
+    drawn = {line.get_label(): line.get_color() for line in names["axes"][0].lines}
+    assert all(drawn[group] == palette.COLOURS[group] for group in ("image", "caption", "text"))

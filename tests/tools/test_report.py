@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import html
 import json
 import math
 import random
@@ -16,13 +18,17 @@ import pytest
 from process import run_cli
 
 from lightning_limber.probe import palette
+from lightning_limber.probe.finding import EXCESS, charts, sentences
 from lightning_limber.probe.metrics import DEFAULT_METRICS, resolve_metrics
+from lightning_limber.probe.tables import Row
 from lightning_limber.tools.compare import INDEPENDENT, columns, comparison, in_brackets, independent
 from lightning_limber.tools.report import main, read_run, thin
 
 PANELS = [panel for metric in resolve_metrics(DEFAULT_METRICS) for panel in metric.panels]
+ENDS = ("value", "low", "high")
 GROUPS = ("image", "caption", "text", "noise")
 METRICS = [panel.metric for panel in PANELS]
+METRICS += [f"excess_{metric}_over_words_long" for metric in EXCESS]
 METRICS += "rel_error norm_ratio sparsity alive outliers variance".split()
 
 
@@ -258,12 +264,126 @@ def test_the_subcommand_loads_no_torch(tmp_path):
     assert Path("b.html").read_text() == Path("report.html").read_text()
 
 
+def test_the_page_opens_with_the_finding(tmp_path):
+    """The sentences and charts of the last probe's rows; in the page before the settings."""
+    folder = write_run(tmp_path / "a")
+    main([str(folder), "-o", "out.html"])
+    page = Path("out.html").read_text()
+    assert page.index('id="found"') < page.index('id="summary"') < page.index('id="training"')
+    with (folder / "probe.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["layer"] and row["epoch"] == "2"]
+    rows = [
+        Row(int(row["layer"]), row["group"], row["metric"], *(float(row[end] or "nan") for end in ENDS))
+        for row in rows
+    ]
+    finding = data_of(Path("out.html"))["runs"][0]["finding"]
+    assert [chart["sentence"] for chart in finding] == sentences(rows)
+    for found, chart in zip(finding, charts(rows), strict=True):
+        assert found["title"] == chart.title
+        assert found["lines"] == [line._asdict() for line in chart.lines] != []
+        assert found["rules"] == [rule._asdict() for rule in chart.rules]
+
+
+def test_a_run_without_the_finding_s_metrics(tmp_path):
+    folder = write_run(tmp_path / "a")
+    kept = [line for line in (folder / "probe.csv").read_text().splitlines() if ",fvu," in line]
+    (folder / "probe.csv").write_text("\n".join(["run,epoch,layer,group,metric,value,low,high", *kept]))
+    main([str(folder), "-o", "out.html"])
+    finding = data_of(Path("out.html"))["runs"][0]["finding"]
+    assert [(chart["sentence"], chart["lines"]) for chart in finding] == [("", [])] * 3
+
+
+def test_patches_stand_beside_match_and_its_chance(tmp_path):
+    """At the layer where `match` is highest, which is the one that is drawn, of the picture's epoch."""
+    folder = write_run(tmp_path / "a")
+    with (folder / "probe.csv").open("a") as file:
+        for layer, value in enumerate((0.1, 0.4, 0.2)):
+            rows = [("match", value - 5, 0, 1), ("match_chance", value / 4, 0, 1)]
+            file.writelines(f"a/b,1,{layer},image,{name},{v},{a},{b}\n" for name, v, a, b in rows)
+    assert read_run(folder)["patches"] is None
+    for epoch in (0, 1):
+        (folder / f"patches_epoch_{epoch}.jpg").write_bytes(b"jpeg %d" % epoch)
+    assert read_run(folder)["patches"] == {
+        **{"epoch": 1, "jpeg": base64.b64encode(b"jpeg 1").decode()},
+        **{"layer": 1, "match": (-4.6, 0.0, 1.0), "chance": (0.1, 0.0, 1.0)},
+    }
+    only_fvu = [line for line in (folder / "probe.csv").read_text().splitlines() if "match" not in line]
+    (folder / "probe.csv").write_text("\n".join(only_fvu))
+    assert read_run(folder)["patches"]["match"] is None
+
+
 def chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+def browse(page: Path, script: str, width: int = 1280, height: int = 800) -> str:
+    """The document as a browser leaves it, with the page in a frame of this size.
+
+    The page's first error, else what `script` gives, is the frame's title.
+    """
+    text = page.read_text()
+    text = text.replace("<script>", "<script>let wrong; onerror = message => wrong ??= message;", 1)
+    text += f"<script>parent.postMessage(wrong ? 'ERROR ' + wrong : String({script}), '*')</script>"
+    outer = page.with_suffix(".frame.html")
+    style = f"width:{width}px;height:{height}px;border:0"
+    outer.write_text(
+        "<title></title><script>onmessage = event => document.title = event.data</script>"
+        f"<iframe style='{style}' srcdoc=\"{html.escape(text)}\"></iframe>"
+    )
+    options = "--headless --no-sandbox --disable-gpu --disable-background-networking --dump-dom".split()
+    options.append("--virtual-time-budget=20000")
+    done = subprocess.run(
+        [chromium(), *options, outer.as_uri()], text=True, capture_output=True, timeout=240
+    )
+    return html.unescape(re.search("<title>(.*?)</title>", done.stdout, re.S)[1])
+
+
+in_a_browser = pytest.mark.skipif(chromium() is None, reason="no Chromium")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(chromium() is None, reason="no Chromium")
+@in_a_browser
+def test_the_finding_is_on_the_first_screen(tmp_path):
+    """Of a desktop: sentences, charts and four pictures; of a phone: the sentences. Nothing is cut off."""
+    folder = write_run(tmp_path / "a")
+    shot = {"references": ["a small red circle on a pink background."], "caption": "a red circle."}
+    lines = (json.dumps({**shot, "jpeg": "AAAA"}) for _ in range(6))
+    (folder / "captions_epoch_2.jsonl").write_text("\n".join(lines))
+    main([str(folder), "-o", "out.html"])
+    script = """JSON.stringify({
+        bottom: [".three p", ".panel .plot svg", ".four .shot"].map(what =>
+            [...document.querySelectorAll("#found " + what)].map(e => e.getBoundingClientRect().bottom)),
+        width: document.documentElement.scrollWidth,
+        drawn: document.querySelectorAll("#found circle").length})"""
+    desktop = json.loads(browse(Path("out.html").resolve(), script))
+    assert [len(bottoms) for bottoms in desktop["bottom"]] == [3, 3, 4]
+    assert max(map(max, desktop["bottom"])) < 800
+    # Layers of use, excess, lift and noise's lift; dotted lines have no dots.
+    assert desktop["drawn"] == 3 * (1 + 1 + 2)
+    phone = json.loads(browse(Path("out.html").resolve(), script, 390, 844))
+    assert max(phone["bottom"][0]) < 844
+    assert phone["width"] <= 390
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_each_seed_is_a_thin_line(tmp_path):
+    folders = [write_run(tmp_path / f"Linear-{seed}/v", seed=seed) for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        config = json.loads((folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(json.dumps({**config, "seed_everything": seed}))
+    main([*map(str, folders), "-o", "out.html"])
+    script = """JSON.stringify([document.title, ...["#found .panel", "#main .plot", "#training .plot"].map(
+        what => document.querySelector(what).querySelectorAll('path[stroke-width="1"]').length)])"""
+    title, found, main_chart, training = json.loads(browse(Path("out.html").resolve(), script))
+    assert title == "Linear (3 seeds)"
+    assert found == 3 * 3  # use, harm_splice of image and of text
+    assert main_chart == 3 * len(GROUPS)
+    assert training == 3 * 2  # train/loss, val/loss
+
+
+@pytest.mark.slow
+@in_a_browser
 def test_a_browser_draws_a_large_run(tmp_path):
     """26 layers x 20 epochs x 6 groups: every part is drawn, no error is met."""
     groups = (*GROUPS, "padding", "prefix")
@@ -287,7 +407,8 @@ def test_a_browser_draws_a_large_run(tmp_path):
     )
     assert parts["main"].count("<circle") == 26 * 6
     assert parts["heat"].count("<rect") == 26 * 21
-    assert parts["panels"].count("<svg") == 12
+    drawn = {panel["metric"] for panel in palette.read_panels(tmp_path / "a")} & {*METRICS}
+    assert parts["panels"].count("<svg") == len(drawn) > 10
     assert "never" in parts["convergence"]
     assert "&lt;b&gt;red" in parts["gallery"]
     assert "What &lt;i&gt;is&lt;/i&gt; this?" in done.stdout

@@ -43,6 +43,18 @@ def test_no_text_is_taken_for_a_formula(text):
     assert text in drawn(finding_figure(rows, text))
 
 
+def test_patches_stand_beside_match_and_its_chance():
+    rows = [
+        Row(5, "image", "match", 0.25, 0.125, 0.5),
+        Row(5, "image", "match_chance", 0.1, 0.05, 0.2),
+        Row(6, "image", "match", 0.9, 0.8, 1.0),
+        Row(5, "text", "match", 0.9, 0.8, 1.0),
+    ]
+    [title] = [text for text in drawn(patch_figure([IMAGE], ["a dog"], [[]], 5, rows)) if "layer 5" in text]
+    _, numbers = title.split("\n")
+    assert numbers == "of all probed images: match 0.25 [0.12, 0.50], match_chance 0.10 [0.05, 0.20]"
+
+
 def test_figures_of_nothing(tmp_path):
     drawn(caption_figure([], [], []))
     drawn(patch_figure([], [], [], 5))
