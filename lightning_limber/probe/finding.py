@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_limber.probe.palette import COLOURS, CONTROLS
 from lightning_limber.probe.tables import Row
-from lightning_limber.utils.figures import as_written, new_figure
+from lightning_limber.utils.figures import Chart, Level, Line, as_written, draw_chart, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NEGLIGIBLE = 0.01
 """Share of the use at the first layer from which the picture still counts as read."""
+LAYER, GREY = "layer of the LLM", COLOURS["control"]
 EXCESS = {"cosine": "reconstruction (cosine)", "l0": "sparsity (l0)"}
 
 
@@ -67,6 +68,26 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     """What beats its control, and what does not; of the metrics that were measured."""
     found = [_use(rows), *(_excess(rows, metric) for metric in EXCESS), _words(rows)]
     return [sentence for sentence in found if sentence]
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """The largest of each finding with its control, in a line."""
+    parts = []
+    if use := points(rows, "image", "use"):
+        parts.append(f"use {use[0].value:.2f} at layer {use[0].layer} (0: not read)")
+    if lift := points(rows, "image", "neighbour_lift"):
+        best = max(lift, key=lambda point: point.value)
+        controls = [
+            f"{group} {point.value:.2f}"
+            for group in CONTROLS
+            for point in points(rows, group, "neighbour_lift")
+            if point.layer == best.layer
+        ]
+        parts.append(f"lift {best.value:.2f} at layer {best.layer} ({', '.join(controls) or 'chance 1'})")
+    if excess := points(rows, "image", "excess_cosine_over_words_long"):
+        best = max(excess, key=lambda point: point.value)
+        parts.append(f"excess {best.value:.2f} at layer {best.layer} (words_long 0)")
+    return ", ".join(parts)
 
 
 def _use(rows: Sequence[Row]) -> str:
@@ -131,53 +152,43 @@ def _number(point: Point) -> str:
     return f"{point.value:.2f} [{point.low:.2f}, {point.high:.2f}]"
 
 
+def finding_charts(rows: Sequence[Row]) -> dict[str, Chart]:
+    """By layer: where the picture is read, direction against controls, words."""
+    image, text = COLOURS["image"], COLOURS["text"]
+    read = [
+        Line(points(rows, "image", "use"), image, "another picture in its place"),
+        Line(points(rows, "image", "harm_splice"), image, "its SAE reconstruction in its place", ":"),
+        Line(points(rows, "text", "harm_splice"), text, "text: SAE reconstruction", ":"),
+    ]
+    beyond = [
+        Line(
+            points(rows, "image", f"excess_{metric}_over_words_long"), image, f"image tokens, {name}", style
+        )
+        for (metric, name), style in zip(EXCESS.items(), ("-", ":"), strict=True)
+    ]
+    levels = [Level(0, COLOURS["words_long"], "random words of their length"), Level(1, text, "text")]
+    lens = "neighbour_lift" if points(rows, "image", "neighbour_lift") else "lens_hit"
+    words = [
+        Line(points(rows, group, lens), COLOURS[group], group.replace("_", " "))
+        for group in ("image", *CONTROLS)
+    ]
+    said, chance = "Nearest words in own captions, times chance", [Level(1, GREY, "other images' captions")]
+    if lens == "lens_hit":
+        said, chance = "The logit lens says a word of the caption", []
+        words.append(Line(points(rows, "image", "lens_hit_chance"), GREY, "other captions", ":"))
+    return {
+        "use": Chart("Where the picture is read: nats lost a token", LAYER, read),
+        "excess": Chart("Beyond length: 0 random words, 1 text", LAYER, beyond, levels),
+        "lift": Chart(said, LAYER, words, chance),
+    }
+
+
 def finding_figure(rows: Sequence[Row], title: str = "") -> Figure:
-    """Three panels by layer: where the picture is read, direction against controls, words."""
+    """The three panels of `finding_charts` side by side."""
     figure = new_figure(13, 4.0 if title else 3.7)
     figure.subplots_adjust(left=0.04, right=0.99, top=0.82 if title else 0.88, bottom=0.13, wspace=0.14)
-    read, excess, words = figure.subplots(1, 3)
-    _band(read, points(rows, "image", "use"), COLOURS["image"], "another picture in its place")
-    _band(
-        read,
-        points(rows, "image", "harm_splice"),
-        COLOURS["image"],
-        "its SAE reconstruction in its place",
-        ":",
-    )
-    _band(read, points(rows, "text", "harm_splice"), COLOURS["text"], "text: SAE reconstruction", ":")
-    for (metric, name), style in zip(EXCESS.items(), ("-", ":"), strict=True):
-        found = points(rows, "image", f"excess_{metric}_over_words_long")
-        _band(excess, found, COLOURS["image"], f"image tokens, {name}", style)
-    excess.axhline(0, color=COLOURS["words_long"], lw=1.5, label="random words of their length")
-    excess.axhline(1, color=COLOURS["text"], lw=1.5, label="text")
-    lens = "neighbour_lift" if points(rows, "image", "neighbour_lift") else "lens_hit"
-    for group in ("image", *CONTROLS):
-        _band(words, points(rows, group, lens), COLOURS[group], group.replace("_", " "))
-    if lens == "lens_hit":
-        _band(words, points(rows, "image", "lens_hit_chance"), COLOURS["control"], "other captions", ":")
-    else:
-        words.axhline(1, color=COLOURS["control"], lw=1.5, label="other images' captions")
-    titles = (
-        "Where the picture is read: nats lost a token",
-        "Beyond length: 0 random words, 1 text",
-        "Nearest words in own captions, times chance"
-        if lens == "neighbour_lift"
-        else "The logit lens says a word of the caption",
-    )
-    for axis, text in zip(figure.axes, titles, strict=True):
-        axis.set_title(text, fontsize=11, loc="left")
-        axis.set_xlabel("layer of the LLM")
-        axis.grid(alpha=0.25)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(edgecolor="none", framealpha=0.8, fontsize=9)
+    for axis, chart in zip(figure.subplots(1, 3), finding_charts(rows).values(), strict=True):
+        draw_chart(axis, chart)
     if title:
         figure.suptitle(title, x=0.01, ha="left")
     return as_written(figure)
-
-
-def _band(axis, found: Sequence[Point], colour: str, label: str, style: str = "-") -> None:
-    if not found:
-        return
-    layers, values, low, high = zip(*found, strict=True)
-    axis.plot(layers, values, style, color=colour, marker="o" if style == "-" else None, ms=3, label=label)
-    axis.fill_between(layers, low, high, color=colour, alpha=0.18, linewidth=0)
