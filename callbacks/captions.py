@@ -258,7 +258,11 @@ def _log(
     numbers |= {f"{name}_chance/{_tag(metric)}": score.value for metric, score in chance.items()}
     for metric in headlines(scores):
         numbers |= interval_tags(f"{name}/{_tag(metric)}", scores[metric])
-        numbers |= {f"{name}_{writer}/{_tag(metric)}": of[metric].value for writer, of in blind.items()}
+        numbers |= {
+            f"{name}_{writer}/{_tag(metric)}": of[metric].value
+            for writer, of in blind.items()
+            if metric in of
+        }
     log_numbers(trainer, numbers)
 
 
@@ -296,15 +300,14 @@ def score_chart(
 
 
 def in_words(scores: dict[str, Score], blind: dict[str, dict[str, Score]]) -> str:
-    """The headlines with their intervals, and the best of the captions that do not look."""
+    """The headlines with their intervals, each with the best of the captions that do not look."""
     parts = []
     for metric in headlines(scores):
         value, low, high = scores[metric]
-        writer, control = max(
-            ((writer, of[metric].value) for writer, of in blind.items()), key=lambda found: found[1]
-        )
-        beside = f"{writer.replace('_', ' ')} caption: {control:.3f}"
-        parts.append(f"{HEADLINES[metric]} {value:.3f} [{low:.3f}, {high:.3f}] ({beside})")
+        controls = {writer: of[metric].value for writer, of in blind.items() if metric in of}
+        best = max(controls, key=lambda writer: controls[writer], default=None)
+        beside = f" ({best.replace('_', ' ')} caption: {controls[best]:.3f})" if best else ""
+        parts.append(f"{HEADLINES[metric]} {value:.3f} [{low:.3f}, {high:.3f}]{beside}")
     return ", ".join(parts)
 
 

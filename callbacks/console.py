@@ -171,10 +171,10 @@ class Ending(pl.Callback):
 def _best_loss(record: RunRecord) -> str:
     step, (_, scores) = min(record.history.items(), key=lambda found: found[1][1]["loss"][0])
     value, low, high = scores["loss"]
-    return (
-        f"{value:.3f} [{low:.3f}, {high:.3f}] nats a token held out, at step {step} "
-        f"(another image's caption: {scores['loss_shuffled'][0]:.3f})"
-    )
+    text = f"{value:.3f} [{low:.3f}, {high:.3f}] nats a token held out, at step {step}"
+    if control := scores.get("loss_shuffled"):
+        text += f" (another image's caption: {control[0]:.3f})"
+    return text
 
 
 def in_time(seconds: float) -> str:

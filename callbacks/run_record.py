@@ -179,7 +179,8 @@ class RunRecord(pl.Callback):
 
     def _loss_chart(self) -> Chart:
         def held_out(metric: str) -> list[tuple[float, float, float, float]]:
-            return [(step, *scores[metric]) for step, (_, scores) in sorted(self.history.items())]
+            found = sorted(self.history.items())
+            return [(step, *scores[metric]) for step, (_, scores) in found if metric in scores]
 
         control = COLOURS["control"]
         lines = [
