@@ -163,7 +163,7 @@ class CaptionSamples(pl.Callback):
         _log(trainer, name, scores, chance, blind)
         if not testing:
             figure = chart_figure(score_chart(history, blind, len(found.written)))
-            log_figure(trainer, "Overview/captions", figure, epoch)
+            log_figure(trainer, "Overview/2_captions", figure, epoch)
         print(f"[{name}] step {trainer.global_step}: {in_words(scores, blind)}")
 
     on_test_epoch_end = on_validation_epoch_end

@@ -95,13 +95,13 @@ class Progress(ProgressBar):
     # -- what else takes time ---------------------------------------------------------------------
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self._draw_batch("validation", args[3], self.total_val_batches_current_dataloader)
+        self._draw_batch("validation", args[3], trainer.num_val_batches)
 
     def on_test_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self._draw_batch("test", args[3], self.total_test_batches_current_dataloader)
+        self._draw_batch("test", args[3], trainer.num_test_batches)
 
     def on_predict_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self._draw_batch("captions", args[3], self.total_predict_batches_current_dataloader)
+        self._draw_batch("captions", args[3], trainer.num_predict_batches)
 
     def on_validation_epoch_end(self, *_: Any) -> None:
         self._hide()
@@ -109,7 +109,8 @@ class Progress(ProgressBar):
     on_test_epoch_end = on_predict_epoch_end = on_train_end = on_exception = on_validation_epoch_end
     on_validation_start = on_train_epoch_end = on_validation_epoch_end
 
-    def _draw_batch(self, what: str, batch_idx: int, total: float) -> None:
+    def _draw_batch(self, what: str, batch_idx: int, batches: Any) -> None:
+        total = sum(batches)  # There is one loader.
         if batch_idx + 1 >= total:
             self._hide()
         elif self._enabled and sys.stderr.isatty() and self._is_due():

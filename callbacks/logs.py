@@ -87,9 +87,11 @@ def chart_layout(rows: Sequence[Row], panels: Sequence[Panel], details: bool) ->
         "captions/cider_d": "captions: CIDEr-D",
         **{f"{row.metric}/image/layer_{row.layer:02d}": _title(row) for row in headline_rows(rows)},
     }
+    # TensorBoard shows the last chart of a category first.
     layout: dict[str, dict[str, list]] = {
         "overview": {
-            title: ["Margin", [tag, *interval_tags(tag, (0.0, 0.0, 0.0))]] for tag, title in titles.items()
+            title: ["Margin", [tag, *interval_tags(tag, (0.0, 0.0, 0.0))]]
+            for tag, title in reversed(titles.items())
         }
     }
     if not details:
@@ -114,18 +116,18 @@ def _title(row: Row) -> str:
 
 
 def hyper_parameters(module: Any, data: Any) -> dict[str, Any]:
-    """What tells runs apart in TensorBoard's HPARAMS; all settings are in the run's ``config.yaml``."""
+    """What tells runs apart in TensorBoard's HPARAMS, which opens on the first five by name; all settings
+    are in the run's ``config.yaml``.
+    """
     settings = module.hparams
     adapter, entry = settings["adapter"], settings["entry"]
     parts = {name: value for name, value in entry.items() if name != "layer"}
     return {
-        "lr": settings["optimizer"]["lr"],
         "adapter": _in_words(adapter["class_path"].rpartition(".")[2], adapter.get("init_args") or {}),
-        "entry": _in_words(f"layer {entry['layer']}", parts),
-        "data": type(data).__name__,
         "batch_size": data.batch_size,
-        "vision": settings["vision"]["name"],
-        "llm": settings["llm"],
+        "data": type(data).__name__,
+        "entry": _in_words(f"layer {entry['layer']}", parts),
+        "lr": settings["optimizer"]["lr"],
     }
 
 

@@ -175,7 +175,7 @@ class RunRecord(pl.Callback):
         arrays["names"] = np.array([names[i] for i in found.index.tolist()])
         add_arrays(images_file(Path(folder), epoch, testing), "held_out", arrays)
         if not testing:
-            log_figure(trainer, "Overview/loss", chart_figure(self._loss_chart()), epoch)
+            log_figure(trainer, "Overview/1_loss", chart_figure(self._loss_chart()), epoch)
 
     def _loss_chart(self) -> Chart:
         def held_out(metric: str) -> list[tuple[float, float, float, float]]:

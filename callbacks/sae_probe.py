@@ -280,8 +280,8 @@ class SAEProbe(pl.Callback):
         control = "untrained adapter" if fresh else "adapter at the start"
         num_images, panels = min(self.num_images, len(data.val_set)), self.probe.panels
         title = f"SAE probe of {num_images} held-out images, {label}"
-        for name, chart in finding_charts(report.rows).items():
-            log_figure(trainer, f"Overview/{name}", chart_figure(chart), epoch)
+        for number, (name, chart) in enumerate(finding_charts(report.rows).items(), start=3):
+            log_figure(trainer, f"Overview/{number}_{name}", chart_figure(chart), epoch)
         figure = probe_figure(self.history, epoch, panels, title, control, self.published_curves)
         log_figure(trainer, "probe/by_layer", figure, epoch)
         log_figure(trainer, "probe/by_epoch", heatmap_figure(self.history, panels, "Image tokens"), epoch)

@@ -178,8 +178,8 @@ def finding_charts(rows: Sequence[Row]) -> dict[str, Chart]:
         words.append(Line(points(rows, "image", "lens_hit_chance"), GREY, "other captions", ":"))
     return {
         "use": Chart("Where the picture is read: nats lost a token", LAYER, read),
-        "excess": Chart("Beyond length: 0 random words, 1 text", LAYER, beyond, levels),
         "lift": Chart(said, LAYER, words, chance),
+        "excess": Chart("Beyond length: 0 random words, 1 text", LAYER, beyond, levels),
     }
 
 
@@ -187,8 +187,9 @@ def finding_figure(rows: Sequence[Row], title: str = "") -> Figure:
     """The three panels of `finding_charts` side by side."""
     figure = new_figure(13, 4.0 if title else 3.7)
     figure.subplots_adjust(left=0.04, right=0.99, top=0.82 if title else 0.88, bottom=0.13, wspace=0.14)
-    for axis, chart in zip(figure.subplots(1, 3), finding_charts(rows).values(), strict=True):
-        draw_chart(axis, chart)
+    charts = finding_charts(rows)
+    for axis, name in zip(figure.subplots(1, 3), ("use", "excess", "lift"), strict=True):
+        draw_chart(axis, charts[name])
     if title:
         figure.suptitle(title, x=0.01, ha="left")
     return as_written(figure)

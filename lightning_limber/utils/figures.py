@@ -48,9 +48,13 @@ def chart_figure(chart: Chart) -> Figure | None:
     """One panel that is legible as a thumbnail too; None without a curve."""
     if not any(line.points for line in chart.lines):
         return None
-    figure = new_figure(4.8, 3.4, dpi=160)
-    figure.subplots_adjust(left=0.12, right=0.97, top=0.9, bottom=0.14)
-    draw_chart(figure.subplots(), chart)
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new_figure(4.2, 3.0, dpi=180)
+    figure.subplots_adjust(left=0.12, right=0.97, top=0.89, bottom=0.16)
+    axis = figure.subplots()
+    draw_chart(axis, chart)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # Steps, epochs, layers.
     return as_written(figure)
 
 
