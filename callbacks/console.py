@@ -103,11 +103,16 @@ class Progress(ProgressBar):
     def on_predict_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         self._draw_batch("captions", args[3], trainer.num_predict_batches)
 
-    def on_validation_epoch_end(self, *_: Any) -> None:
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._hide()
 
-    on_test_epoch_end = on_predict_epoch_end = on_train_end = on_exception = on_validation_epoch_end
+    on_test_epoch_end = on_predict_epoch_end = on_train_end = on_validation_epoch_end
     on_validation_start = on_train_epoch_end = on_validation_epoch_end
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._hide()
 
     def _draw_batch(self, what: str, batch_idx: int, batches: Any) -> None:
         total = sum(batches)  # There is one loader.
@@ -150,6 +155,7 @@ class Ending(pl.Callback):
     def _text(self, trainer: pl.Trainer, folder: Path) -> str:
         spent = in_time(time.monotonic() - self._begun)
         lines = {"done": f"{trainer.global_step} steps, {spent}; all of it is in {folder}"}
+        lines |= dict.fromkeys(("best loss", "captions", "found"), "")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunRecord) and callback.history:
                 lines["best loss"] = _best_loss(callback)
