@@ -71,26 +71,26 @@ class Progress(ProgressBar):
             total = trainer.estimated_stepping_batches
             tenth = int(10 * trainer.global_step / total)  # 0 where there is no end.
             if tenth > self._tenth:
-                print(f"[train] {self._training(trainer)}", file=sys.stderr)
+                print(f"[train] {self._training(trainer, bar=False)}", file=sys.stderr)
             self._tenth = tenth
 
-    def _training(self, trainer: pl.Trainer) -> str:
+    def _training(self, trainer: pl.Trainer, bar: bool = True) -> str:
         """Asks the device for the loss."""
         step, total = trainer.global_step, trainer.estimated_stepping_batches
         steps = trainer.num_training_batches / trainer.accumulate_grad_batches
         done = step - self._first_step
         parts = [f"epoch {trainer.current_epoch + 1}", f"step {step}"]
-        left, bar = "", ""
+        left = filled = ""
         if math.isfinite(total):
             parts[1] += f"/{int(total)}"
-            filled = int(BAR * step / total)
-            bar = f"  {'█' * filled}{'░' * (BAR - filled)}"
+            if bar:
+                filled = f"  {'█' * int(BAR * step / total):░<{BAR}}"
             if math.isfinite(steps):
                 parts[0] += f"/{math.ceil(total / math.ceil(steps))}"
             if done:
                 seconds = (time.monotonic() - self._begun) / done * (total - step)
                 left = f"  {in_time(seconds)} left"
-        return f"{', '.join(parts)}, loss {float(trainer.callback_metrics['train/loss']):.3f}{bar}{left}"
+        return f"{', '.join(parts)}, loss {float(trainer.callback_metrics['train/loss']):.3f}{filled}{left}"
 
     # -- what else takes time ---------------------------------------------------------------------
 

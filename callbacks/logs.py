@@ -71,7 +71,8 @@ def headline_rows(rows: Sequence[Row]) -> list[Row]:
         "neighbour_lift": layers[len(layers) // 2 :][:1],
         "excess_cosine_over_words_long": layers[len(layers) // 2 :][:1],
     }
-    return [row for row in rows if row.group == "image" and row.layer in at.get(row.metric, ())]
+    found = [row for row in rows if row.group == "image" and row.layer in at.get(row.metric, ())]
+    return sorted(found, key=lambda row: list(at).index(row.metric))
 
 
 def chart_layout(rows: Sequence[Row], panels: Sequence[Panel], details: bool) -> dict[str, dict[str, list]]:

@@ -51,7 +51,7 @@ def chart_figure(chart: Chart) -> Figure | None:
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(4.2, 3.0, dpi=180)
-    figure.subplots_adjust(left=0.12, right=0.97, top=0.89, bottom=0.16)
+    figure.subplots_adjust(left=0.14, right=0.97, top=0.89, bottom=0.16)
     axis = figure.subplots()
     draw_chart(axis, chart)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # Steps, epochs, layers.
