@@ -88,7 +88,7 @@ def chart_layout(rows: Sequence[Row], panels: Sequence[Panel], details: bool) ->
         "captions/cider_d": "captions: CIDEr-D",
         **{f"{row.metric}/image/layer_{row.layer:02d}": _title(row) for row in headline_rows(rows)},
     }
-    # TensorBoard shows the last chart of a category first.
+    # Of charts with intervals TensorBoard shows the last one first.
     layout: dict[str, dict[str, list]] = {
         "overview": {
             title: ["Margin", [tag, *interval_tags(tag, (0.0, 0.0, 0.0))]]
