@@ -24,13 +24,16 @@ from lightning_limber.data.loader import RecordSet
 from lightning_limber.models.generation import Decoding
 from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.models.limber import Limber
+from lightning_limber.probe.palette import COLOURS
+from lightning_limber.utils.bootstrap import interval_tags
 from lightning_limber.utils.by_image import add_arrays, images_file
 from lightning_limber.utils.checkpoints import measurement_differences
 from lightning_limber.utils.earlier_rows import earlier_rows
+from lightning_limber.utils.figures import Chart, Level, Line, chart_figure
 from lightning_limber.utils.files import write_text, write_whole
 from lightning_limber.utils.loop_state import measured_epoch
 
-from .run_record import log_figure
+from .logs import log_figure, log_numbers
 
 
 class Baseline(NamedTuple):
@@ -153,21 +156,15 @@ class CaptionSamples(pl.Callback):
             add_arrays(images_file(Path(folder), epoch, testing), "captions", arrays)
         first = [captions[0] for captions in found.references]
         if found.shown:
-            log_figure(trainer, name, caption_figure(found.shown, first, found.written))
+            log_figure(trainer, name, caption_figure(found.shown, first, found.written), epoch)
         of_others = slot_counts(data, found.written, found.scenes[1:] + found.scenes[:1])
         chance = scores_of_set(of_others)
-        tags = {name: scores, f"{name}_chance": chance}
-        _log(trainer, tags | {f"{name}_{writer}": of.scores for writer, of in baselines.items()})
-        if new:
-            parts = [f"{writer} {_in_words(of.scores)}" for writer, of in baselines.items()]
-            print(f"[{name}] without looking: {'; '.join(parts)}")
-        print(f"[{name}] step {trainer.global_step}: {_in_words(scores)}")
-        if chance:
-            parts = [
-                f"{slot.removeprefix('slots/')} {scores[slot].value:.0%} ({by_chance.value:.0%})"
-                for slot, by_chance in chance.items()
-            ]
-            print(f"[{name}] step {trainer.global_step}: slot accuracy (chance): {', '.join(parts)}")
+        blind = {writer: of.scores for writer, of in baselines.items()}
+        _log(trainer, name, scores, chance, blind)
+        if not testing:
+            figure = chart_figure(score_chart(history, blind, len(found.written)))
+            log_figure(trainer, "Overview/2_captions", figure, epoch)
+        print(f"[{name}] step {trainer.global_step}: {in_words(scores, blind)}")
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -249,22 +246,69 @@ def write_table(path: Path, history: dict[int, dict[str, Score]], baselines: dic
     write_whole(path, lambda part: table.to_csv(part, index=False))
 
 
-def _log(trainer: pl.Trainer, tags: dict[str, dict[str, Score]]) -> None:
-    scalars = {
-        f"{tag}/{name.removeprefix('slots/')}": score.value
-        for tag, scores in tags.items()
-        for name, score in scores.items()
-    }
-    for logger in trainer.loggers:
-        logger.log_metrics(scalars, step=trainer.global_step)
+def _log(
+    trainer: pl.Trainer,
+    name: str,
+    scores: dict[str, Score],
+    chance: dict[str, Score],
+    blind: dict[str, dict[str, Score]],
+) -> None:
+    """Slots of a kind are logged of the model and of chance alone: in captions.csv are all."""
+    numbers = {f"{name}/{_tag(metric)}": score.value for metric, score in scores.items()}
+    numbers |= {f"{name}_chance/{_tag(metric)}": score.value for metric, score in chance.items()}
+    for metric in headlines(scores):
+        numbers |= interval_tags(f"{name}/{_tag(metric)}", scores[metric])
+        numbers |= {
+            f"{name}_{writer}/{_tag(metric)}": of[metric].value
+            for writer, of in blind.items()
+            if metric in of
+        }
+    log_numbers(trainer, numbers)
 
 
-def _in_words(scores: dict[str, Score]) -> str:
-    """What agrees with the references, and all slots together."""
-    shown = {name: score for name, score in scores.items() if "/" not in name or name == "slots/all"}
-    return ", ".join(
-        f"{name} {value:.3f} [{low:.3f}, {high:.3f}]" for name, (value, low, high) in shown.items()
-    )
+def _tag(metric: str) -> str:
+    return metric.removeprefix("slots/")
+
+
+HEADLINES = {"slots/all": "right slots", "cider_d": "CIDEr-D"}
+
+
+def headlines(scores: dict[str, Score]) -> list[str]:
+    """The one or two metrics that are named first; without ground truth there are no slots."""
+    return [metric for metric in HEADLINES if metric in scores]
+
+
+def score_chart(
+    history: dict[int, dict[str, Score]], blind: dict[str, dict[str, Score]], images: int
+) -> Chart:
+    """The first headline by epoch, beside captions that do not look.
+
+    Args:
+        history: Scores of the model by epoch.
+        blind: Scores of each writer that does not look.
+        images: Number of images that were captioned.
+    """
+    [metric, *_] = headlines(history[max(history)])
+    model = [(epoch, *scores[metric]) for epoch, scores in sorted(history.items()) if metric in scores]
+    levels = [
+        Level(of[metric].value, COLOURS[colour], f"{writer.replace('_', ' ')} caption")
+        for (writer, of), colour in zip(blind.items(), ("words_long", "control"), strict=False)
+        if metric in of
+    ]
+    title = f"Captions of {images} held-out images: {HEADLINES[metric]}"
+    return Chart(title, "epoch", [Line(model, COLOURS["image"], "model")], levels)
+
+
+def in_words(scores: dict[str, Score], blind: dict[str, dict[str, Score]]) -> str:
+    """The headlines with their intervals, each with the best of the captions that do not look."""
+    parts = []
+    for metric in headlines(scores):
+        value, low, high = scores[metric]
+        controls = {writer: of[metric].value for writer, of in blind.items() if metric in of}
+        best = max(controls, key=lambda writer: controls[writer], default=None)
+        beside = f" ({best.replace('_', ' ')} caption: {controls[best]:.3f})" if best else ""
+        parts.append(f"{HEADLINES[metric]} {value:.3f} [{low:.3f}, {high:.3f}]{beside}")
+    return ", ".join(parts)
 
 
 def write_gallery(path: Path, found: Captioned) -> None:

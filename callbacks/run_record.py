@@ -8,8 +8,6 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,18 +16,18 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.tensorboard.summary import hparams
 
 from lightning_limber.data.collate import Batch
 from lightning_limber.models.limber import Limber
-from lightning_limber.probe.palette import Panel, ordered_groups
-from lightning_limber.probe.tables import Row
+from lightning_limber.probe.palette import COLOURS
 from lightning_limber.utils.by_image import add_arrays, images_file
-from lightning_limber.utils.checkpoints import FREE
 from lightning_limber.utils.earlier_rows import earlier_rows
+from lightning_limber.utils.figures import Chart, Line, chart_figure
 from lightning_limber.utils.files import write_text, write_whole
 from lightning_limber.utils.flops import FlopCounter
 from lightning_limber.utils.loop_state import measured_epoch
+
+from .logs import add_summaries, hparam_summaries, log_figure, log_numbers
 
 PACKAGES = (
     "lightning-limber",
@@ -42,9 +40,9 @@ PACKAGES = (
     "omegaconf",
     "jsonargparse",
 )
-SCORES = ("cider_d", "bleu_4", "rouge_l", "clip_score", "ref_clip_score")
 Interval = tuple[float, float, float]
-HPARAM_METRICS = ("val/loss", "val/loss_shuffled", "val/accuracy", "captions/cider_d", "captions/all")
+MAX_POINTS = 200
+"""Points of the training loss that are kept for its figure; longer curves are means of neighbours."""
 
 
 class RunRecord(pl.Callback):
@@ -69,6 +67,8 @@ class RunRecord(pl.Callback):
         self._records = 0
         self.history: dict[int, tuple[int, dict[str, Interval]]] = {}
         """Epoch and scores of each validation, by step."""
+        self.train_loss: list[list[float]] = []
+        """Steps and values, thinned."""
         self._names: dict[int, str] = {}
         self._folder: str | None = None
 
@@ -81,11 +81,8 @@ class RunRecord(pl.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if self._folder:
             self._write(Path(self._folder), trainer, pl_module, data)
-        settings = flat({"model": dict(pl_module.hparams), "data": dict(data.hparams)})
-        # Not by log_hyperparams: Lightning's also logs the metrics as scalars of step 0. The tab shows
-        # the newest value of each of these tags.
-        start, session, self._session_end = hparams(settings, dict.fromkeys(HPARAM_METRICS, 0.0))
-        self._summaries(trainer, start, session)
+        *start, self._session_end = hparam_summaries(pl_module, data)
+        add_summaries(trainer, *start)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         path = Path(self._folder) / "run.json" if self._folder and trainer.is_global_zero else None
@@ -93,7 +90,7 @@ class RunRecord(pl.Callback):
             starts[-1]["ended_at_step"] = trainer.global_step
             write_text(path, json.dumps(starts, indent=1))
         if self._session_end is not None:
-            self._summaries(trainer, self._session_end)
+            add_summaries(trainer, self._session_end)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
@@ -111,8 +108,22 @@ class RunRecord(pl.Callback):
         counts = torch.tensor([counter.total, self._records], device=pl_module.device)
         flops, records = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         scalars = {"flops/step": flops * trainer.accumulate_grad_batches, "flops/image": flops / records}
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.global_step)
+        log_numbers(trainer, scalars)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        step, is_new = trainer.global_step, not trainer.fit_loop._should_accumulate()
+        if is_new and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.train_loss.append([step, float(trainer.callback_metrics["train/loss"])])
+        if len(self.train_loss) == 2 * MAX_POINTS:
+            pairs = zip(self.train_loss[::2], self.train_loss[1::2], strict=True)
+            self.train_loss = [[b[0], (a[1] + b[1]) / 2] for a, b in pairs]
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -129,8 +140,7 @@ class RunRecord(pl.Callback):
 
             unit = 1 if sys.platform == "darwin" else 1024
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        for logger in trainer.loggers:
-            logger.log_metrics({"memory/peak_gb": peak / 1e9}, step=trainer.global_step)
+        log_numbers(trainer, {"memory/peak_gb": peak / 1e9})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._names = {}
@@ -164,6 +174,21 @@ class RunRecord(pl.Callback):
         arrays = {name: sums.numpy() for name, sums in found.by_image().items()}
         arrays["names"] = np.array([names[i] for i in found.index.tolist()])
         add_arrays(images_file(Path(folder), epoch, testing), "held_out", arrays)
+        if not testing:
+            log_figure(trainer, "Overview/1_loss", chart_figure(self._loss_chart()), epoch)
+
+    def _loss_chart(self) -> Chart:
+        def held_out(metric: str) -> list[tuple[float, float, float, float]]:
+            found = sorted(self.history.items())
+            return [(step, *scores[metric]) for step, (_, scores) in found if metric in scores]
+
+        control = COLOURS["control"]
+        lines = [
+            Line([(*point, point[1], point[1]) for point in self.train_loss], control, "training", ":"),  # type: ignore[misc]
+            Line(held_out("loss"), COLOURS["image"], "held out"),
+            Line(held_out("loss_shuffled"), COLOURS["noise"], "held out, another image's caption"),
+        ]
+        return Chart("Loss, nats a token", "step", lines)
 
     on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
@@ -178,6 +203,7 @@ class RunRecord(pl.Callback):
                 for step, (epoch, scores) in found.items()
             },
             "table": "validation.csv",
+            "train_loss": self.train_loss,
         }
 
     def on_load_checkpoint(
@@ -194,6 +220,7 @@ class RunRecord(pl.Callback):
                 scores = self.history.setdefault(row["step"], (row["epoch"], {}))[1]
                 scores[row["metric"]] = row["value"], row["low"], row["high"]
         self.history |= kept
+        self.train_loss = [list(point) for point in state.get("train_loss", [])]
 
     def _write(self, folder: Path, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
         path = folder / "run.json"
@@ -215,13 +242,6 @@ class RunRecord(pl.Callback):
         )
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(starts, indent=1))
-
-    @staticmethod
-    def _summaries(trainer: Any, *summaries: Any) -> None:
-        for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_hparams"):
-                for summary in summaries:
-                    logger.experiment._get_file_writer().add_summary(summary)
 
 
 def earlier_starts(path: Path) -> list[dict[str, Any]]:
@@ -262,77 +282,3 @@ def write_validation(
         columns="run epoch step split metric value low high".split(),
     )
     write_whole(path, lambda part: table.to_csv(part, index=False))
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as ``a.b.c: value``, without those that change speed alone; lists become text."""
-    leaves: dict[str, Any] = {}
-    for name, value in settings.items():
-        if name in FREE - {"adapter_weights"}:
-            continue
-        if isinstance(value, dict):
-            leaves |= flat(value, f"{prefix}{name}.")
-        else:
-            leaves[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return leaves
-
-
-def log_figure(trainer: Any, tag: str, figure: Any) -> None:
-    """Hands a matplotlib figure to every logger that takes figures (TensorBoard, W&B); None is left out.
-
-    Where none does, the newest is a PNG in the run's folder.
-    """
-    if figure is None:
-        return
-    taken = False
-    for logger in trainer.loggers:
-        if hasattr(logger.experiment, "add_figure"):
-            logger.experiment.add_figure(tag, figure, global_step=trainer.global_step)
-        elif hasattr(logger, "log_image"):
-            logger.log_image(tag, [figure], step=trainer.global_step)
-        else:
-            continue
-        taken = True
-    if not taken and trainer.run_folder:
-        path = Path(trainer.run_folder) / f"{tag.replace('/', '_')}.png"
-        write_whole(path, partial(figure.savefig, dpi=80))
-
-
-def log_table(trainer: Any, tag: str, table: Any) -> None:
-    """Hands a data frame to every logger that takes tables (W&B)."""
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_table"):
-            logger.log_table(tag, dataframe=table, step=trainer.global_step)
-
-
-def log_layout(trainer: Any, rows: list[Row], panels: Sequence[Panel]) -> None:
-    """Lays out the charts in every logger that can (TensorBoard: the first layout of a run counts)."""
-    for logger in trainer.loggers:
-        if hasattr(logger.experiment, "add_custom_scalars"):
-            logger.experiment.add_custom_scalars(chart_layout(rows, panels))
-
-
-def chart_layout(rows: list[Row], panels: Sequence[Panel]) -> dict[str, dict[str, list]]:
-    """TensorBoard's CUSTOM SCALARS: one metric's layers in one chart, one layer's groups in one chart."""
-    layers = sorted({row.layer for row in rows if row.layer is not None})
-    measured = {row.metric for row in rows}
-    labels = {panel.metric: panel.label for panel in panels if panel.metric in measured}
-    groups = "|".join(ordered_groups(row.group for row in rows))
-    layout = {
-        "training": {
-            "loss": ["Multiline", ["train/loss$", "val/loss"]],
-            "accuracy": ["Multiline", ["train/accuracy$", "val/accuracy$"]],
-            "captions: slot accuracy, and without looking": ["Multiline", [r"captions(_\w+)?/all$"]],
-            "captions: CIDEr-D, and without looking": ["Multiline", [r"captions(_\w+)?/cider_d$"]],
-            "captions: scores": ["Multiline", [f"captions/({'|'.join(SCORES)})$"]],
-        },
-        "image tokens, all layers": {
-            label: ["Multiline", [rf"{metric}/image/layer_\d+$"]] for metric, label in labels.items()
-        },
-    }
-    for layer in layers:
-        layout[f"layer {layer:02d}, all groups"] = {
-            label: ["Multiline", [f"{metric}/({groups})/layer_{layer:02d}$"]]
-            for metric, label in labels.items()
-        }
-    return layout

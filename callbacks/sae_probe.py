@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -24,22 +24,33 @@ from lightning_limber.models.frozen import fingerprint
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.figures import heatmap_figure, matrix_figure, patch_figure, probe_figure
-from lightning_limber.probe.finding import finding_figure, sentences
+from lightning_limber.probe.finding import drawn_charts, headline
 from lightning_limber.probe.load import build_probe
 from lightning_limber.probe.metrics import whole_spec
 from lightning_limber.probe.metrics.base import IMAGE
 from lightning_limber.probe.palette import write_panels
 from lightning_limber.probe.passes import Probe, Report
 from lightning_limber.probe.patches import PatchMap, patch_maps
-from lightning_limber.probe.tables import History, Row, arrays_by_image, frame, scalars, write_tables
+from lightning_limber.probe.tables import (
+    History,
+    Row,
+    arrays_by_image,
+    frame,
+    overview,
+    scalars,
+    write_tables,
+)
+from lightning_limber.utils.bootstrap import interval_tags
 from lightning_limber.utils.by_image import add_arrays, images_file
 from lightning_limber.utils.checkpoints import differences, measurement_differences, refuse
 from lightning_limber.utils.earlier_rows import earlier_rows
+from lightning_limber.utils.figures import chart_figure
 from lightning_limber.utils.files import write_whole
 from lightning_limber.utils.flops import FlopCounter
 from lightning_limber.utils.loop_state import measured_epoch
 
-from .run_record import gather, log_figure, log_layout, log_table
+from .logs import headline_rows, log_figure, log_layout, log_numbers, log_table
+from .run_record import gather
 
 NUM_PATCH_IMAGES = 4
 NUM_TRAINING_RECORDS = 256
@@ -60,7 +71,7 @@ class Batches:
         hidden = not trainer.is_global_zero or not trainer.progress_bar_callback
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         loader = data.probe_dataloader(self.num_images, self.interventions)
-        for batch in tqdm(loader, self.label, leave=False, disable=hidden):
+        for batch in tqdm(loader, self.label, leave=False, disable=hidden or None):  # None: no terminal.
             yield trainer.strategy.batch_to_device(batch)
 
 
@@ -69,7 +80,8 @@ class SAEProbe(pl.Callback):
 
     Numbers go to every logger as ``{metric}/{group}/layer_{l}``, with their 95 % bootstrap intervals to
     ``probe.csv`` and ``probe.parquet`` in the run's folder (run, epoch, layer, group, metric, value,
-    low, high), by image to ``images_epoch_{n}.npz`` (by_image.py), and as figures to TensorBoard.
+    low, high), by image to ``images_epoch_{n}.npz`` (by_image.py), and as figures to every logger that
+    takes pictures and to ``figures/``.
     ``flops/probe`` is counted in the first probe.
     ``patches_epoch_{n}.jpg`` shows on which patches latents fire whose descriptions match the caption, at
     the layer where `match` is highest.
@@ -80,6 +92,8 @@ class SAEProbe(pl.Callback):
         before_training: Probe the untrained adapter too, as epoch 0: the control for what training adds.
         published_curves: Draw the curves of Venhoff et al. (Gemma 2 2B) beside the run's own, by
             relative depth.
+        log: Numbers that loggers get: ``overview``, those of a first look at five layers, or ``all``. The
+            tables, the figures and the report have all of them either way.
         config: See `ProbeConfig`.
     """
 
@@ -89,6 +103,7 @@ class SAEProbe(pl.Callback):
         every_n_epochs: int = 1,
         before_training: bool = True,
         published_curves: bool = False,
+        log: Literal["overview", "all"] = "overview",
         **config: Any,
     ) -> None:
         self.config = ProbeConfig(**config)
@@ -96,6 +111,7 @@ class SAEProbe(pl.Callback):
         self.every_n_epochs = every_n_epochs
         self.before_training = before_training
         self.published_curves = published_curves
+        self.details = log == "all"
         self.history: History = {}
         self._saes: dict[str, str] = {}
         """Fingerprints by hook name, of this run or its checkpoint."""
@@ -218,7 +234,16 @@ class SAEProbe(pl.Callback):
                 start=self.history.get(0, ()) if untrained else (),
             )
         self.history[epoch] = report.rows
-        logged = scalars(report.rows)
+        own = [
+            panel.metric
+            for metric in self.probe.metrics
+            if not type(metric).__module__.startswith("lightning_limber.")
+            for panel in metric.panels
+        ]
+        shown = report.rows if self.details else overview(report.rows, own)
+        logged = scalars(shown)
+        for row in headline_rows(shown):
+            logged |= interval_tags(next(iter(scalars([row]))), row[-3:])
         logged |= {f"probe_seconds/{name}": spent for name, spent in report.seconds.items()}
         if counter is not None:
             count = torch.tensor(counter.total, device=module.device)
@@ -227,10 +252,9 @@ class SAEProbe(pl.Callback):
         folder = trainer.log_dir  # Asks all processes.
         if not trainer.is_global_zero:
             return
-        for logger in trainer.loggers:
-            logger.log_metrics(logged, step=trainer.global_step)
+        log_numbers(trainer, logged)
         if not self._layout_logged:
-            log_layout(trainer, report.rows, self.probe.panels)
+            log_layout(trainer, report.rows, self.probe.panels, details=self.details)
             self._layout_logged = True
         files = Path(folder) if folder and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
         if files:
@@ -242,13 +266,11 @@ class SAEProbe(pl.Callback):
         self._log_figures(trainer, module, epoch, label, report)
         if patches is not None:
             figure = patch_figure(*patches, report.rows)
-            log_figure(trainer, "probe/patches", figure)
+            log_figure(trainer, "probe/patches", figure, epoch)
             if files and figure is not None:
                 write_whole(files / f"patches_epoch_{epoch}.jpg", partial(figure.savefig, dpi=70))
-        parts = ", ".join(f"{name} {spent:.1f}" for name, spent in report.seconds.items() if spent >= 0.05)
-        print(f"[probe] {label}: {sum(report.seconds.values()):.1f} s ({parts})")
-        for sentence in sentences(report.rows):
-            print(f"[probe] {sentence}")
+        spent = f"{sum(report.seconds.values()):.0f} s"
+        print(f"[probe] {label}: {', '.join(filter(None, [headline(report.rows), spent]))}")
 
     def _log_figures(
         self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, label: str, report: Report
@@ -258,15 +280,17 @@ class SAEProbe(pl.Callback):
         control = "untrained adapter" if fresh else "adapter at the start"
         num_images, panels = min(self.num_images, len(data.val_set)), self.probe.panels
         title = f"SAE probe of {num_images} held-out images, {label}"
-        log_figure(trainer, "probe/finding", finding_figure(report.rows, title))
+        names = ("3_use", "5_excess", "4_lift")
+        for name, chart in zip(names, drawn_charts(report.rows), strict=True):
+            log_figure(trainer, f"Overview/{name}", chart_figure(chart), epoch)
         figure = probe_figure(self.history, epoch, panels, title, control, self.published_curves)
-        log_figure(trainer, "probe/by_layer", figure)
-        log_figure(trainer, "probe/by_epoch", heatmap_figure(self.history, panels, "Image tokens"))
+        log_figure(trainer, "probe/by_layer", figure, epoch)
+        log_figure(trainer, "probe/by_epoch", heatmap_figure(self.history, panels, "Image tokens"), epoch)
         layers = [self.probe.layers[hook] for hook in self.probe.hooks_of(IMAGE)]
         for name, tables in report.matrices.items():
             images = min(self.intervention_images, num_images)
             title = f"Image tokens through the SAEs of other layers. {images} held-out images, {label}"
-            log_figure(trainer, f"probe/{name}", matrix_figure(layers, tables, title))
+            log_figure(trainer, f"probe/{name}", matrix_figure(layers, tables, title), epoch)
 
     def _matching_patches(
         self, trainer: pl.Trainer, module: pl.LightningModule, rows: list[Row]

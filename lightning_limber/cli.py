@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_limber.callbacks import CaptionSamples, Checkpoints, RunRecord, SAEProbe
+from lightning_limber.callbacks import CaptionSamples, Checkpoints, Ending, Progress, RunRecord, SAEProbe
 from lightning_limber.data import CaptionData
 from lightning_limber.data.prompt import check_template
 from lightning_limber.models.frozen import cpu_multiplies_bfloat16
@@ -37,7 +38,7 @@ from lightning_limber.utils.checkpoints import (
     setting_differences,
     slurm_job,
 )
-from lightning_limber.utils.commands import COMMANDS, LAYERS, METAVARS, OPTIONS, program
+from lightning_limber.utils.commands import ADDED, COMMANDS, LAYERS, METAVARS, OPTIONS, program
 from lightning_limber.utils.config_files import (
     config_dir,
     config_with,
@@ -48,6 +49,7 @@ from lightning_limber.utils.config_files import (
 )
 from lightning_limber.utils.files import FULL, in_words, on_thread_error
 from lightning_limber.utils.parser import Parser
+from lightning_limber.utils.quiet import keep_quiet
 from lightning_limber.utils.ranges import check_ranges
 from lightning_limber.utils.run_lock import hold_run
 from lightning_limber.utils.trainer import SaveConfig, Trainer, make_trainer
@@ -97,32 +99,10 @@ class LimberCLI(LightningCLI):
         for group in parser._action_groups:
             if any(action.dest == "ckpt_path" for action in group._group_actions):
                 group.title = "where to start"
+        for name, option in ADDED.get(subcommand, {}).items():
+            parser.add_argument(f"--{name}", **option)
         if subcommand == "predict":
-            add = parser.add_argument
-            text = "Images and folders to caption; null takes the held-out images of the data."
-            add("--images", nargs="+", type=str, default=None, help=text)
-            add(
-                "--output",
-                type=str,
-                default="captions.jsonl",
-                help="File to write, one JSON object a line.",
-            )
-            text = "Write the strongest SAE latents of each image by layer too, and where they fire."
-            add("--latents", type=bool, default=False, help=text)
             parser.add_class_arguments(Decoding)
-        if subcommand == "plan":
-            add = parser.add_argument
-            add(
-                "--gpu",
-                nargs="+",
-                type=str,
-                default=["H100"],
-                help="Kinds of GPU; an unknown one lists those known.",
-            )
-            add("--gpus", nargs="+", type=int, default=[1, 8], help="Numbers of GPUs.")
-            add("--utilisation", type=float, default=0.4, help="Share of the dense peak FLOP/s.")
-            text = "Mean tokens of a caption; null is 32, or model.max_caption_tokens if lower."
-            add("--caption_tokens", type=int | None, default=None, help=text)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -283,6 +263,13 @@ class LimberCLI(LightningCLI):
         trainer.run_folder = str(self._run_folder) if self._run_folder else None
         return trainer
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
+        own = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in own)
+        if config["enable_progress_bar"] is not False and not has_bar:
+            callbacks = [*callbacks, Progress()]
+        return super()._instantiate_trainer(config, callbacks)
+
     def before_fit(self) -> None:
         """Refuses settings that are not the checkpoint's before a model is loaded."""
         if self._checkpoint is not None:
@@ -299,9 +286,10 @@ class LimberCLI(LightningCLI):
         else:
             try:
                 super()._run_subcommand(subcommand)
-            except OSError as error:
-                if error.errno in FULL and error.filename is None:  # Of loggers.
-                    error.filename = str(self.trainer.runs)  # type: ignore[attr-defined]
+            except BaseException as error:
+                self.trainer.remove_stub()  # type: ignore[attr-defined]
+                if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+                    error.filename = str(self.trainer.runs)  # type: ignore[attr-defined] # Of loggers.
                 raise
 
     def _plan(self) -> None:
@@ -368,6 +356,7 @@ def main(args: list[str] | None = None, kind: type[LimberCLI] = LimberCLI) -> Li
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.argv[1:] = sys.argv[1:] if args is None else args
     threading.excepthook = on_thread_error
+    keep_quiet()
     # ${trainer.max_steps} means the same in a config file and in the merged config of a subcommand.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     options = {
@@ -380,7 +369,7 @@ def main(args: list[str] | None = None, kind: type[LimberCLI] = LimberCLI) -> Li
             Limber,
             CaptionData,
             trainer_class=Trainer,
-            trainer_defaults={"callbacks": [RunRecord()]},
+            trainer_defaults={"callbacks": [RunRecord(), Ending()]},
             subclass_mode_data=True,
             parser_class=Parser,
             save_config_callback=SaveConfig,

@@ -103,7 +103,7 @@ def test_options_are_frozen(parse):
         *(f"model.{name}" for name in "cache_features held_out_features_gb compile_llm shard_llm".split()),
         *(f"probe.{name}" for name in "sae_release sae_id layers num_images every_n_epochs".split()),
         *(f"probe.{name}" for name in "sanity_check metrics intervention_images outlier_factor".split()),
-        *(f"probe.{name}" for name in ["seed", "text_tokens"]),
+        *(f"probe.{name}" for name in "seed text_tokens log before_training".split()),
         *(f"probe.{name}" for name in "bootstrap_samples descriptions top_latents knn".split()),
         *(f"probe.{name}" for name in "max_image_share max_text_density lens_top_k".split()),
         *(f"probe.{name}" for name in "detector_auroc published_curves sae_memory_gb".split()),
@@ -328,6 +328,9 @@ def test_help_shows_the_projects_own_options_first(parse):
         "checkpoint",
     ]
     assert "--trainer." not in before
+    few, _, _ = after.partition("\ntrainer, the rest: ")
+    assert {"--trainer.max_steps", "--trainer.devices", "--trainer.logger"} <= set(few.split())
+    assert few.count("\n  --trainer.") == 12
     assert not re.findall(r"--(?!trainer)[\w.]+ ", re.sub(r"^      .*", "", after, flags=re.M))
     assert "--model.vision.layer int = -1\n" in before
     assert "Old name" not in output

@@ -75,15 +75,23 @@ def test_two_runs_that_start_at_once_share_no_folder(kind):
     assert start() == "runs/mine/version_2"
 
 
-@pytest.mark.parametrize(("logger", "pngs"), [(OTHER, 0), (CSV, 5), (None, 0)])
-def test_figures_and_tables_reach_whoever_takes_them(fit, logger, pngs):
+@pytest.mark.parametrize("logger", [OTHER, CSV, None, False])
+def test_figures_and_tables_reach_whoever_takes_them(fit, logger):
     flags = [] if logger is None else [f"--trainer.logger={json.dumps(logger)}"]
     cli = fit(*flags, "--trainer.max_steps=1", probe=True, figures=True)
-    assert len(list(Path(cli.trainer.log_dir).glob("*.png"))) == pngs
+    names = [f"overview_{name}" for name in ("1_loss", "2_captions", "3_use", "4_lift", "5_excess")]
+    figures = {path.name for path in Path(cli.trainer.log_dir, "figures").iterdir()}
+    assert {f"{name}_epoch_1.png" for name in [*names, "probe_by_layer", "captions"]} <= figures
     if logger is OTHER:
         [found] = cli.trainer.loggers
-        assert {"captions Figure", "probe/finding Figure", "probe/by_layer Figure"} <= set(found.images)
+        assert {"captions Image", "Overview/3_use Image", "probe/by_layer Image"} <= set(found.images)
         assert {"image", "text"} <= set(found.tables["probe/rows"]["group"])
+        numbers = found.numbers
+    elif logger is CSV:
+        header = Path(cli.trainer.log_dir, "metrics.csv").read_text().splitlines()[0]
+        numbers = header.split(",")
+    if logger in (OTHER, CSV):
+        assert {"train/loss", "val/loss", "captions/all", "use/image/layer_02"} <= set(numbers)
 
 
 def test_predict_leaves_its_output_and_nothing_else(fit):

@@ -92,7 +92,9 @@ class HeldOut(Metric):
 
 
 def in_words(scores: dict[str, tuple[float, float, float]]) -> str:
-    """``loss 0.338 [0.31, 0.37], ...``."""
+    """``loss 0.338 [0.31, 0.37], ...``; perplexity says the same as the loss."""
     return ", ".join(
-        f"{name} {value:.3f} [{low:.3g}, {high:.3g}]" for name, (value, low, high) in scores.items()
+        f"{name} {value:.3f} [{low:.3g}, {high:.3g}]"
+        for name, (value, low, high) in scores.items()
+        if name != "perplexity"
     )

@@ -32,6 +32,7 @@ from lightning_limber.models.optimizer import OptimizerConfig, StepMean, clip_gr
 from lightning_limber.models.regularise import RegulariseConfig
 from lightning_limber.models.text_moments import text_moments
 from lightning_limber.models.vision import VisionConfig
+from lightning_limber.utils.bootstrap import interval_tags
 from lightning_limber.utils.checkpoints import check_same_run, training_settings
 from lightning_limber.utils.loop_state import stored_epoch
 
@@ -218,7 +219,8 @@ class Limber(Captioner):
         self.held_out_sums = self.held_out.compute()
         self.held_out.reset()
         scores = self.held_out_sums.scores
-        self.log_dict({f"{split}/{name}": score[0] for name, score in scores.items()}, prog_bar=True)
+        numbers = {f"{split}/{name}": score[0] for name, score in scores.items()}
+        self.log_dict(numbers | interval_tags(f"{split}/loss", scores["loss"]))
         rank_zero_info(f"[{split}] step {self.global_step}: {in_words(scores)}")
 
     test_step = validation_step

@@ -20,8 +20,8 @@ class ProbeConfig:
         sae_release: A SAELens release, a folder of SAELens folders, or ``shipped:NAME``.
         sae_id: Id of each layer's SAE, with ``{layer}``.
         layers: Layers to probe; null takes every layer that has an SAE.
-        metrics: Metrics beside reconstruction and sparsity, each of which costs its own time (printed
-            after every probe): direction, noise, words_long, match, neighbours, lens_hit, knn, detectors,
+        metrics: Metrics beside reconstruction and sparsity, each of which costs its own time (logged as
+            ``probe_seconds``): direction, noise, words_long, match, neighbours, lens_hit, knn, detectors,
             linear_probe, use, loss_recovered, cross_layer by default; words, told, object_patches and
             object_steer besides. A class of your own is named by its path, or as {class_path: ...,
             init_args: {...}}.

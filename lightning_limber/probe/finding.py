@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_limber.probe.palette import COLOURS, CONTROLS
 from lightning_limber.probe.tables import Row
-from lightning_limber.utils.figures import as_written, new_figure
+from lightning_limber.utils import figures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,21 +46,13 @@ class Line(NamedTuple):
     dotted: bool
 
 
-class Rule(NamedTuple):
-    """A control or an aim that is the same at every layer."""
-
-    label: str
-    colour: str
-    height: float
-
-
 class Chart(NamedTuple):
     """One panel of the figure: what it shows (if the numbers are there), and lines of what was measured."""
 
     title: str
     sentence: str
     lines: list[Line]
-    rules: list[Rule]
+    rules: list[figures.Level]
 
 
 def points(rows: Iterable[Row], group: str, metric: str) -> list[Point]:
@@ -89,6 +81,26 @@ def at_layers(layers: Sequence[int], probed: Sequence[int]) -> str:
         texts += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run)
     text = " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
     return f"at layer{'s' if len(layers) > 1 else ''} {text}"
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """The largest of each finding with its control, in a line."""
+    parts = []
+    if use := points(rows, "image", "use"):
+        parts.append(f"use {use[0].value:.2f} at layer {use[0].layer} (0: not read)")
+    if lift := points(rows, "image", "neighbour_lift"):
+        best = max(lift, key=lambda point: point.value)
+        controls = [
+            f"{group} {point.value:.2f}"
+            for group in CONTROLS
+            for point in points(rows, group, "neighbour_lift")
+            if point.layer == best.layer
+        ]
+        parts.append(f"lift {best.value:.2f} at layer {best.layer} ({', '.join(controls) or 'chance 1'})")
+    if excess := points(rows, "image", "excess_cosine_over_words_long"):
+        best = max(excess, key=lambda point: point.value)
+        parts.append(f"excess {best.value:.2f} at layer {best.layer} (words_long 0)")
+    return ", ".join(parts)
 
 
 def _use(rows: Sequence[Row]) -> str:
@@ -169,8 +181,8 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
     def line(label: str, group: str, metric: str, dotted: bool = False) -> Line:
         return Line(label, group, metric, COLOURS[group], dotted)
 
-    def rule(label: str, group: str, height: float) -> Rule:
-        return Rule(label, COLOURS[group], height)
+    def rule(label: str, group: str, value: float) -> figures.Level:
+        return figures.Level(value, COLOURS[group], label)
 
     others = "other images' captions"
     read = Chart(
@@ -215,23 +227,25 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     return [chart.sentence for chart in charts(rows) if chart.sentence]
 
 
+def drawn_charts(rows: Sequence[Row]) -> list[figures.Chart]:
+    """`charts`, with their points."""
+
+    def drawn(line: Line) -> figures.Line:
+        found = points(rows, line.group, line.metric)
+        return figures.Line(found, line.colour, line.label, ":" if line.dotted else "-")
+
+    return [
+        figures.Chart(chart.title, "layer of the LLM", list(map(drawn, chart.lines)), chart.rules)
+        for chart in charts(rows)
+    ]
+
+
 def finding_figure(rows: Sequence[Row], title: str = "") -> Figure:
     """`charts`, side by side."""
-    figure = new_figure(13, 4.0 if title else 3.7)
+    figure = figures.new_figure(13, 4.0 if title else 3.7)
     figure.subplots_adjust(left=0.04, right=0.99, top=0.82 if title else 0.88, bottom=0.13, wspace=0.14)
-    for axis, chart in zip(figure.subplots(1, 3), charts(rows), strict=True):
-        for line in chart.lines:
-            layers, values, low, high = zip(*points(rows, line.group, line.metric), strict=True)
-            style = {"ls": ":"} if line.dotted else {"marker": "o", "ms": 3}
-            axis.plot(layers, values, color=line.colour, label=line.label, **style)
-            axis.fill_between(layers, low, high, color=line.colour, alpha=0.18, linewidth=0)
-        for rule in chart.rules:
-            axis.axhline(rule.height, color=rule.colour, lw=1.5, label=rule.label)
-        axis.set_title(chart.title, fontsize=11, loc="left")
-        axis.set_xlabel("layer of the LLM")
-        axis.grid(alpha=0.25)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(edgecolor="none", framealpha=0.8, fontsize=9)
+    for axis, chart in zip(figure.subplots(1, 3), drawn_charts(rows), strict=True):
+        figures.draw_chart(axis, chart)
     if title:
         figure.suptitle(title, x=0.01, ha="left")
-    return as_written(figure)
+    return figures.as_written(figure)

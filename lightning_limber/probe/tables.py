@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lightning_limber.probe.palette import CONTROLS
 from lightning_limber.utils.files import write_whole
 
 if TYPE_CHECKING:
@@ -45,6 +46,38 @@ def scalars(rows: list[Row]) -> dict[str, float]:
         for row in rows
         if not row.metric.endswith("_p") and not math.isinf(row.value)
     }
+
+
+OVERVIEW = {
+    "use": ("image",),
+    "neighbour_lift": ("image", *CONTROLS),
+    "excess_cosine_over_words_long": ("image",),
+    "excess_l0_over_words_long": ("image",),
+    "fvu": ("image", "text", "words_long"),
+    "l0": ("image", "text", "words_long"),
+    "norm": ("image", "text"),
+    **{f"convergence_layer/{metric}": ("image",) for metric in ("cosine", "fvu", "l0")},
+}
+"""Metrics that loggers have by default, of these groups."""
+OVERVIEW_LAYERS = 5
+
+
+def overview_layers(rows: Sequence[Row]) -> list[int]:
+    """At most five of the layers at which image tokens were measured: first, quarters, last."""
+    found = sorted({row.layer for row in rows if row.group == "image" and row.layer is not None})
+    count = min(OVERVIEW_LAYERS, len(found))
+    return [found[round(i * (len(found) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def overview(rows: Sequence[Row], own: Collection[str] = ()) -> list[Row]:
+    """The rows that a first look needs.
+
+    Args:
+        rows: Of one probe.
+        own: Metrics of a user's own, of which image tokens are shown.
+    """
+    shown, layers = OVERVIEW | dict.fromkeys(own, ("image",)), (None, *overview_layers(rows))
+    return [row for row in rows if row.group in shown.get(row.metric, ()) and row.layer in layers]
 
 
 def arrays_by_image(by_image: Mapping[tuple[str, str, int], Any], names: Sequence[str]) -> dict[str, Any]:

@@ -233,14 +233,14 @@ def make_plan(
     of_image = sum(one.flops.values())
     images = trainer.max_steps * data.batch_size * trainer.accumulate_grad_batches
     # Nothing else says how long a run is.
-    hours = [images * of_image / speed / 3600 if images > 0 else None for speed in speeds]
+    times = [_time(images * of_image / speed) if images > 0 else "unknown" for speed in speeds]
     parameters, captions = rehearsal.parameters, rehearsal.captions_per_image
     prompt = rehearsal.prefix_tokens + rehearsal.text_tokens - captions * caption_tokens
-    times = f"{captions} x " if captions > 1 else ""
+    repeated = f"{captions} x " if captions > 1 else ""
     lines = [
         f"{model.hparams['vision']['name']} -> {type(model.adapter).__name__} -> {model.hparams['llm']}",
         f"{trainer.precision}, attention: {model.llm.model.config._attn_implementation}",
-        f"a sequence: {rehearsal.image_tokens} image + {times}{caption_tokens} caption "
+        f"a sequence: {rehearsal.image_tokens} image + {repeated}{caption_tokens} caption "
         f"(--caption_tokens) + {prompt} prompt tokens",
     ]
     if odd:
@@ -266,11 +266,11 @@ def make_plan(
     lines += ["", f"time at {utilisation:.0%} of the peak"]
     lines.append(_row("images/s", [f"{speed / of_image:,.0f}" for speed in speeds]))
     name = f"training, {_number(images)} images" if images > 0 else "training"
-    lines.append(_row(name, ["unknown" if time is None else f"{time:.3g} h" for time in hours]))
+    lines.append(_row(name, times))
     if of_probe:
         total = probe.num_images * of_probe["every image"]
         total += probe.intervention_images * of_probe["images of interventions"]
-        lines.append(_row("one probe", [f"{total / speed / 60:.3g} min" for speed in speeds]))
+        lines.append(_row("one probe", [_time(total / speed) for speed in speeds]))
     lines += ["", _row("checkpoint", [_bytes(rehearsal.checkpoint_bytes())])]
     if any(sae.d_sae is None for sae in saes):
         lines.append("SAEs of unknown width are in no sum: neither a file nor their names tell it.")
@@ -312,6 +312,14 @@ def _sae_bytes(saes: list[SAESize], d_in: int) -> int:
 
 def _row(name: str, cells: Iterable[str]) -> str:
     return f"  {name:32}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def _time(seconds: float) -> str:
+    """Three digits in the largest unit of which there are two."""
+    for unit, scale in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 0.1 else "under 0.1 s"
 
 
 def _number(value: float) -> str:

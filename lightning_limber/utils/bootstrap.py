@@ -35,3 +35,8 @@ def interval(samples: Tensor) -> tuple[float, float, float]:
     """Samples [1 + R] by `bootstrap_weights` -> (value, low, high): the first, and 95 % percentiles."""
     low, high = samples[1:].double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return float(samples[0]), low, high
+
+
+def interval_tags(tag: str, score: tuple[float, float, float]) -> dict[str, float]:
+    """The ends of a score's interval (value, low, high), by the tags under which loggers have them."""
+    return {f"interval/{tag}/low": score[1], f"interval/{tag}/high": score[2]}

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 COMMANDS = {
     "fit": "Train an adapter, validate and probe it after each epoch.",
@@ -46,6 +46,42 @@ OPTIONS = {
     "HuggingFaceCaptions, Shards, or a class of your own as my_module.MyData. Give its options as in "
     "--data.batch_size 8.",
 }
+ADDED: dict[str, dict[str, dict[str, Any]]] = {
+    "predict": {
+        "images": {
+            "nargs": "+",
+            "type": str,
+            "default": None,
+            "help": "Images and folders to caption; null takes the held-out images of the data.",
+        },
+        "output": {
+            "type": str,
+            "default": "captions.jsonl",
+            "help": "File to write, one JSON object a line.",
+        },
+        "latents": {
+            "type": bool,
+            "default": False,
+            "help": "Write the strongest SAE latents of each image by layer too, and where they fire.",
+        },
+    },
+    "plan": {
+        "gpu": {
+            "nargs": "+",
+            "type": str,
+            "default": ["H100"],
+            "help": "Kinds of GPU; an unknown one lists those known.",
+        },
+        "gpus": {"nargs": "+", "type": int, "default": [1, 8], "help": "Numbers of GPUs."},
+        "utilisation": {"type": float, "default": 0.4, "help": "Share of the dense peak FLOP/s."},
+        "caption_tokens": {
+            "type": int | None,
+            "default": None,
+            "help": "Mean tokens of a caption; null is 32, or model.max_caption_tokens if lower.",
+        },
+    },
+}
+"""Options of a command that are no settings of a run."""
 METAVARS = {"ckpt_path": "PATH"} | dict.fromkeys(("data", "model.adapter"), "CLASS")
 METAVARS |= dict.fromkeys(("data.help", "model.adapter.help"), "CLASS")
 

@@ -6,6 +6,7 @@ import re
 import sys
 from argparse import Action
 from collections.abc import Iterable, Sequence
+from copy import copy
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -36,6 +37,14 @@ _typehints.discard_init_args_on_class_path_change = _drop_settings_of_another_cl
 
 LONG_DEFAULT = 40
 """Characters of a default that still stand on the line of the option."""
+
+
+TRAINER_FEW = {
+    f"trainer.{name}"
+    for name in "max_steps max_epochs max_time accelerator devices precision accumulate_grad_batches "
+    "gradient_clip_val logger log_every_n_steps callbacks enable_progress_bar".split()
+}
+"""Options of Lightning's Trainer that a run is likely to set."""
 
 
 def classes_first(args: list[str]) -> list[str]:
@@ -114,7 +123,9 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
 
     def format_help(self, *args: Any) -> str:
-        """Lightning's Trainer last, and at each group of options the name of its settings."""
+        """Lightning's Trainer last, what a run needs of it first, and at each group of options the name of
+        its settings.
+        """
         groups, kept = self._action_groups, []
         before = [(group, group.title, group._group_actions) for group in groups]
         for group in groups:
@@ -124,8 +135,13 @@ class Parser(LightningArgumentParser):
             name = min(names, key=len, default="")
             if name:
                 group.title = f"{name}: {group.title}"
-            if group._group_actions:
-                kept.append(group)
+            few = copy(group)
+            few._group_actions = [action for action in group._group_actions if action.dest in TRAINER_FEW]
+            if few._group_actions:
+                few.title = "trainer: How long, on what, and what is logged"
+                group.title = "trainer, the rest: Options of Lightning's Trainer"
+                group._group_actions = [a for a in group._group_actions if a.dest not in TRAINER_FEW]
+            kept += [one for one in (few, group) if one._group_actions]
         try:
             self._action_groups = sorted(kept, key=lambda group: str(group.title).startswith("trainer"))
             return super().format_help(*args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_limber.utils.files import new_folder, write_text
 
+STUB = {"config.yaml", "hparams.yaml", "metrics.csv", "run.json", ".lock"}
+"""Files beside those of TensorBoard that a run has before its first step."""
+
 
 class Trainer(pl.Trainer):
     """Options of Lightning's Trainer."""
@@ -23,6 +27,8 @@ class Trainer(pl.Trainer):
     runs = Path("runs/default")
     """Where a run whose logger has no folder for it gets one."""
     run_folder: str | None = None
+    made: str | None = None
+    """Folder that this process made for its run."""
 
     @property
     def log_dir(self) -> str | None:
@@ -36,9 +42,22 @@ class Trainer(pl.Trainer):
                 self.run_folder = self.strategy.broadcast(logger.log_dir)
                 return self.run_folder
         if self.run_folder is None:
-            folder = new_folder(self.runs) if self.is_global_zero else None
-            self.run_folder = self.strategy.broadcast(folder)
+            self.made = new_folder(self.runs) if self.is_global_zero else None
+            self.run_folder = self.strategy.broadcast(self.made)
         return self.run_folder
+
+    def make_folder(self, logger: TensorBoardLogger | CSVLogger) -> int:
+        """Makes the folder of a logger's next version, and returns its number."""
+        self.made = new_folder(Path(logger.root_dir))
+        return int(self.made.rpartition("_")[2])
+
+    def remove_stub(self) -> None:
+        """Removes the folder that was made for a run in which nothing was trained or measured."""
+        made = Path(self.made) if self.made else None
+        if made is None or not made.is_dir() or (self.state.fn == "fit" and self.global_step):
+            return
+        if all(path.name in STUB or path.match("events.out.tfevents.*") for path in made.iterdir()):
+            shutil.rmtree(made)
 
     def plan(self) -> None:
         """Says what a run will cost (FLOPs, memory, hours), without loading a weight."""
@@ -70,17 +89,15 @@ def make_trainer(make: Callable[[], Any], accelerator: Any) -> Trainer:
     for logger in trainer.loggers:
         if isinstance(logger, (TensorBoardLogger, CSVLogger)) and trainer.is_global_zero:
             # Theirs looks which number is free, and another run may look before the folder is made.
-            logger._get_next_version = partial(_claim_version, logger)  # type: ignore[method-assign]
+            logger._get_next_version = partial(trainer.make_folder, logger)  # type: ignore[method-assign]
+            if logger._version is not None and not Path(logger.log_dir).exists():
+                trainer.made = logger.log_dir
     if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise MisconfigurationException(
             "trainer.callbacks: WeightAveraging copies the whole module, frozen models included, and is "
             "not supported. The cosine schedule (model.optimizer) ends at a low learning rate."
         )
     return trainer
-
-
-def _claim_version(logger: TensorBoardLogger | CSVLogger) -> int:
-    return int(new_folder(Path(logger.root_dir)).rpartition("_")[2])
 
 
 def new_run_config(parser: Any, config: Any) -> str:

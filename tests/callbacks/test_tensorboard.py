@@ -16,6 +16,7 @@ from parts import sae_probe
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_limber.callbacks import RunRecord
+from lightning_limber.probe.tables import overview, overview_layers, scalars
 from lightning_limber.tools.report import main as report
 from lightning_limber.tools.report import read_run
 from lightning_limber.utils.flops import CPU_ATTENTION
@@ -48,6 +49,7 @@ def cli(models, tmp_path_factory):
         f"--probe.descriptions={describe(root / 'd')}",
     ]
     flags += ["--data.val_size=60", "--probe.num_images=60", f"--trainer.logger.save_dir={root}/runs"]
+    flags += ["--probe.log=all"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("LIGHTNING_LIMBER_TRACEBACK", "1")
@@ -86,10 +88,8 @@ def test_charts_hold_a_metrics_layers_and_a_layers_groups(log):
         }
         for category in layout.category
         for chart in category.chart
+        if chart.HasField("multiline")
     }
-    blind = {f"captions{kind}/all" for kind in ("", "_chance", "_most_frequent", "_no_image")}
-    assert charts["training", "captions: slot accuracy, and without looking"] == blind
-    assert charts["training", "loss"] == {"train/loss", "val/loss", "val/loss_shuffled"}
     fvu = "fvu: unexplained variance"
     assert charts["image tokens, all layers", fvu] == {"fvu/image/layer_00", "fvu/image/layer_02"}
     groups = ("image", "caption", "text", "noise", "words_long")
@@ -109,10 +109,13 @@ def test_hyper_parameters_and_the_newest_scores_are_recorded(log):
         for tag, content in log.PluginTagToContent("hparams").items()
     }
     settings = found["session_start_info"].session_start_info.hparams
-    assert settings["model.optimizer.lr"].number_value == 0.02
-    assert settings["model.adapter.class_path"].string_value.endswith(".Linear")
-    assert settings["data.batch_size"].number_value == 4
-    assert "data.num_workers" not in settings  # Changes no number.
+    assert {name: value.number_value or value.string_value for name, value in settings.items()} == {
+        "adapter": "Linear, input_norm channel",
+        "batch_size": 4,
+        "data": "Scenes",
+        "entry": "layer 0",
+        "lr": 0.02,
+    }
     assert "session_end_info" in found
     metrics = {info.name.tag for info in found["experiment"].experiment.metric_infos}
     assert metrics == {"val/loss", "val/loss_shuffled", "val/accuracy", "captions/cider_d", "captions/all"}
@@ -121,10 +124,60 @@ def test_hyper_parameters_and_the_newest_scores_are_recorded(log):
     assert not {"hp_metric"} & set(log.Tags()["scalars"])
 
 
-def test_every_figure_is_there_for_every_probe(log):
+def test_every_figure_is_there_for_every_probe(log, folder):
+    """In TensorBoard, where the first look is the first group, and as PNGs."""
     steps = {tag: [event.step for event in log.Images(tag)] for tag in log.Tags()["images"]}
-    probes = [f"probe/{name}" for name in ("finding", "by_layer", "by_epoch", "cross_layer", "patches")]
-    assert steps == {**{tag: [0, 4] for tag in probes}, "captions": [4]}
+    probes = [f"probe/{name}" for name in ("by_layer", "by_epoch", "cross_layer", "patches")]
+    probes += [f"Overview/{name}" for name in ("3_use", "4_lift", "5_excess")]
+    ends = ["captions", "Overview/1_loss", "Overview/2_captions"]
+    assert steps == {tag: [0, 4] for tag in probes} | {tag: [4] for tag in ends}
+    assert {path.name for path in (folder / "figures").iterdir()} == {
+        f"{tag.lower().replace('/', '_')}_epoch_{step // 4}.png" for tag in steps for step in steps[tag]
+    }
+    groups = {tag.partition("/")[0] for kind in ("scalars", "images") for tag in log.Tags()[kind]}
+    assert min(groups) == "Overview"
+
+
+def test_at_most_150_curves_by_default(fit):
+    """Of this run, and of one of eleven layers, as the default is; the table has all numbers."""
+    cli = fit("--trainer.max_steps=4", "--data.val_size=60", "--probe.num_images=60", probe=True)
+    tags = set(events(Path(cli.trainer.log_dir)).Tags()["scalars"])
+    rows = sae_probe(cli).history[1]
+    of_two = scalars(overview(rows)).keys()
+    assert of_two <= tags
+    assert {"use/image/layer_00", "neighbour_lift/noise/layer_02", "l0/words_long/layer_00"} <= of_two
+    eleven = [row._replace(layer=layer) for row in rows if row.layer == 2 for layer in range(11)]
+    eleven += [row for row in rows if row.layer is None]
+    assert overview_layers(eleven) == [0, 2, 5, 8, 10]
+    assert len(tags - of_two) + len(scalars(overview(eleven))) <= 150 < len(scalars(rows))
+
+
+def shown(values: list[float]) -> tuple[float, float]:
+    """Range of TensorBoard's charts: what lies in the 5th to 95th percentile, and a fifth on each side."""
+    low, high = np.quantile(values, [0.05, 0.95])
+    kept = [value for value in values if low <= value <= high]
+    pad = 0.2 * (max(kept) - min(kept))
+    return min(kept) - pad, max(kept) + pad
+
+
+def test_charts_cut_no_line(log):
+    from tensorboard.plugins.custom_scalar import layout_pb2
+    from tensorboard.util import tensor_util
+
+    [event] = log.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(tensor_util.make_ndarray(event.tensor_proto).item())
+    [overview, *_] = layout.category
+    assert overview.title == "overview"
+    assert len(overview.chart) == 6
+    for chart in overview.chart:
+        [series] = chart.margin.series
+        value, low, high = (
+            {event.step: event.value for event in log.Scalars(tag)}
+            for tag in (series.value, series.lower, series.upper)
+        )
+        assert value.keys() == low.keys() == high.keys()
+        bottom, top = shown([*value.values(), *low.values(), *high.values()])
+        assert all(bottom <= found <= top for found in value.values()), chart.title
 
 
 def test_cost_is_logged(log):

@@ -13,6 +13,7 @@ class WandbLogger(Logger):
         self._save_dir, self._name = save_dir, name
         self.experiment = self
         self.images: list[str] = []
+        self.numbers: dict[str, float] = {}
         self.tables: dict[str, Any] = {}
 
     save_dir = property(lambda self: self._save_dir)
@@ -20,7 +21,7 @@ class WandbLogger(Logger):
     version = property(lambda self: None)
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        pass
+        self.numbers |= metrics
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         pass

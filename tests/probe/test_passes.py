@@ -43,7 +43,8 @@ METRICS = (
 def run(models, tmp_path_factory) -> Path:
     """A finished run of two epochs with the probe on."""
     root = tmp_path_factory.mktemp("run")
-    done = run_cli("fit", *tiny.arguments(models), "--trainer.max_steps=8", cwd=root)
+    flags = ["--trainer.max_steps=8", "--probe.log=all"]
+    done = run_cli("fit", *tiny.arguments(models), *flags, cwd=root)
     assert done.returncode == 0, done.stdout
     return root / "runs/default/version_0"
 

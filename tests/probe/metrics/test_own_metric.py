@@ -109,10 +109,7 @@ def test_rows_with_intervals_are_in_the_table(run):
     assert found.low.lt(found.high).any()
 
 
-def test_tensorboard_has_curves_and_charts(run):
-    from tensorboard.plugins.custom_scalar import layout_pb2
-    from tensorboard.util import tensor_util
-
+def test_tensorboard_has_its_curves(run):
     log = events(run)
     for layer in (0, 2):
         tag = f"l0_strong/image/layer_{layer:02d}"
@@ -120,10 +117,6 @@ def test_tensorboard_has_curves_and_charts(run):
         l0 = log.Scalars(f"l0/image/layer_{layer:02d}")
         assert [event.value for event in log.Scalars(tag)] == [event.value for event in l0]
     assert log.Scalars("probe_seconds/StrongLatents")
-    [event] = log.Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout.FromString(tensor_util.make_ndarray(event.tensor_proto).item())
-    charts = {(category.title, chart.title) for category in layout.category for chart in category.chart}
-    assert {("image tokens, all layers", LABEL), ("layer 02, all groups", LABEL)} <= charts
 
 
 def test_figures_have_its_panel(run):
