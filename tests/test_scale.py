@@ -80,7 +80,7 @@ def runs(models, tmp_path_factory) -> dict[str, Path]:
     roots = {}
     for name, flags in {"one": [], "ddp": DDP, "sharded": [*DDP, "--model.shard_llm=true"]}.items():
         roots[name] = tmp_path_factory.mktemp(name)
-        flags = [*tiny.arguments(models), "--trainer.max_steps=8", *flags, callbacks()]
+        flags = [*tiny.arguments(models), "--probe.log=all", "--trainer.max_steps=8", *flags, callbacks()]
         done = run_cli("fit", *flags, cwd=roots[name], env=HELPERS)
         assert done.returncode == 0, done.stdout
     return roots
@@ -108,7 +108,13 @@ def test_each_process_holds_its_part_and_the_checkpoint_stays_small(runs):
 
 @pytest.mark.slow
 def test_a_sharded_run_resumes_exactly(runs, models, tmp_path):
-    flags = [*tiny.arguments(models), "--trainer.max_steps=8", *DDP, "--model.shard_llm=true"]
+    flags = [
+        *tiny.arguments(models),
+        "--probe.log=all",
+        "--trainer.max_steps=8",
+        *DDP,
+        "--model.shard_llm=true",
+    ]
     killed = run_cli("fit", *flags, callbacks("batch_start", 6), env=HELPERS)
     assert killed.returncode != 0, killed.stdout
     assert torch.load(checkpoint(tmp_path), weights_only=True)["global_step"] == 6
@@ -194,7 +200,12 @@ def preempted(step: int, rank: int = 0) -> str:
 )
 def test_a_requeued_job_is_the_uninterrupted_run(runs, models, tmp_path, step, saved):
     """The same command line twice; nothing is saved but for the signal and at the end of epochs."""
-    flags = [*tiny.arguments(models), "--trainer.max_steps=8", "--checkpoint.every_n_steps=0"]
+    flags = [
+        *tiny.arguments(models),
+        "--probe.log=all",
+        "--trainer.max_steps=8",
+        "--checkpoint.every_n_steps=0",
+    ]
     flags += [preempted(step)]
     array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "4"} if step == 3 else {}
     name = "70_4" if array else "77"
@@ -210,7 +221,13 @@ def test_a_requeued_job_is_the_uninterrupted_run(runs, models, tmp_path, step, s
 @pytest.mark.slow
 def test_a_requeued_job_of_two_processes(runs, models, tmp_path):
     """The signal reaches only one of them: both stop after the same step."""
-    flags = [*tiny.arguments(models), "--trainer.max_steps=8", "--checkpoint.every_n_steps=0", *DDP]
+    flags = [
+        *tiny.arguments(models),
+        "--probe.log=all",
+        "--trainer.max_steps=8",
+        "--checkpoint.every_n_steps=0",
+        *DDP,
+    ]
     flags += [preempted(5, rank=1)]
     assert slurm_job(tmp_path, flags, tasks=2) == ["requeue 77"]
     assert torch.load(checkpoint(tmp_path), weights_only=True)["global_step"] == 6
@@ -228,7 +245,12 @@ def test_a_requeued_job_of_two_processes(runs, models, tmp_path):
 def test_torchrun(runs, models, tmp_path, nodes):
     """Two processes on one node, or on two that meet by address, are those that Lightning starts itself."""
     per_node = 2 // nodes
-    flags = [*tiny.arguments(models), "--config=configs/overlays/ddp.yaml", "--trainer.max_steps=8"]
+    flags = [
+        *tiny.arguments(models),
+        "--config=configs/overlays/ddp.yaml",
+        "--probe.log=all",
+        "--trainer.max_steps=8",
+    ]
     flags += [f"--trainer.num_nodes={nodes}", f"--trainer.devices={per_node}", callbacks()]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}"]
     torchrun += [f"--nproc_per_node={per_node}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]

@@ -305,7 +305,7 @@ def test_captions_stand_beside_two_that_do_not_look(fit, tmp_path, monkeypatch, 
     calls = BlindCalls(monkeypatch)
     cli = fit("--trainer.max_steps=8", "--data.train_size=300", "--trainer.limit_train_batches=4")
     assert calls.count == 1  # At the first of two validations.
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[captions]")]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[captions] step")]
     assert len(said) == 2
     assert all(re.search(r"right slots .* \((most frequent|no image) caption: ", line) for line in said)
     run = tmp_path / "runs/default/version_0"

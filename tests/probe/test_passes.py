@@ -206,7 +206,7 @@ def test_two_processes_are_one(models, tmp_path):
         root = tmp_path / str(devices)
         root.mkdir()
         flags = [*tiny.arguments(models), "--trainer.max_steps=8", f"--trainer.devices={devices}"]
-        flags += ["--trainer.strategy=ddp"] if devices == 2 else []
+        flags += ["--probe.log=all", *(["--trainer.strategy=ddp"] if devices == 2 else [])]
         done = run_cli("fit", *flags, cwd=root)
         assert done.returncode == 0, done.stdout
         logs.append(events(root / "runs/default/version_0"))
