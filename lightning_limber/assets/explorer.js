@@ -6,14 +6,14 @@ const $ = id => document.getElementById("x-" + id), root = document.getElementBy
 const esc = text => String(text).replace(/[&<>"]/g, c => ({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})[c]);
 const range = n => [...Array(n).keys()];
 const fmt = x => !(x === x && x !== undefined) ? "–" : x === 0 ? "0" : Math.abs(x) >= 100 ? x.toFixed(0) : x.toPrecision(2).replace(/e.*$/, m => "·10" + m.slice(1)).replace(/^0\./, ".");
-const percent = p => p >= .1 ? (100 * p).toFixed(0) + " %" : p >= .001 ? (100 * p).toFixed(1) + " %" : "&lt; 0.1 %";
+const percent = p => (p >= .1 ? (100 * p).toFixed(0) : p >= .001 ? (100 * p).toFixed(1) : "&lt;0.1") + "\u00a0%";
 const HEATS = {
   norm: ["norm, in units of text's median", "log8"], l0: ["active latents (l0)", "u2"],
   fvu_text: ["SAE's error, in units of text's variance", "log8"], cos_start: ["cosine to the token as it entered", "cos8"],
   activation: ["activation of the strongest latent", "log8"], p: ["p of the lens' first token", "log8"],
   cosine: ["cosine to the nearest text", "cos8"],
 };
-const CONTROLS = {words_long: "random words at this image's norms", noise: "noise at this image's norms"};
+const CONTROLS = {words_long: "random words at this image’s norms", noise: "noise at this image’s norms"};
 const state = {run: 0, epoch: null, image: 0, layer: 0, token: null, locked: false, control: false, latent: null, word: null, heat: "norm"};
 const opened = {};
 let x;  // The file that is shown.
@@ -78,7 +78,7 @@ function name(token) {
   return `patch in row ${Math.floor(place / x.grid[1]) + 1}, column ${place % x.grid[1] + 1}`;
 }
 const piece = text => esc(text).replace(/\n/g, "⏎").replace(/^ (?=.)/, "").replace(/^\s*$/, "␣") || "␣";
-const isNever = (of, token) => !read(of, "counted", state.image, state.layer, token);
+const isNever = (of, token, image = state.image) => !read(of, "counted", image, state.layer, token);
 
 /* -- picture --------------------------------------------------------------------------------------- */
 
@@ -96,7 +96,7 @@ function drawPicture() {
   const scaled = v => isLog ? (v > 0 ? Math.log(v) : NaN) : v;
   // One scale for the image and its control: the switch moves the colours, not the scale.
   const groups = x.control ? ["image", x.control] : ["image"];
-  const all = groups.flatMap(g => range(x.count).map(t => scaled(value(g, t)))).filter(v => v === v);
+  const all = groups.flatMap(g => range(x.count).filter(t => !isNever(g, t)).map(t => scaled(value(g, t)))).filter(v => v === v);
   const low = Math.min(...all), high = Math.max(...all), back = v => fmt(isLog ? Math.exp(v) : v);
   const cells = [$("row"), $("grid")].flatMap(host => [...host.children]);
   cells.forEach((cell, token) => {
@@ -107,8 +107,8 @@ function drawPicture() {
     cell.title = `${name(token)}: ${fmt(v)}${never ? ", never counted (an attention sink)" : ""}`;
   });
   const label = latent !== null ? `activation of latent ${x.latents[state.layer].ids[latent]}` : HEATS[state.heat][0];
-  $("scale").innerHTML = all.length ? `${label}: ${back(low)} <i></i> ${back(high)}` + (isLog ? " (logarithmic)" : "")
-    + (latent !== null ? ` · clear: not among a patch's ${tops(of, "latent").length} strongest` : "") : `${label}: on no patch here`;
+  $("scale").innerHTML = all.length ? `${label}<span>${back(low)} <i></i> ${back(high)}${isLog ? " (logarithmic)" : ""}</span>`
+    + (latent !== null ? `clear: not among the patch’s ${tops(of, "latent").length} strongest` : "") : `${label}: on no patch here that is counted`;
   drawHere();
   const others = x.words.length && state.word !== null;
   $("agree").textContent = others ? `“${x.words[state.word]}” at layer ${x.layers[state.layer]}: ` + Object.entries({latents: "latents", lens: "lens", nearest: "nearest text"})
@@ -145,7 +145,7 @@ function drawImage() {
 
 const hit = yes => yes ? " x-hit" : "";
 function latentName(layer, k, short) {
-  const of = x.latents[layer], text = of.texts?.[k] ?? "", shown = short && text.length > 44 ? text.slice(0, 43) + "…" : text;
+  const of = x.latents[layer], text = of.texts?.[k] ?? "", shown = short ? text.split(" | ")[0] : text;
   return `<button class="x-pickable${hit(agrees.latents(layer, k))}" data-layer="${layer}" data-latent="${k}" aria-pressed="${state.latent === k && state.layer === layer}" title="${esc(text)}">`
     + `<code>${of.ids[k]}</code> ${esc(shown)}</button>`;
 }
@@ -177,7 +177,7 @@ function drawPanel() {
     + x.layers.map((layer, l) => {
       const s = said(of, state.image, l, token), first = s.latents[0], near = s.nearest[0];
       return `<tr data-row="${l}"${l === at ? ' aria-current="true"' : ""}><th scope="row">${layer}</th><td class="n">${number("norm", l)}</td><td class="n">${read(of, "l0", state.image, l, token)}</td>`
-        + `<td class="n x-small">${number("fvu_text", l)}</td><td class="n x-small">${number("cos_start", l)}</td><td>${first ? latentName(l, first.k, true) : "–"}</td>`
+        + `<td class="n x-small">${number("fvu_text", l)}</td><td class="n x-small">${number("cos_start", l)}</td><td class="x-text">${first ? latentName(l, first.k, true) : "–"}</td>`
         + `<td class="${dim("lens", l)}"><span class="${hit(agrees.lens(l, s.lens[0].k))}">${piece(x.pieces.texts[s.lens[0].k])}</span> <span class="x-dim">${percent(s.lens[0].value)}</span></td>`
         + (near ? `<td class="${dim("nearest", l)}"><span class="${hit(agrees.nearest(l, near.k))}">${esc(x.neighbours.spots[near.k][1])}</span> <span class="x-dim">${near.value.toFixed(2)}</span></td>` : "") + "</tr>";
     }).join("") + "</tbody>";
@@ -191,9 +191,10 @@ function drawLatent() {
   $("latent").hidden = state.latent === null;
   if (state.latent === null) return;
   const k = state.latent, at = state.layer, of = group(), known = x.latents[at];
-  const count = g => range(x.images.length).reduce((n, i) => n + range(x.count).filter(t => activation(g, i, at, t, k)).length, 0);
+  const counted = (g, i) => range(x.count).map(t => isNever(g, t, i) ? 0 : activation(g, i, at, t, k));
+  const count = g => range(x.images.length).reduce((n, i) => n + counted(g, i).filter(v => v > 0).length, 0);
   const best = range(x.images.length).filter(i => i !== state.image).map(i => {
-    const values = range(x.count).map(t => activation(of, i, at, t, k)), value = Math.max(...values);
+    const values = counted(of, i), value = Math.max(...values);
     return {image: i, value, token: values.indexOf(value)};
   }).filter(b => b.value > 0).sort((a, b) => b.value - a.value);
   const box = token => { if (token < x.before) return ""; const [h, w] = x.grid, place = token - x.before;
@@ -201,9 +202,9 @@ function drawLatent() {
   const total = x.images.length * x.count;
   $("latent").innerHTML = `<h3>Latent <code>${known.ids[k]}</code> of layer ${x.layers[at]} <button id="x-close">let go</button></h3>`
     + `<div>${esc(known.texts?.[k] || "No description is known.").split(" | ").join("<br>")}</div><div class="x-dim">${density(at, k)}${link(at, k)}</div>`
-    + `<div>Among the strongest of ${count("image")} of ${total} image tokens here${x.control ? `, and of ${count(x.control)} of the control’s` : ""}.</div>`
+    + `<div>Among the ${tops("image", "latent").length} strongest of ${count("image")} of ${total} image tokens${x.control ? ` (of the control’s: ${count(x.control)})` : ""}. Its strongest patches on other images:</div>`
     + (best.length ? `<div class="x-strip">${best.map(b => `<button data-image="${b.image}" data-token="${b.token}" aria-label="image ${b.image + 1}, ${name(b.token)}"><span><img alt="" src="data:image/jpeg;base64,${x.images[b.image].jpeg}">${box(b.token)}</span>${fmt(b.value)}</button>`).join("")}</div>`
-      : "<div>On no other image.</div>");
+      : "<div>none.</div>");
   root.querySelectorAll("#x-latent a[data-page]").forEach(a => a.setAttribute("href", "https://www.neuronpedia.org/" + a.dataset.page));
 }
 
@@ -228,12 +229,16 @@ function keep() {
   if (state.word !== null) at.word = x.words[state.word];
   history.replaceState(null, "", "#explorer&" + new URLSearchParams(at));
 }
+/* Keeps the focus on what takes the place of the element that had it. */
+const sameAs = element => [...root.querySelectorAll("button, .x-cell")].find(e => JSON.stringify(e.dataset) === JSON.stringify(element.dataset));
 const change = (news, isNewImage) => {
+  const focused = root.contains(document.activeElement) ? document.activeElement : null;
   if ("layer" in news && news.layer !== state.layer && !("latent" in news)) news.latent = null;
   Object.assign(state, news);
   if (isNewImage) drawImage();
   draw();
   keep();
+  if (focused && !focused.isConnected) sameAs(focused)?.focus({preventScroll: true});
 };
 const lock = token => change({token, locked: true});
 const layer = by => change({layer: Math.max(0, Math.min(x.layers.length - 1, state.layer + by))});
@@ -306,8 +311,10 @@ root.addEventListener("click", event => {
   else if (target.id === "x-up") layer(1);
   else if (target.id === "x-link") { keep(); navigator.clipboard?.writeText(location.href).then(() => { target.textContent = "copied"; setTimeout(() => { target.textContent = "copy link"; }, 1500); }, () => {}); }
 });
-root.addEventListener("keydown", event => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select")) return;
+addEventListener("keydown", event => {
+  const {top, bottom} = root.getBoundingClientRect(), isSeen = top < innerHeight && bottom > 0;
+  const isOurs = root.contains(event.target) || (event.target === document.body && isSeen);
+  if (!x || !isOurs || event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select")) return;
   const moves = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]}, move = moves[event.key];
   const onCell = event.target.closest(".x-cell");
   if (event.key === "[") layer(-1);

@@ -17,7 +17,7 @@ Shapes: B images of P tokens, L layers that image tokens pass, D the LLM's width
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -107,7 +107,7 @@ class Explored(NamedTuple):
             where the probe has none.
         names: Of the I images.
         captions: Of each image.
-        pixels: [3, H, W] of each, colours in 0..1, as the encoder sees them.
+        pixels: [3, H, W] of each, bytes, as the encoder sees them.
         seen: As `Seen`, [I, L, P] and [I, L, P, top], by group.
     """
 
@@ -128,7 +128,7 @@ def explore(probe: Probe, batches: Iterable[Batch]) -> Explored:
     """
     control = next((name for name in reversed(CONTROLS) if name in probe.groups), None)
     groups = [IMAGE, *([] if control is None else [probe.groups[control]])]
-    bank, items = bank_of(probe), []
+    bank, items = bank_of(probe), list[tuple[int, str, list[str], Tensor, dict[str, Seen]]]()
     training = probe.model.training
     probe.model.eval()
     for batch in batches:
@@ -144,19 +144,22 @@ def explore(probe: Probe, batches: Iterable[Batch]) -> Explored:
             for name, layers in seen.items()
         }  # [B, L, P] and [B, L, P, top]
         stacked = apply_to_collection(stacked, Tensor, lambda tensor: tensor.cpu())
-        pixels = probe.model.vision.transform.undo(batch.pixel_values.float().cpu())
+        colours = probe.model.vision.transform.undo(batch.pixel_values.float().cpu())
+        pixels = (255 * colours).round().byte()  # [B, 3, H, W]
         for i, index in enumerate(batch.index):
             own = apply_to_collection(stacked, Tensor, lambda tensor, i=i: tensor[i])
             items.append((index, batch.image_ids[i], batch.captions[i], pixels[i], own))
     probe.model.train(training)
     items = sorted(probe.gather(items), key=lambda item: item[0])
-    first = items[0][-1] if items else {}
+    seen_of = [item[-1] for item in items]
     return Explored(
         control,
-        *([item[part] for item in items] for part in (1, 2, 3)),
-        {
-            name: {field: torch.stack([item[-1][name][field] for item in items]) for field in of}
-            for name, of in first.items()
+        names=[item[1] for item in items],
+        captions=[item[2] for item in items],
+        pixels=[item[3] for item in items],
+        seen={
+            name: {field: torch.stack([seen[name][field] for seen in seen_of]) for field in of}
+            for name, of in (seen_of[0] if seen_of else {}).items()
         },
     )
 
@@ -180,6 +183,14 @@ class TokenTables(NamedTuple):
     neighbours: pd.DataFrame
 
 
+COLUMNS = {
+    "tokens": "layer token row column norm l0 fvu_text cos_start counted",
+    "latents": "layer token rank latent activation description density",
+    "lens": "layer token rank piece p",
+    "neighbours": "layer token rank word context text_layer cosine",
+}
+
+
 def token_tables(probe: Probe, found: dict[str, Seen], bank: Bank | None = None) -> TokenTables:
     """What `look` found of one image. `row` and `column` are those of a token's patch: none for CLS, and
     where tokens are no places in the image.
@@ -188,37 +199,32 @@ def token_tables(probe: Probe, found: dict[str, Seen], bank: Bank | None = None)
 
     height, width = probe.model.token_grid or (0, 0)
     before = probe.model.num_image_tokens - height * width
-    tables: dict[str, list[dict[str, Any]]] = {name: [] for name in TokenTables._fields}
-    tokenizer = probe.model.llm.tokenizer
+    decode = probe.model.llm.tokenizer.decode
+    rows: dict[str, list[tuple]] = {name: [] for name in COLUMNS}
     for name, of_layer in found.items():
+        layer, known = probe.layers[name], probe.descriptions.get(name)
         seen = {field: values[0].tolist() for field, values in of_layer.items()}
-        known = probe.descriptions.get(name)
+
+        def ranked(token: int, *fields: str, seen: dict[str, list] = seen) -> Iterable[tuple]:
+            entries = zip(*(seen[field][token] for field in fields), strict=True)
+            return ((rank, *entry) for rank, entry in enumerate(entries))
+
         for token in range(len(seen["norm"])):
-            key = {"layer": probe.layers[name], "token": token}
-            row, column = divmod(token - before, width) if token >= before and width else (None, None)
-            numbers = {field: seen[field][token] for field in ("norm", "l0", "fvu_text", "cos_start")}
-            place = {"row": row, "column": column}
-            tables["tokens"].append({**key, **place, **numbers, "counted": seen["counted"][token]})
-            for rank, (latent, activation) in enumerate(
-                zip(seen["latent"][token], seen["activation"][token], strict=True)
-            ):
+            place = divmod(token - before, width) if token >= before and width else (None, None)
+            numbers = (seen[field][token] for field in ("norm", "l0", "fvu_text", "cos_start", "counted"))
+            rows["tokens"].append((layer, token, *place, *numbers))
+            for rank, latent, activation in ranked(token, "latent", "activation"):
+                text = (
+                    (None, None) if known is None else (known.texts[latent], float(known.density[latent]))
+                )
                 if activation > 0:
-                    entry = {**key, "rank": rank, "latent": latent, "activation": activation}
-                    text, density = (None, None)
-                    if known is not None:
-                        text, density = known.texts[latent], float(known.density[latent])
-                    tables["latents"].append({**entry, "description": text, "density": density})
-            for rank, (piece, p) in enumerate(zip(seen["piece"][token], seen["p"][token], strict=True)):
-                text = tokenizer.decode([piece])
-                tables["lens"].append({**key, "rank": rank, "piece": text, "p": p})
-            if bank is not None:
-                for rank, (spot, cosine) in enumerate(
-                    zip(seen["place"][token], seen["cosine"][token], strict=True)
-                ):
-                    layer, at = divmod(spot, len(bank.contexts))
-                    word = {"word": bank.vocabulary[bank.word_of[at]], "context": bank.contexts[at]}
-                    nearest = {"text_layer": int(bank.layers[layer]), "cosine": cosine}
-                    tables["neighbours"].append({**key, "rank": rank, **word, **nearest})
-    frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
+                    rows["latents"].append((layer, token, rank, latent, activation, *text))
+            for rank, piece, p in ranked(token, "piece", "p"):
+                rows["lens"].append((layer, token, rank, decode([piece]), p))
+            for rank, spot, cosine in () if bank is None else ranked(token, "place", "cosine"):
+                number, at = divmod(spot, len(bank.contexts))
+                word = bank.vocabulary[bank.word_of[at]], bank.contexts[at], int(bank.layers[number])
+                rows["neighbours"].append((layer, token, rank, *word, cosine))
+    frames = {name: pd.DataFrame(rows[name], columns=of.split()) for name, of in COLUMNS.items()}
     frames["tokens"] = frames["tokens"].astype({"row": "Int64", "column": "Int64"})
     return TokenTables(**frames)

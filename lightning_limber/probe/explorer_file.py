@@ -99,7 +99,7 @@ def write_explorer(path: Path, probe: Probe, explored: Explored, rows: Sequence[
             for name, texts, pixels in zip(explored.names, explored.captions, explored.pixels, strict=True)
         ],
     }
-    packed = pack(head, _cut_controls(arrays))
+    packed = pack(head, cut_controls(arrays))
     write_whole(path, lambda part: part.write_bytes(packed))
 
 
@@ -159,12 +159,11 @@ def believed(rows: Sequence[Row], layers: Sequence[int], metric: str, control: s
     found = {(row.layer, row.group, row.metric): row for row in rows}
     answers = []
     for layer in layers:
-        own = found.get((layer, "image", metric))
-        chance = found.get((layer, "image", f"{metric}_chance"))
-        others = [1.0 if metric.endswith("lift") or chance is None else chance.value]
-        if control is not None and (row := found.get((layer, control, metric))) is not None:
-            others.append(row.value)
-        answers.append(own is not None and own.low > max(x for x in others if not math.isnan(x)))
+        own, chance = (found.get((layer, "image", name)) for name in (metric, f"{metric}_chance"))
+        level = 1.0 if metric.endswith("lift") or chance is None else chance.value
+        other = found.get((layer, control or "", metric))
+        is_less = own is not None and other is not None and own.low <= other.value
+        answers.append(own is not None and own.low > level and not is_less)
     return answers
 
 
@@ -193,7 +192,7 @@ def _renumber_latents(arrays: dict[str, np.ndarray], layers: int) -> list[np.nda
     return found
 
 
-def _cut_controls(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def cut_controls(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if arrays["image/norm"].size <= FULL_CONTROLS:
         return arrays
     lists = {name for name, values in arrays.items() if values.ndim == 4 and not name.startswith("image/")}
@@ -260,8 +259,7 @@ def _jpeg(pixels: Tensor) -> str:
     """A small picture in base64."""
     from PIL import Image
 
-    colours = (pixels.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().numpy()  # [H, W, 3]
-    picture, jpeg = Image.fromarray(colours), io.BytesIO()
+    picture, jpeg = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
     picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
     picture.save(jpeg, "JPEG", quality=75)
     return base64.b64encode(jpeg.getvalue()).decode()
