@@ -193,6 +193,7 @@ def _renumber_latents(arrays: dict[str, np.ndarray], layers: int) -> list[np.nda
 
 
 def cut_controls(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The first entry of each of a control's lists alone, where there are more than `FULL_CONTROLS`."""
     if arrays["image/norm"].size <= FULL_CONTROLS:
         return arrays
     lists = {name for name, values in arrays.items() if values.ndim == 4 and not name.startswith("image/")}
