@@ -221,7 +221,9 @@ def token_tables(probe: Probe, found: dict[str, Seen], bank: Bank | None = None)
                     rows["latents"].append((layer, token, rank, latent, activation, *text))
             for rank, piece, p in ranked(token, "piece", "p"):
                 rows["lens"].append((layer, token, rank, decode([piece]), p))
-            for rank, spot, cosine in () if bank is None else ranked(token, "place", "cosine"):
+            if bank is None:
+                continue
+            for rank, spot, cosine in ranked(token, "place", "cosine"):
                 number, at = divmod(spot, len(bank.contexts))
                 word = bank.vocabulary[bank.word_of[at]], bank.contexts[at], int(bank.layers[number])
                 rows["neighbours"].append((layer, token, rank, *word, cosine))
