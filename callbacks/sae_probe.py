@@ -23,6 +23,8 @@ from lightning_limber.data.collate import Batch
 from lightning_limber.models.frozen import fingerprint
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig
+from lightning_limber.probe.explorer import Explored, explore
+from lightning_limber.probe.explorer_file import write_explorer
 from lightning_limber.probe.figures import heatmap_figure, matrix_figure, patch_figure, probe_figure
 from lightning_limber.probe.finding import drawn_charts, headline
 from lightning_limber.probe.load import build_probe
@@ -84,10 +86,12 @@ class SAEProbe(pl.Callback):
     takes pictures and to ``figures/``.
     ``flops/probe`` is counted in the first probe.
     ``patches_epoch_{n}.jpg`` shows on which patches latents fire whose descriptions match the caption, at
-    the layer where `match` is highest.
+    the layer where `match` is highest. ``explorer_epoch_{n}.gz`` is what the
+    explorer of single image tokens in the report shows (explorer.py).
 
     Args:
         num_images: Held-out images to probe, spread over them by a hash: always the same.
+        explorer_images: The first so many of them are looked at token by token, for the report; 0: none.
         every_n_epochs: Epochs between two probes; 0 switches the probe off.
         before_training: Probe the untrained adapter too, as epoch 0: the control for what training adds.
         published_curves: Draw the curves of Venhoff et al. (Gemma 2 2B) beside the run's own, by
@@ -100,6 +104,7 @@ class SAEProbe(pl.Callback):
     def __init__(
         self,
         num_images: int = 256,
+        explorer_images: int = 12,
         every_n_epochs: int = 1,
         before_training: bool = True,
         published_curves: bool = False,
@@ -108,6 +113,7 @@ class SAEProbe(pl.Callback):
     ) -> None:
         self.config = ProbeConfig(**config)
         self.num_images = num_images
+        self.explorer_images = explorer_images
         self.every_n_epochs = every_n_epochs
         self.before_training = before_training
         self.published_curves = published_curves
@@ -225,6 +231,7 @@ class SAEProbe(pl.Callback):
         # The first is counted: it alone reads the captions without an image.
         counter = FlopCounter() if trainer.state.fn == "fit" and not self.history else None
         untrained = epoch > 0 and module.hparams["adapter_weights"] is None
+        explored = self._explore(trainer)
         with counter or nullcontext():
             report = self.probe.run(
                 Batches(trainer, self.num_images, "Probing"),
@@ -262,6 +269,8 @@ class SAEProbe(pl.Callback):
             write_panels(self.probe.panels, files)
             arrays = arrays_by_image(report.by_image, report.images)
             add_arrays(images_file(files, epoch), "probe", arrays)
+            if explored is not None and explored.names:
+                write_explorer(files / f"explorer_epoch_{epoch}.gz", self.probe, explored, report.rows)
         log_table(trainer, "probe/rows", frame(report.rows).astype({"layer": float}))
         self._log_figures(trainer, module, epoch, label, report)
         if patches is not None:
@@ -291,6 +300,16 @@ class SAEProbe(pl.Callback):
             images = min(self.intervention_images, num_images)
             title = f"Image tokens through the SAEs of other layers. {images} held-out images, {label}"
             log_figure(trainer, f"probe/{name}", matrix_figure(layers, tables, title), epoch)
+
+    def _explore(self, trainer: pl.Trainer) -> Explored | None:
+        count = min(self.explorer_images, self.num_images)
+        if not count:
+            return None
+        with self.probe.clock("explorer"):
+            # Each process needs an image.
+            return explore(
+                self.probe, Batches(trainer, max(count, trainer.world_size), "Looking at tokens")
+            )
 
     def _matching_patches(
         self, trainer: pl.Trainer, module: pl.LightningModule, rows: list[Row]

@@ -6,6 +6,7 @@ model = load("runs/default")
 model.caption("cat.png")
 model.probe(images, captions)
 model.features("cat.png", layer=18)
+model.tokens("cat.png").lens
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from lightning_limber.models.generation import Decoding
 from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig, in_present_form
+from lightning_limber.probe.explorer import TokenTables, look, token_tables
 from lightning_limber.probe.load import build_probe
+from lightning_limber.probe.metrics.neighbours import make_bank
 from lightning_limber.probe.passes import Probe
 from lightning_limber.probe.tables import frame
 from lightning_limber.utils.adapter_config import upgrade_adapter
@@ -222,6 +225,20 @@ class TrainedModel:
             rows.append((token, *place, k, float(values[token, latent]), *text))
         columns = ["token", "row", "column", "latent", "activation", "description", "density"]
         return pd.DataFrame(rows, columns=columns).astype({"row": "Int64", "column": "Int64"})
+
+    def tokens(self, image: Image | str | Path, texts: Sequence[str] = ()) -> TokenTables:
+        """What each layer makes of each image token: norms, latents, logit lens and nearest text.
+
+        Args:
+            image: A picture or its path.
+            texts: Captions among whose words the nearest are sought; without any there are no neighbours.
+
+        Returns:
+            Four tidy data frames, `tokens`, `latents`, `lens` and `neighbours` (probe/explorer.py).
+        """
+        bank = make_bank(self._probe, texts) if texts else None
+        found = look(self._probe, self.model.opening(1), self._image_tokens(image), bank)
+        return token_tables(self._probe, found, bank)
 
     @property
     def layers(self) -> list[int]:

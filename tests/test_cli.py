@@ -103,7 +103,7 @@ def test_options_are_frozen(parse):
         *(f"model.{name}" for name in "cache_features held_out_features_gb compile_llm shard_llm".split()),
         *(f"probe.{name}" for name in "sae_release sae_id layers num_images every_n_epochs".split()),
         *(f"probe.{name}" for name in "sanity_check metrics intervention_images outlier_factor".split()),
-        *(f"probe.{name}" for name in "seed text_tokens log before_training".split()),
+        *(f"probe.{name}" for name in "seed text_tokens log explorer_images before_training".split()),
         *(f"probe.{name}" for name in "bootstrap_samples descriptions top_latents knn".split()),
         *(f"probe.{name}" for name in "max_image_share max_text_density lens_top_k".split()),
         *(f"probe.{name}" for name in "detector_auroc published_curves sae_memory_gb".split()),

@@ -240,42 +240,54 @@ class Probe:
         self.clock.seconds.clear()
         return Report(rows, data.tables, data.matrices, seconds, data.by_image, names)
 
-    @torch.no_grad()
     def latents(
         self,
         image_tokens: ImageTokens,
         read: Callable[[str, Tensor], None],
         names: Iterable[str] | None = None,
     ) -> None:
-        """Hands what the SAEs find in image tokens to ``read(hook name, latents [B, P, K])``.
+        """Hands image tokens' latents to ``read(hook name, latents [B, P, K])``, as `read_image`: NaN at
+        tokens that are never counted. Keep little of what `read` is given.
+        """
+        shape = image_tokens.tokens.shape[:2]
 
-        Latents are NaN at image tokens that are never counted. Layers below the one where they enter have
-        none.
+        def look(name: str, residual: Tensor, keep: Tensor) -> None:
+            with torch.autocast(residual.device.type, enabled=False):
+                found = self.encoders[name](residual.float()).to_dense()  # [B * P, K]
+            read(name, found.masked_fill(~keep[:, None], torch.nan).unflatten(0, shape))
+
+        self.read_image(self.model.opening(len(image_tokens)), image_tokens, look, names)
+
+    @torch.no_grad()
+    def read_image(
+        self,
+        sequences: Sequences,
+        image_tokens: ImageTokens,
+        read: Callable[[str, Tensor, Tensor], None],
+        names: Iterable[str] | None = None,
+    ) -> None:
+        """Hands image tokens at each layer to ``read(hook name, residual [B * P, D], keep [B * P])``.
 
         Args:
-            image_tokens: Of B images, on the model's device.
-            read: Called once for each layer; keep little of what it is given.
+            sequences: A sequence for each of the B images, on the model's device.
+            image_tokens: On the model's device.
+            read: Called for each layer from theirs on; `keep` is false at tokens that are never counted.
             names: Hook names; None: all.
         """
         chosen = {name: self.saes[name] for name in self.hooks_of(IMAGE, names)}
         training = self.model.training
         self.model.eval()
         with self.context():
-            opening, shape = self.model.opening(len(image_tokens)), image_tokens.tokens.shape[:2]
-            positions = opening.image_positions  # [B * P]
-            counted = opening.position_ids.flatten()[positions] > 0
+            positions = sequences.image_positions  # [B * P]
+            behind_first = sequences.position_ids.flatten()[positions] > 0
 
             def look(name: str, residual: Tensor) -> None:
-                x = residual.flatten(0, 1).index_select(0, positions).float()  # [B * P, D]
-                with torch.autocast(x.device.type, enabled=False):
-                    found = self.encoders[name](x).to_dense()  # [B * P, K]
-                never = ~(self.keep(name, x) & counted)
-                found = found.masked_fill(never[:, None], torch.nan)
-                read(name, found.unflatten(0, shape))
+                selected = residual.flatten(0, 1).index_select(0, positions)
+                read(name, selected, self.keep(name, selected.float()) & behind_first)
 
             for chunk in chunks_on_device(chosen, self.model.device, self.config.sae_memory_gb):
                 with self.model.llm.residual_hooks({name: partial(look, name) for name in chunk}):
-                    self.model.decode(opening, image_tokens)
+                    self.model.decode(sequences, image_tokens)
         self.model.train(training)
 
     def encode(self, hook: str, x: Tensor) -> tuple[Tensor, Tensor]:

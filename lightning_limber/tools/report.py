@@ -5,8 +5,8 @@ Several runs are also compared as text, on the standard output.
 The file holds its data and its script and asks nothing of the network. It is made from what a run leaves in
 its folder: ``probe.csv``, ``probe_panels.json``, ``validation.csv``, ``captions.csv``,
 ``captions_baselines.json``, ``captions_epoch_*.jsonl``, ``detectors_epoch_*.csv``,
-``patches_epoch_*.jpg``, ``images_epoch_*.npz``, ``config.yaml``, ``run.json`` and the event files of
-TensorBoard; no torch is loaded.
+``patches_epoch_*.jpg``, ``explorer_epoch_*.gz``, ``images_epoch_*.npz``, ``config.yaml``, ``run.json`` and
+the event files of TensorBoard; no torch is loaded.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lightning_limber.probe import palette
 from lightning_limber.probe.finding import Chart, charts
 from lightning_limber.probe.tables import Row
 from lightning_limber.tools.compare import Interval, Run, by_seed, comparison, differences
+from lightning_limber.tools.explorer_section import explorer_section
 from lightning_limber.tools.seeds import merged
 from lightning_limber.utils.adapter_config import upgrade_adapter
 from lightning_limber.utils.commands import Parser
@@ -83,7 +84,9 @@ def render(runs: list[Run]) -> str:
     # A caption may hold "</script>"; an escaped slash is the same JSON.
     text = json.dumps(plain(data), separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
     title = html.escape(", ".join(run["name"] for run in shown))
-    return template.replace("{{TITLE}}", title, 1).replace("{{DATA}}", text, 1)
+    explorer = explorer_section((run["name"], run["folder"]) for run in shown)
+    page = template.replace("{{EXPLORER}}", explorer, 1)
+    return page.replace("{{TITLE}}", title, 1).replace("{{DATA}}", text, 1)
 
 
 def tell_apart(runs: Sequence[Run]) -> None:

@@ -102,6 +102,7 @@ RANGES: dict[str, Range] = {
     "model.optimizer.betas": from_below(0, 1),
     "probe.layers": at_least(0, ", at least one layer, or null for every layer that has an SAE"),
     "probe.num_images": at_least(1, " (probe.every_n_epochs 0 switches the probe off)"),
+    "probe.explorer_images": at_least(0, " (0 switches the explorer off)"),
     "probe.every_n_epochs": at_least(0, " (0 switches the probe off)"),
     "probe.sae_memory_gb": above(0, ", or null for no limit"),
     "probe.intervention_images": at_least(1),

@@ -281,6 +281,27 @@ def test_features(run, tmp_path):
         model.features(image, layer=1)
 
 
+def test_tokens(run, tmp_path):
+    """The strongest latents are `features`, at every layer, and what is near is a word of the texts."""
+    (image,) = pictures(tmp_path, 1)
+    model = load(run, "cpu")
+    found = model.tokens(image, ["a small red circle above a blue square .", "a cat"])
+    assert found.tokens[["layer", "token"]].values.tolist() == [[i, t] for i in (0, 2) for t in range(4)]
+    assert found.tokens.row.tolist() == 2 * [0, 0, 1, 1]
+    kept = found.tokens.set_index(["layer", "token"]).counted
+    for layer in (0, 2):
+        latents = found.latents[found.latents.layer == layer]
+        latents = latents[[kept[layer, token] for token in latents.token]].reset_index(drop=True)
+        features = model.features(image, layer, top=5)[latents.columns.drop(["layer", "rank"])]
+        pd.testing.assert_frame_equal(latents.drop(columns=["layer", "rank"]), features)
+    assert (found.lens.groupby(["layer", "token"]).p.sum() <= 1).all()
+    assert set(found.neighbours.word) <= {"small", "red", "circle", "above", "blue", "square", "cat"}
+    assert found.neighbours.groupby(["layer", "token"]).cosine.is_monotonic_decreasing.all()
+    alone = model.tokens(image)
+    assert alone.neighbours.empty
+    pd.testing.assert_frame_equal(alone.tokens, found.tokens)
+
+
 def test_the_precision_is_the_runs(run, fit, tmp_path):
     pictures(tmp_path / "some", 3)
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)

@@ -62,6 +62,8 @@ class Place(NamedTuple):
     word: str
     text: int
     token: int
+    end: int = 0
+    """Place in the text behind the word's last letter."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Bank:
         vocabulary: [W] words.
         word_of: [T] word of each token.
         contexts: [T] the text that it stands in.
+        ends: [T] place in that text behind the word's last letter.
         layers: [L] layers of the LLM.
         directions: [L, T, D] float32 residual streams of length 1.
         deviations: [L, T, D] the same less the layer's mean. Its product with a token ranks a layer's text
@@ -81,6 +84,7 @@ class Bank:
     vocabulary: list[str]
     word_of: Tensor
     contexts: list[str]
+    ends: list[int]
     layers: Tensor
     directions: Tensor
     deviations: Tensor
@@ -95,6 +99,7 @@ class Bank:
             vocabulary,
             torch.tensor([column[place.word] for place in places]),
             [texts[place.text] for place in places],
+            [place.end for place in places],
             torch.tensor(list(directions)),
             stacked,
             stacked - stacked.mean(1, keepdim=True),
@@ -117,6 +122,21 @@ class Bank:
         token = torch.stack(found, dim=-1).gather(-1, layer)
         return (layer * len(self.contexts) + token)[:, 0]
 
+    def nearest_words(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` words that are nearest to each token [n, D], each where it is nearest: places
+        [n, count] as of `nearest`, and cosines [n, count].
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            x = normalize(x, dim=-1)
+            cosines, layer = torch.stack([x @ at.T for at in self.directions]).max(0)  # [n, T] each
+        word_of = self.word_of.to(x.device)
+        of_words = x.new_full((len(x), len(self.vocabulary)), -2.0)
+        of_words = of_words.scatter_reduce(1, word_of.expand_as(cosines), cosines, "amax")  # [n, W]
+        nearest, word = of_words.topk(min(count, len(self.vocabulary)), dim=-1)
+        others = word_of != word[..., None]  # [n, count, T]
+        token = cosines[:, None].masked_fill(others, -2.0).max(-1).indices
+        return layer.gather(-1, token) * len(self.contexts) + token, nearest
+
 
 def word_places(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[Place]]:
     """Token ids of each text, and its content words' last tokens, at most `MAX_TOKENS`.
@@ -137,7 +157,7 @@ def word_places(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], 
         for word, end in words.content_spans(texts[text]):
             token = next((i for i, reached in enumerate(ends) if reached >= end), 0)
             if token and seen[word] < MAX_CONTEXTS:
-                found.append((seen[word], Place(word, text, token)))
+                found.append((seen[word], Place(word, text, token, end)))
                 seen[word] += 1
     found.sort(key=lambda item: item[0])
     return ids, [place for _, place in found[:MAX_TOKENS]]

@@ -165,6 +165,22 @@ def test_the_nearest_token_is_found(dtype):
     assert lost.max() < 1e-3
 
 
+def test_the_nearest_words_are_found():
+    """Each word where it is nearest, in the order of the cosines; the first is the nearest token."""
+    world = World(0)
+    x = world.normal(20, D)
+    places, cosines = world.bank.nearest_words(x, 3)
+    assert torch.equal(places[:, 0], world.bank.nearest(x))
+    every = unit_rows(x) @ world.bank.directions.flatten(0, 1).T  # [n, L * T]
+    word_of = world.bank.word_of.repeat(LAYERS)
+    for row, (of_row, found) in enumerate(zip(every, places, strict=True)):
+        best = {w: float(of_row[word_of == w].max()) for w in range(VOCABULARY)}
+        expected = sorted(best, key=lambda w: best[w], reverse=True)[:3]
+        assert word_of[found].tolist() == expected
+        torch.testing.assert_close(of_row[found], torch.tensor([best[w] for w in expected]))
+        torch.testing.assert_close(cosines[row], of_row[found])
+
+
 def test_tokens_of_the_own_words_reach_the_ceiling():
     world = World(1)
     found = world.lift(world.own_tokens(), world.said)
