@@ -212,9 +212,9 @@ def patch_figure(
         rows: Of the same probe; its `match` at the layer and what chance gives stand beside the pictures.
     """
     columns = 1 + max([1, *map(len, maps)])
-    height = 3.5 * max(1, len(images))
-    figure = new_figure(3.4 * columns, height + 0.4)
-    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 1.1 / height, bottom=0.01, hspace=0.3)
+    height = 0.5 + 3.5 * max(1, len(images))  # Inches, of which the title takes half of one.
+    figure = new_figure(3.4 * columns, height)
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 1.25 / height, bottom=0.01, hspace=0.3)
     axes = np.atleast_2d(figure.subplots(max(1, len(images)), columns))[: len(images)]
     for row, image, caption, found in zip(axes, images, captions, maps, strict=True):
         for axis in row:
@@ -240,5 +240,5 @@ def patch_figure(
         shares = (said["match"], said["match_chance"])
         texts = (f"{row.metric} {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in shares)
         title += f"\nof all probed images: {', '.join(texts)}"
-    figure.suptitle(title, x=0.01, ha="left")
+    figure.suptitle(title, x=0.01, y=1 - 0.1 / height, ha="left", va="top")
     return as_written(figure)
