@@ -34,9 +34,7 @@ from pathlib import Path
 from subprocess import DEVNULL, Popen
 from typing import Any
 
-import yaml
-
-from lightning_limber.tools.grid_file import Grid, Settings, read_grid
+from lightning_limber.tools.grid_file import Grid, Settings, read_grid, with_newer, without_own
 from lightning_limber.utils.commands import COMMANDS, Parser, program
 from lightning_limber.utils.files import in_words, write_text
 from lightning_limber.utils.run_lock import hold_run, release_run
@@ -176,11 +174,13 @@ class Work:
     def show(self) -> None:
         """Prints what is done, and the commands of what is not."""
         for arm in self.grid.arms:
-            runs = [*self.search(arm).values(), *self.main(arm)]
-            for run in runs:
+            tried = [run for run in self.search(arm).values() if run.is_over]
+            for run in (*tried, *self.pending(arm), *self.main(arm)):
                 print(f"done: {run.folder}" if run.is_over else shown(run.command))
             if not self.main(arm):
-                print(f"then {arm} with the chosen value and seeds {self.grid.seeds}")
+                print(
+                    f"then {arm} with further values, and with the chosen one and seeds {self.grid.seeds}"
+                )
 
     def main(self, arm: str) -> list[Run]:
         """An arm's runs, one a seed; none before its value is chosen."""
@@ -293,7 +293,9 @@ class Work:
         from lightning_limber.utils.checkpoints import differences
 
         wanted = self.config_of(run, str(run.folder))
-        if lines := differences(without_own(kept.read_text(encoding="utf-8")), wanted, ""):
+        plain = self.config_of(Run(self.grid.folder, self.grid.config, {}, 0), "config")
+        there = with_newer(without_own(kept.read_text(encoding="utf-8")), wanted, plain)
+        if lines := differences(there, wanted, ""):
             lines = [line.removeprefix(".").replace("in the checkpoint", "there") for line in lines]
             raise ValueError(
                 f"{run.folder} was made with other settings:\n  "
@@ -376,14 +378,6 @@ def are_numbers(values: Collection[Any]) -> bool:
 def edges(values: Collection[Any]) -> tuple[Any, ...]:
     """The least and the greatest of numbers; of anything else none."""
     return (min(values), max(values)) if are_numbers(values) else ()
-
-
-def without_own(text: str) -> Settings:
-    """A config without what every run of a grid has of its own."""
-    config = yaml.safe_load(text)
-    config.pop("seed_everything", None)
-    config["trainer"].pop("logger", None)
-    return config
 
 
 def shown(command: list[str]) -> str:

@@ -131,3 +131,32 @@ def check_settings(file: Path, where: str, settings: Any) -> None:
             raise ValueError(
                 f"{file}: {where}: '{name}' is the grid's own: each run has a seed and a folder."
             )
+
+
+# -- configs of runs ----------------------------------------------------------------------------------
+
+
+def without_own(text: str) -> Settings:
+    """A config without what every run of a grid has of its own."""
+    config = yaml.safe_load(text)
+    config.pop("seed_everything", None)
+    config["trainer"].pop("logger", None)
+    return config
+
+
+def with_newer(there: Settings, wanted: Settings, plain: Settings) -> Settings:
+    """A run's config with those settings that its version did not have yet and that nobody has asked for.
+
+    Args:
+        there: The config.
+        wanted: What the grid would give the run now.
+        plain: What it would have without the grid's own settings.
+    """
+    found = dict(there)
+    for name, value in wanted.items():
+        if name not in there and name in plain and plain[name] == value:
+            found[name] = value
+        elif isinstance(value, dict) and isinstance(there.get(name), dict):
+            inner = plain.get(name)
+            found[name] = with_newer(there[name], value, inner if isinstance(inner, dict) else {})
+    return found

@@ -147,6 +147,17 @@ def test_a_grid_from_start_to_end(models, run_grid, capsys):
     assert (root / "README.md").read_text() == page
     run_grid(file, "--dry_run")
     assert capsys.readouterr().out.count("done: ") == 8
+    # A run of a version that lacked a setting is still the grid's, unless the grid sets it.
+    kept = root / "linear/seed_0/config.yaml"
+    config = yaml.safe_load(kept.read_text())
+    assert config["probe"].pop("knn") == 10
+    kept.write_text(yaml.safe_dump(config))
+    assert run_grid(file) == []
+    with pytest.raises(
+        ValueError, match=r"linear/seed_0 was made with other settings:\n  probe.knn: 'unset'"
+    ):
+        run_grid(write_grid(models, set=yaml.safe_load(file.read_text())["set"] | {"probe.knn": 9}))
+    write_grid(models)
     # An endpoint may change afterwards, and what was asked wrongly is named.
     with pytest.raises(
         ValueError, match="no run has probe/nieghbour_lift@2. Measured are .*neighbour_lift"
