@@ -231,7 +231,6 @@ class SAEProbe(pl.Callback):
         # The first is counted: it alone reads the captions without an image.
         counter = FlopCounter() if trainer.state.fn == "fit" and not self.history else None
         untrained = epoch > 0 and module.hparams["adapter_weights"] is None
-        explored = self._explore(trainer)
         with counter or nullcontext():
             report = self.probe.run(
                 Batches(trainer, self.num_images, "Probing"),
@@ -240,6 +239,9 @@ class SAEProbe(pl.Callback):
                 same_captions=trainer.state.fn == "fit",  # `validate` may be given other data.
                 start=self.history.get(0, ()) if untrained else (),
             )
+        explored = self._explore(trainer)
+        report.seconds.update(self.probe.clock.seconds)
+        self.probe.clock.seconds.clear()
         self.history[epoch] = report.rows
         own = [
             panel.metric
