@@ -91,13 +91,13 @@ class SAEProbe(pl.Callback):
 
     Args:
         num_images: Held-out images to probe, spread over them by a hash: always the same.
-        explorer_images: The first so many of them are looked at token by token, for the report; 0: none.
+        explorer_images: As many of them are shown token by token in the report.
         every_n_epochs: Epochs between two probes; 0 switches the probe off.
-        before_training: Probe the untrained adapter too, as epoch 0: the control for what training adds.
+        before_training: Probe the untrained adapter too, as epoch 0: a control.
         published_curves: Draw the curves of Venhoff et al. (Gemma 2 2B) beside the run's own, by
             relative depth.
-        log: Numbers that loggers get: ``overview``, those of a first look at five layers, or ``all``. The
-            tables, the figures and the report have all of them either way.
+        log: Numbers that loggers get: ``overview``, a first look at five layers, or ``all``, as tables,
+            figures and the report have them.
         config: See `ProbeConfig`.
     """
 
@@ -240,8 +240,7 @@ class SAEProbe(pl.Callback):
                 start=self.history.get(0, ()) if untrained else (),
             )
         explored = self._explore(trainer)
-        report.seconds.update(self.probe.clock.seconds)
-        self.probe.clock.seconds.clear()
+        report.seconds.update(self.probe.clock.take())
         self.history[epoch] = report.rows
         own = [
             panel.metric

@@ -111,7 +111,6 @@ class Probe:
         self.context, self.gather, self.texts = context, gather, texts
         self.clock = Clock()
         self.noted = False
-        """Whether notes were printed: once is enough."""
         if not self.hooks_of(IMAGE):
             raise ValueError(
                 f"model.entry.layer={model.entry.config.layer}: no SAE reads behind it; they are at layers "
@@ -231,14 +230,12 @@ class Probe:
                     known = (estimate.layer, estimate.group) not in empty or estimate.metric in COUNTS
                     value = estimate.value if known else nan_like(estimate.value)
                     data.estimates.append(estimate._replace(value=value))
-        for note in data.notes if not self.noted else ():
+        for note in data.notes if not self.noted else ():  # Once is enough.
             rank_zero_info(f"[probe] {note}")
         self.noted = True
         rows = [row for estimate in data.estimates for row in estimate.rows()]
         names = [image.name for image in data.images]
-        seconds = dict(self.clock.seconds)
-        self.clock.seconds.clear()
-        return Report(rows, data.tables, data.matrices, seconds, data.by_image, names)
+        return Report(rows, data.tables, data.matrices, self.clock.take(), data.by_image, names)
 
     def latents(
         self,

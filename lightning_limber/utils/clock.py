@@ -25,3 +25,9 @@ class Clock:
         spent = time.perf_counter() - start
         self.seconds[name] += spent - self._inside
         self._inside = before + spent
+
+    def take(self) -> dict[str, float]:
+        """The seconds by name since the last call."""
+        taken = dict(self.seconds)
+        self.seconds.clear()
+        return taken
