@@ -74,10 +74,14 @@ def overview(rows: Sequence[Row], own: Collection[str] = ()) -> list[Row]:
 
     Args:
         rows: Of one probe.
-        own: Metrics of a user's own, of which image tokens are shown.
+        own: Metrics of a user's own, which are shown of all groups.
     """
-    shown, layers = OVERVIEW | dict.fromkeys(own, ("image",)), (None, *overview_layers(rows))
-    return [row for row in rows if row.group in shown.get(row.metric, ()) and row.layer in layers]
+    layers = (None, *overview_layers(rows))
+    return [
+        row
+        for row in rows
+        if row.layer in layers and (row.metric in own or row.group in OVERVIEW.get(row.metric, ()))
+    ]
 
 
 def arrays_by_image(by_image: Mapping[tuple[str, str, int], Any], names: Sequence[str]) -> dict[str, Any]:

@@ -37,7 +37,6 @@ from typing import Any
 from lightning_limber.tools.grid_file import Grid, Settings, read_grid, with_newer, without_own
 from lightning_limber.utils.commands import COMMANDS, Parser, program
 from lightning_limber.utils.files import in_words, write_text
-from lightning_limber.utils.run_lock import hold_run, release_run
 
 ReadSettings = Callable[[list[str]], str]
 """A command's arguments -> its whole config as YAML."""
@@ -144,6 +143,8 @@ class Work:
         if dry_run:
             self.show()
             return
+        from lightning_limber.utils.run_lock import release_run  # It imports torch.
+
         with self.passing_signals_on():
             while left := self.left():
                 if claimed := next(filter(self.claim, left), None):
@@ -305,6 +306,8 @@ class Work:
 
     def claim(self, run: Run) -> bool:
         """Takes a run for this process; False where another has it or has ended it."""
+        from lightning_limber.utils.run_lock import hold_run, release_run
+
         try:
             hold_run(run.folder, GRID_LOCK)
             hold_run(run.folder)  # A run outlives a grid that is killed.

@@ -394,7 +394,8 @@ def test_test_scores_the_test_part_and_leaves_validation_alone(fit, models, tmp_
     # In the same folder, from Python.
     found = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0]
     names = ("loss", "loss_shuffled", "perplexity", "accuracy")
-    assert set(found) == {f"test/{name}" for name in names}
+    ends = {f"interval/test/loss/{end}" for end in ("low", "high")}
+    assert set(found) == {f"test/{name}" for name in names} | ends
     assert {path: path.read_bytes() for path in files} == files
     assert callback(cli, "CaptionSamples").history == history
     test_set = cli.datamodule.test_dataset()
