@@ -112,6 +112,7 @@ def test_rows_with_intervals_are_in_the_table(run):
 def test_tensorboard_has_its_curves(run):
     log = events(run)
     for layer in (0, 2):
+        assert log.Scalars(f"l0_strong/text/layer_{layer:02d}")
         tag = f"l0_strong/image/layer_{layer:02d}"
         assert [event.step for event in log.Scalars(tag)] == [0, 4, 8]
         l0 = log.Scalars(f"l0/image/layer_{layer:02d}")
@@ -212,6 +213,7 @@ def test_everything_that_a_metric_can_ask_for(fit, tmp_path, monkeypatch):
     (tmp_path / "full_metric.py").write_text(FULL)
     monkeypatch.syspath_prepend(tmp_path)
     flags = ["--probe.metrics=[full_metric.Everything]", "--trainer.max_steps=1", "--captions.num_images=0"]
+    flags += ["--probe.log=all"]
     cli = fit(*flags, probe=True, figures=True)
     folder, model, probe = Path(cli.trainer.log_dir), cli.model, sae_probe(cli).probe
     table = pd.read_csv(folder / "probe.csv")
