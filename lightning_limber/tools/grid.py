@@ -151,7 +151,7 @@ class Work:
                     self.execute(claimed)
                     release_run(claimed.folder, GRID_LOCK)
                 else:  # Others do what is left: wait for their ends.
-                    time.sleep(1)
+                    time.sleep(5)
                 self.end_if_stopped()
             self.write_page()
         if self.failed:
