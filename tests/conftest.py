@@ -75,3 +75,16 @@ def parse(monkeypatch, capsys):
         return int(stop.value.code or 0), output.out + output.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium's page; what uses it is skipped where there is none."""
+    from browser import Page, find_chromium
+
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip("no Chromium was found: .ci/run installs one where it can")
+    page = Page(executable)
+    yield page
+    page.close()

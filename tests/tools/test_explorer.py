@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from browser import Page, find_chromium
+from browser import Page
 from explorer_data import write_explorer_data
 
 from lightning_limber.tools.explorer_section import SMALL, explorer_section
@@ -66,16 +66,6 @@ def test_names_and_captions_close_no_script(tmp_path):
 
 
 # -- in a browser ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    executable = find_chromium()
-    if executable is None:
-        pytest.skip("no Chromium was found: .ci/run installs one where it can")
-    page = Page(executable)
-    yield page
-    page.close()
 
 
 @pytest.fixture(scope="module")
