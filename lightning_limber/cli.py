@@ -90,6 +90,8 @@ class LimberCLI(LightningCLI):
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
+        if subcommand not in sys.argv[1:]:  # Its options take a tenth of a second, and nobody asks for them.
+            return self.init_parser()
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.usage = f"{program()} {subcommand} [--config FILE ...] [--OPTION VALUE ...]"
         parser.description = f"{COMMANDS[subcommand]} {LAYERS}"
