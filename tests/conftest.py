@@ -46,15 +46,15 @@ def fit(models, monkeypatch):
 
     Without `figures` none is drawn: they are most of a tiny run's time.
     """
-    from lightning_limber.callbacks import captions, run_record, sae_probe
+    from process import drawing
+
     from lightning_limber.cli import main
 
     def run(
         *args: str, command: str = "fit", base: bool = True, probe: bool = False, figures: bool = False
     ):
-        for module in (captions, run_record, sae_probe):
-            for name in [] if figures else [n for n in vars(module) if n.endswith("_figure")]:
-                monkeypatch.setattr(module, name, lambda *args: None)
+        for module, name in [] if figures else drawing():
+            monkeypatch.setattr(module, name, lambda *args: None)
         flags = tiny.arguments(models, probe) if base else []
         monkeypatch.setattr(sys, "argv", ["lightning_limber"])
         return main([command, *flags, *map(str, args)])

@@ -57,34 +57,24 @@ def test_a_config_that_names_its_data_is_laid_over_base_alone(tmp_path, parse):
     assert found["model"]["optimizer"]["lr"] == 2e-3
 
 
-PROBE = """
-import resource, sys, time
-import torch, lightning.pytorch
-start = time.process_time()
+HELP = """
+import sys
 from lightning_limber.cli import main
-try:
-    main({args})
-except SystemExit:
-    pass
-assert "sae_lens" not in sys.modules, "imported what it does not need"
-print("CPU", time.process_time() - start)
+for args in (["fit", "--help"], ["fit", "--print_config"], ["plan", "--help"], ["--help"]):
+    try:
+        main(args)
+    except SystemExit as stop:
+        assert not stop.code, args
+    assert "sae_lens" not in sys.modules, args
 """
 
 
-@pytest.mark.parametrize(
-    "args", [["fit", "--help"], ["fit", "--print_config"], ["plan", "--help"], ["--help"]]
-)
-def test_help_needs_no_weights_and_no_sae_lens(args, tmp_path):
+def test_help_needs_no_weights_and_no_sae_lens(tmp_path):
     """Any download or conversion would land in the empty cache."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE.format(args=args)],
-        text=True,
-        capture_output=True,
-        env={**os.environ, "LIGHTNING_LIMBER_CACHE": str(tmp_path / "cache")},
-    )
+    env = {**os.environ, "LIGHTNING_LIMBER_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", HELP], text=True, capture_output=True, env=env)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "cache").exists()
-    assert "CPU" in done.stdout
 
 
 def test_options_are_frozen(parse):

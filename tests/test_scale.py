@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from process import HELPERS, run_cli
+from process import HELPERS, free_port, run_cli
 from sharding import compare_with_its_parts
 
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
@@ -80,8 +80,9 @@ def runs(models, tmp_path_factory) -> dict[str, Path]:
     roots = {}
     for name, flags in {"one": [], "ddp": DDP, "sharded": [*DDP, "--model.shard_llm=true"]}.items():
         roots[name] = tmp_path_factory.mktemp(name)
+        processes = 2 if flags else 1
         flags = [*tiny.arguments(models), "--probe.log=all", "--trainer.max_steps=8", *flags, callbacks()]
-        done = run_cli("fit", *flags, cwd=roots[name], env=HELPERS)
+        done = run_cli("fit", *flags, cwd=roots[name], env=HELPERS, processes=processes)
         assert done.returncode == 0, done.stdout
     return roots
 
@@ -156,33 +157,12 @@ def slurm_job(root: Path, flags: list[str], tasks: int = 1, **env: str) -> list[
     scontrol.chmod(0o755)
     job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "limber", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
     job |= {"SLURM_NTASKS": str(tasks), "SLURM_NTASKS_PER_NODE": str(tasks)}
-    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **env}
-    job |= {"PATH": f"{tools}:{os.environ['PATH']}", **HELPERS}
-    command = [sys.executable, "-m", "lightning_limber", "fit", *flags]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=root,
-            env={**os.environ, **job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(tasks)
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, output
+    job |= {"PATH": f"{tools}:{os.environ['PATH']}", **HELPERS, **env}
+    job |= {"SLURM_PROCID": "{rank}", "SLURM_LOCALID": "{rank}"}
+    done = run_cli("fit", *flags, cwd=root, env=job, processes=tasks)
+    assert done.returncode == 0, done.stdout
     log = root / "scontrol.log"
     return log.read_text().splitlines() if log.exists() else []
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def preempted(step: int, rank: int = 0) -> str:

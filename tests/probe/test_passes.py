@@ -207,7 +207,7 @@ def test_two_processes_are_one(models, tmp_path):
         root.mkdir()
         flags = [*tiny.arguments(models), "--trainer.max_steps=8", f"--trainer.devices={devices}"]
         flags += ["--probe.log=all", *(["--trainer.strategy=ddp"] if devices == 2 else [])]
-        done = run_cli("fit", *flags, cwd=root)
+        done = run_cli("fit", *flags, cwd=root, processes=devices)
         assert done.returncode == 0, done.stdout
         logs.append(events(root / "runs/default/version_0"))
     one, two = logs

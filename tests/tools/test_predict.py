@@ -179,7 +179,7 @@ def test_two_processes_write_the_same(run, tmp_path):
     args = [f"--ckpt_path={run}", "--images", "some", "--latents=true", "--data.val_batch_size=2"]
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--output=two.jsonl"]
     for more in ([], two):
-        done = run_cli("predict", *args, *more)
+        done = run_cli("predict", *args, *more, processes=2 if more else 1)
         assert done.returncode == 0, done.stdout
         assert "6 images" in done.stdout
         assert "1 could not be read: some/2b.png" in done.stdout
