@@ -246,7 +246,7 @@ def test_torchrun(runs, models, tmp_path, nodes):
         for node in range(nodes)
     ]
     for launch in launches:
-        output, _ = launch.communicate(timeout=200)
+        output, _ = launch.communicate(timeout=500)
         assert launch.returncode == 0, output
     assert_same_batches(runs["ddp"], tmp_path, 2)
     assert_same_adapter(runs["ddp"], tmp_path)

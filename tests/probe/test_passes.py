@@ -44,7 +44,7 @@ def run(models, tmp_path_factory) -> Path:
     """A finished run of two epochs with the probe on."""
     root = tmp_path_factory.mktemp("run")
     flags = ["--trainer.max_steps=8", "--probe.log=all"]
-    done = run_cli("fit", *tiny.arguments(models), *flags, cwd=root)
+    done = run_cli("fit", *tiny.arguments(models), *flags, cwd=root, figures=True)
     assert done.returncode == 0, done.stdout
     return root / "runs/default/version_0"
 
