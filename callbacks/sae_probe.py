@@ -24,7 +24,7 @@ from lightning_limber.models.frozen import fingerprint
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.explorer import Explored, explore
-from lightning_limber.probe.explorer_file import write_explorer
+from lightning_limber.probe.explorer_file import keep_ends, write_explorer
 from lightning_limber.probe.figures import heatmap_figure, matrix_figure, patch_figure, probe_figure
 from lightning_limber.probe.finding import drawn_charts, headline
 from lightning_limber.probe.load import build_probe
@@ -272,6 +272,7 @@ class SAEProbe(pl.Callback):
             add_arrays(images_file(files, epoch), "probe", arrays)
             if explored is not None and explored.names:
                 write_explorer(files / f"explorer_epoch_{epoch}.gz", self.probe, explored, report.rows)
+                keep_ends(files, self.history)
         log_table(trainer, "probe/rows", frame(report.rows).astype({"layer": float}))
         self._log_figures(trainer, module, epoch, label, report)
         if patches is not None:

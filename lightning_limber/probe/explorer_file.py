@@ -13,7 +13,7 @@ import gzip
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +101,16 @@ def write_explorer(path: Path, probe: Probe, explored: Explored, rows: Sequence[
     }
     packed = pack(head, cut_controls(arrays))
     write_whole(path, lambda part: part.write_bytes(packed))
+
+
+def keep_ends(folder: Path, epochs: Collection[int]) -> None:
+    """Removes the files of a run that nobody reads: all but those of the first and the last of `epochs` that
+    have one (a run that went on from an earlier checkpoint may have left some of later epochs).
+    """
+    found = {int(path.stem.rpartition("_")[2]): path for path in folder.glob("explorer_epoch_*.gz")}
+    known = found.keys() & set(epochs)
+    for epoch in found.keys() - {min(known, default=0), max(known, default=0)}:
+        found[epoch].unlink(missing_ok=True)
 
 
 def pack(head: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:

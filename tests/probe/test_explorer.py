@@ -19,6 +19,7 @@ from lightning_limber.probe.explorer_file import (
     decode,
     encode,
     in_context,
+    keep_ends,
     pack,
     read_explorer,
     write_explorer,
@@ -120,15 +121,43 @@ def test_the_file_gives_back_what_was_seen(probed, explored, tmp_path):
     assert [pieces[k].strip() for k in head["pieces"]["agree"][red]] in (["red"], [])
 
 
-def test_a_run_leaves_it(fit, tmp_path):
-    """At every probe, of as many images as are asked for; 0 switches it off."""
-    fit("--trainer.max_steps=4", "--probe.explorer_images=3", probe=True)
-    for epoch in (0, 1):
-        head, arrays = read_explorer(tmp_path / f"runs/default/version_0/explorer_epoch_{epoch}.gz")
+def test_a_run_leaves_the_first_and_the_newest(fit, tmp_path, monkeypatch):
+    """Of as many images as are asked for; 0 switches it off. The one before goes once the newest is there."""
+    folder, there = tmp_path / "runs/default/version_0", []
+
+    def note(path, *args):
+        write_explorer(path, *args)
+        there.append(epochs())
+
+    def epochs() -> list[int]:
+        return sorted(int(path.stem[-1]) for path in folder.glob("explorer_epoch_*"))
+
+    monkeypatch.setattr("lightning_limber.callbacks.sae_probe.write_explorer", note)
+    fit("--trainer.max_steps=8", "--probe.explorer_images=3", "--probe.metrics=[noise]", probe=True)
+    assert there == [[0], [0, 1], [0, 1, 2]]
+    assert epochs() == [0, 2]
+    for epoch in epochs():
+        head, arrays = read_explorer(folder / f"explorer_epoch_{epoch}.gz")
         assert len(head["images"]) == 3
         assert arrays["image/norm"].shape == (3, 2, 4)
     fit("--trainer.max_steps=1", "--probe.explorer_images=0", probe=True)
     assert not list((tmp_path / "runs/default/version_1").glob("explorer*"))
+
+
+@pytest.mark.parametrize(
+    ("there", "epochs", "left"),
+    [
+        ((0, 1, 2, 10), (0, 1, 2, 10), {0, 10}),
+        ((0, 2, 7), (0, 1, 2, 3), {0, 2}),  # Went on from before epoch 7.
+        ((4, 5, 6), (0, 4, 5, 6), {4, 6}),  # Of the first epochs there is none.
+        ((3,), (0, 1, 2, 3), {3}),
+    ],
+)
+def test_files_that_nobody_reads_go(tmp_path, there, epochs, left):
+    for epoch in there:
+        (tmp_path / f"explorer_epoch_{epoch}.gz").touch()
+    keep_ends(tmp_path, epochs)
+    assert {int(path.stem.rpartition("_")[2]) for path in tmp_path.iterdir()} == left
 
 
 def test_behind_layer_0_and_without_places(fit, tmp_path):
