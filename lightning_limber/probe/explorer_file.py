@@ -104,8 +104,8 @@ def write_explorer(path: Path, probe: Probe, explored: Explored, rows: Sequence[
 
 
 def keep_ends(folder: Path, epochs: Collection[int]) -> None:
-    """Removes the files of a run that nobody reads: all but those of the first and the last of `epochs` that
-    have one (a run that went on from an earlier checkpoint may have left some of later epochs).
+    """Removes the files of a run that nobody reads: all but those of the first and the last of `epochs`
+    that have one (a run that went on from an earlier checkpoint may have left some of later epochs).
     """
     found = {int(path.stem.rpartition("_")[2]): path for path in folder.glob("explorer_epoch_*.gz")}
     known = found.keys() & set(epochs)

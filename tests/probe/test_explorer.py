@@ -122,7 +122,7 @@ def test_the_file_gives_back_what_was_seen(probed, explored, tmp_path):
 
 
 def test_a_run_leaves_the_first_and_the_newest(fit, tmp_path, monkeypatch):
-    """Of as many images as are asked for; 0 switches it off. The one before goes once the newest is there."""
+    """Of as many images as are asked for (0: none). The one before goes when the newest is there."""
     folder, there = tmp_path / "runs/default/version_0", []
 
     def note(path, *args):
