@@ -51,6 +51,7 @@ from lightning_limber.utils.files import write_whole
 from lightning_limber.utils.flops import FlopCounter
 from lightning_limber.utils.loop_state import measured_epoch
 
+from .captions import newest_captions
 from .logs import headline_rows, log_figure, log_layout, log_numbers, log_table
 from .run_record import gather
 
@@ -271,7 +272,8 @@ class SAEProbe(pl.Callback):
             arrays = arrays_by_image(report.by_image, report.images)
             add_arrays(images_file(files, epoch), "probe", arrays)
             if explored is not None and explored.names:
-                write_explorer(files / f"explorer_epoch_{epoch}.gz", self.probe, explored, report.rows)
+                file, written = files / f"explorer_epoch_{epoch}.gz", newest_captions(trainer)
+                write_explorer(file, self.probe, explored, report.rows, written)
                 keep_ends(files, self.history)
         log_table(trainer, "probe/rows", frame(report.rows).astype({"layer": float}))
         self._log_figures(trainer, module, epoch, label, report)

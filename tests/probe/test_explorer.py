@@ -85,7 +85,8 @@ def test_the_file_gives_back_what_was_seen(probed, explored, tmp_path):
     callback = sae_probe(probed)
     probe, path = callback.probe, tmp_path / "explorer_epoch_1.gz"
     seen = {group: {f: v.clone() for f, v in of.items()} for group, of in explored.seen.items()}
-    write_explorer(path, probe, explored, callback.history[1])
+    first = explored.names[0]
+    write_explorer(path, probe, explored, callback.history[1], {first: "a blue star", "other": "a cat"})
     head, arrays = read_explorer(path)
     assert explored.control == head["control"] == "words_long"
     assert head["layers"] == [0, 2]
@@ -112,13 +113,33 @@ def test_the_file_gives_back_what_was_seen(probed, explored, tmp_path):
             assert layers[number] == bank.layers[layer]
             assert spots[spot][1].lower() == bank.vocabulary[bank.word_of[token]]
             assert spots[spot][1] in bank.contexts[token]
-    words = head["words"]
-    for image, captions in zip(head["images"], explored.captions, strict=True):
+    words, images = head["words"], head["images"]
+    assert [image["written"] and image["written"][0] for image in images] == ["a blue star"] + [None] * 9
+    assert "blue" in words
+    assert "cat" not in words
+    for image, captions in zip(images, explored.captions, strict=True):
         for (text, places), caption in zip(image["captions"], captions, strict=True):
             assert text == caption
             assert all(text[end - len(words[w]) : end].lower() == words[w] for w, end in places)
     red = words.index("red")
     assert [pieces[k].strip() for k in head["pieces"]["agree"][red]] in (["red"], [])
+
+
+def test_objects_are_where_the_encoder_sees_them(probed, explored):
+    """Some of their pixels differ from the background, which the corners show; none outside does."""
+    assert [len(boxes) for boxes in explored.boxes] == [text.count(" a ") for [text] in explored.captions]
+    for pixels, boxes, [caption] in zip(explored.pixels, explored.boxes, explored.captions, strict=True):
+        background = pixels[:, 0, 0][:, None, None].int()
+        differs = (pixels.int() - background).abs().sum(0) > 100  # [H, W]
+        inside = torch.zeros_like(differs)
+        for label, (left, top, right, bottom) in boxes:
+            assert label in caption
+            columns, rows = (slice(round(32 * a), round(32 * b)) for a, b in ((left, right), (top, bottom)))
+            assert differs[rows, columns].any()
+            inside[max(0, rows.start - 1) : rows.stop + 1, max(0, columns.start - 1) : columns.stop + 1] = (
+                True
+            )
+        assert not differs[~inside].any()
 
 
 def test_a_run_leaves_the_first_and_the_newest(fit, tmp_path, monkeypatch):
@@ -140,6 +161,8 @@ def test_a_run_leaves_the_first_and_the_newest(fit, tmp_path, monkeypatch):
         head, arrays = read_explorer(folder / f"explorer_epoch_{epoch}.gz")
         assert len(head["images"]) == 3
         assert arrays["image/norm"].shape == (3, 2, 4)
+        # Before training nothing is written.
+        assert [bool(image["written"]) for image in head["images"]] == [epoch > 0] * 3
     fit("--trainer.max_steps=1", "--probe.explorer_images=0", probe=True)
     assert not list((tmp_path / "runs/default/version_1").glob("explorer*"))
 
