@@ -102,7 +102,7 @@ function drawPicture() {
   const cells = [$("row"), $("grid")].flatMap(host => [...host.children]);
   cells.forEach((cell, token) => {
     const v = value(of, token), s = scaled(v), never = isNever(of, token);
-    cell.style.setProperty("--heat", s === s ? shade((s - low) / (high - low || 1)) : "transparent");
+    cell.style.setProperty("--heat", s === s ? shade(high > low ? (s - low) / (high - low) : 1) : "transparent");
     cell.classList.toggle("x-never", never);
     cell.classList.toggle("x-agrees", state.word !== null && anyAgrees(of, token));
     cell.title = `${name(token)}: ${fmt(v)}${never ? ", never counted (an attention sink)" : ""}`;

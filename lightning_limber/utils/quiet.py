@@ -28,6 +28,10 @@ WARNINGS = {
     r"The number of training batches \(\d+\) is smaller than the logging interval": (
         r"lightning\.pytorch\.loops\.fit_loop"
     ),
+    # These are of all processes when they are logged.
+    r"It is recommended to use `self\.log\('(interval/)?(val|test)/(loss|accuracy|perplexity)": (
+        r"lightning\.pytorch\.trainer\.connectors\.logger_connector\.result"
+    ),
 }
 
 
