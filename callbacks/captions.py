@@ -95,6 +95,8 @@ class CaptionSamples(pl.Callback):
         self.clip = clip
         self.history: dict[int, dict[str, Score]] = {}
         self.baselines: dict[str, Baseline] = {}
+        self.written: tuple[int, dict[str, str]] = (-1, {})
+        """The newest captions by the names of their images, and the step at which they were written."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -126,6 +128,8 @@ class CaptionSamples(pl.Callback):
             }
         if not testing:
             self.baselines = baselines
+            written = dict(zip(found.names, found.written, strict=True))
+            self.written = (trainer.global_step, written)
         if not trainer.is_global_zero:
             return
 
@@ -225,6 +229,15 @@ class CaptionSamples(pl.Callback):
             writer: Baseline(caption, {name: Score(*score) for name, score in scores.items()})
             for writer, (caption, scores) in state.get("baselines", {}).items()
         }
+
+
+def newest_captions(trainer: Any) -> dict[str, str]:
+    """Captions that were written at the present step, by the names of their images; often none."""
+    written = {}
+    for callback in trainer.callbacks:
+        if isinstance(callback, CaptionSamples) and callback.written[0] == trainer.global_step:
+            written = callback.written[1]
+    return written
 
 
 def write_table(path: Path, history: dict[int, dict[str, Score]], baselines: dict[str, Baseline]) -> None:

@@ -24,8 +24,8 @@ from lightning_limber.models.frozen import fingerprint
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.config import ProbeConfig
 from lightning_limber.probe.explorer import Explored, explore
-from lightning_limber.probe.explorer_file import write_explorer
-from lightning_limber.probe.figures import heatmap_figure, matrix_figure, patch_figure, probe_figure
+from lightning_limber.probe.explorer_file import keep_ends, write_explorer
+from lightning_limber.probe.figures import heatmap_figure, matrix_figure, panel_figure, patch_figure
 from lightning_limber.probe.finding import drawn_charts, headline
 from lightning_limber.probe.load import build_probe
 from lightning_limber.probe.metrics import whole_spec
@@ -51,6 +51,7 @@ from lightning_limber.utils.files import write_whole
 from lightning_limber.utils.flops import FlopCounter
 from lightning_limber.utils.loop_state import measured_epoch
 
+from .captions import newest_captions
 from .logs import headline_rows, log_figure, log_layout, log_numbers, log_table
 from .run_record import gather
 
@@ -271,7 +272,9 @@ class SAEProbe(pl.Callback):
             arrays = arrays_by_image(report.by_image, report.images)
             add_arrays(images_file(files, epoch), "probe", arrays)
             if explored is not None and explored.names:
-                write_explorer(files / f"explorer_epoch_{epoch}.gz", self.probe, explored, report.rows)
+                file, written = files / f"explorer_epoch_{epoch}.gz", newest_captions(trainer)
+                write_explorer(file, self.probe, explored, report.rows, written)
+                keep_ends(files, self.history)
         log_table(trainer, "probe/rows", frame(report.rows).astype({"layer": float}))
         self._log_figures(trainer, module, epoch, label, report)
         if patches is not None:
@@ -289,18 +292,22 @@ class SAEProbe(pl.Callback):
         fresh = module.hparams["adapter_weights"] is None
         control = "untrained adapter" if fresh else "adapter at the start"
         num_images, panels = min(self.num_images, len(data.val_set)), self.probe.panels
-        title = f"SAE probe of {num_images} held-out images, {label}"
+        of = f"{num_images} held-out images, {label}"
         names = ("3_use", "5_excess", "4_lift")
         for name, chart in zip(names, drawn_charts(report.rows), strict=True):
             log_figure(trainer, f"Overview/{name}", chart_figure(chart), epoch)
-        figure = probe_figure(self.history, epoch, panels, title, control, self.published_curves)
-        log_figure(trainer, "probe/by_layer", figure, epoch)
-        log_figure(trainer, "probe/by_epoch", heatmap_figure(self.history, panels, "Image tokens"), epoch)
+        # One panel a figure: TensorBoard shows them as thumbnails.
+        for panel in panels:
+            figure = panel_figure(self.history, epoch, panel, of, control, self.published_curves)
+            log_figure(trainer, f"by_layer/{panel.metric}", figure, epoch)
+            if panel.by_epoch:
+                log_figure(trainer, f"by_epoch/{panel.metric}", heatmap_figure(self.history, panel), epoch)
         layers = [self.probe.layers[hook] for hook in self.probe.hooks_of(IMAGE)]
+        of = f"{min(self.intervention_images, num_images)} held-out images, {label}"
         for name, tables in report.matrices.items():
-            images = min(self.intervention_images, num_images)
-            title = f"Image tokens through the SAEs of other layers. {images} held-out images, {label}"
-            log_figure(trainer, f"probe/{name}", matrix_figure(layers, tables, title), epoch)
+            for metric, table in tables.items():
+                figure = matrix_figure(layers, metric, table, of)
+                log_figure(trainer, f"{name}/{metric.replace(' ', '_')}", figure, epoch)
 
     def _explore(self, trainer: pl.Trainer) -> Explored | None:
         count = min(self.explorer_images, self.num_images)

@@ -90,7 +90,7 @@ class LimberCLI(LightningCLI):
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
-        if subcommand not in sys.argv[1:]:  # Its options take a tenth of a second, and nobody asks for them.
+        if subcommand not in sys.argv[1:]:  # Its options take a tenth of a second, and nobody asks.
             return self.init_parser()
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.usage = f"{program()} {subcommand} [--config FILE ...] [--OPTION VALUE ...]"
@@ -105,6 +105,8 @@ class LimberCLI(LightningCLI):
             parser.add_argument(f"--{name}", **option)
         if subcommand == "predict":
             parser.add_class_arguments(Decoding)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults(verbose=False)  # A table of numbers that are said before.
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -81,10 +81,10 @@ def test_figures_and_tables_reach_whoever_takes_them(fit, logger):
     cli = fit(*flags, "--trainer.max_steps=1", probe=True, figures=True)
     names = [f"overview_{name}" for name in ("1_loss", "2_captions", "3_use", "4_lift", "5_excess")]
     figures = {path.name for path in Path(cli.trainer.log_dir, "figures").iterdir()}
-    assert {f"{name}_epoch_1.png" for name in [*names, "probe_by_layer", "captions"]} <= figures
+    assert {f"{name}_epoch_1.png" for name in [*names, "by_layer_fvu", "captions"]} <= figures
     if logger is OTHER:
         [found] = cli.trainer.loggers
-        assert {"captions Image", "Overview/3_use Image", "probe/by_layer Image"} <= set(found.images)
+        assert {"captions Image", "Overview/3_use Image", "by_layer/fvu Image"} <= set(found.images)
         assert {"image", "text"} <= set(found.tables["probe/rows"]["group"])
         numbers = found.numbers
     elif logger is CSV:

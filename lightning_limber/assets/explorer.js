@@ -14,7 +14,8 @@ const HEATS = {
   cosine: ["cosine to the nearest text", "cos8"],
 };
 const CONTROLS = {words_long: "random words at this image’s norms", noise: "noise at this image’s norms"};
-const state = {run: 0, epoch: null, image: 0, layer: 0, token: null, locked: false, control: false, latent: null, word: null, heat: "norm"};
+const state = {run: 0, epoch: null, image: 0, layer: 0, token: null, locked: false, control: false, pick: null, word: null, heat: "norm", objects: true};
+/* What was clicked, `pick`: a latent of the layer, {kind: "latents", k: its place}, or a word of a lens, {kind: "lens" or "nearest", k: the word}. */
 const opened = {};
 let x;  // The file that is shown.
 
@@ -49,28 +50,28 @@ const group = () => state.control && x.control ? x.control : "image";
 const tops = (of, field) => range(x.named[of + "/" + field]?.shape[3] ?? 0);
 
 /* What is said of one token at one layer: latents, lens and nearest text, strongest first. */
-function said(of, image, layer, token) {
-  const get = (field, k) => read(of, field, image, layer, token, k), words = x.neighbours;
-  return {
-    latents: tops(of, "latent").map(k => ({k: get("latent", k), value: get("activation", k)})).filter(l => l.value > 0),
-    lens: tops(of, "piece").map(k => ({k: get("piece", k), value: get("p", k)})),
-    nearest: tops(of, "place").map(k => {
-      const place = get("place", k), spot = place % words.spots.length;
-      return {k: spot, value: get("cosine", k), layer: words.layers[(place - spot) / words.spots.length]};
-    }),
-  };
+const FIELDS = {latents: ["latent", "activation"], lens: ["piece", "p"], nearest: ["place", "cosine"]};
+function items(kind, of, image, layer, token) {
+  const [id, value] = FIELDS[kind], words = x.neighbours;
+  return tops(of, id).map(rank => {
+    const k = read(of, id, image, layer, token, rank), item = {k, value: read(of, value, image, layer, token, rank)};
+    if (kind !== "nearest") return item;
+    const spot = k % words.spots.length;
+    return {...item, k: spot, layer: words.layers[(k - spot) / words.spots.length]};
+  }).filter(item => kind !== "latents" || item.value > 0);
 }
+const said = (...at) => Object.fromEntries(Object.keys(FIELDS).map(kind => [kind, items(kind, ...at)]));
+/* A word is the same word in another context, or as another token. */
+const key = (kind, k) => kind === "latents" ? k : kind === "nearest" ? x.neighbours.spots[k][1].toLowerCase() : x.pieces.texts[k].trim().toLowerCase();
+const strength = (of, image, layer, token, {kind, k}) => items(kind, of, image, layer, token).find(item => key(kind, item.k) === k)?.value ?? 0;
 /* Whether it agrees with a word of the captions. */
 const agrees = {
   latents: (layer, k) => state.word !== null && x.latents[layer].agree[state.word]?.includes(k),
   lens: (layer, k) => state.word !== null && x.pieces.agree[state.word].includes(k),
   nearest: (layer, k) => state.word !== null && x.neighbours.agree[state.word].includes(k),
 };
-const anyAgrees = (of, token, kinds = Object.keys(agrees)) => {
-  const found = said(of, state.image, state.layer, token);
-  return kinds.some(kind => found[kind].some(item => agrees[kind](state.layer, item.k)));
-};
-const activation = (of, image, layer, token, latent) => said(of, image, layer, token).latents.find(l => l.k === latent)?.value ?? 0;
+const anyAgrees = (of, token, kinds = Object.keys(FIELDS)) => kinds.some(kind =>
+  items(kind, of, state.image, state.layer, token).some(item => agrees[kind](state.layer, item.k)));
 
 function name(token) {
   if (token < x.before) return x.grid ? `token ${token + 1} (no patch)` : `token ${token + 1}`;
@@ -91,8 +92,8 @@ function shade(t) {
 function drawPicture() {
   const image = x.images[state.image], of = group(), picture = "data:image/jpeg;base64," + image.jpeg;
   if ($("picture").src !== picture) $("picture").src = picture;
-  const latent = state.latent, isLog = latent !== null || HEATS[state.heat][1] === "log8";
-  const value = (g, token) => latent !== null ? activation(g, state.image, state.layer, token, latent) : read(g, state.heat, state.image, state.layer, token);
+  const pick = state.pick, isLog = pick ? pick.kind !== "nearest" : HEATS[state.heat][1] === "log8";
+  const value = (g, token) => pick ? strength(g, state.image, state.layer, token, pick) || NaN : read(g, state.heat, state.image, state.layer, token);
   const scaled = v => isLog ? (v > 0 ? Math.log(v) : NaN) : v;
   // One scale for the image and its control: the switch moves the colours, not the scale.
   const groups = x.control ? ["image", x.control] : ["image"];
@@ -101,14 +102,14 @@ function drawPicture() {
   const cells = [$("row"), $("grid")].flatMap(host => [...host.children]);
   cells.forEach((cell, token) => {
     const v = value(of, token), s = scaled(v), never = isNever(of, token);
-    cell.style.setProperty("--heat", s === s ? shade((s - low) / (high - low || 1)) : "transparent");
+    cell.style.setProperty("--heat", s === s ? shade(high > low ? (s - low) / (high - low) : 1) : "transparent");
     cell.classList.toggle("x-never", never);
     cell.classList.toggle("x-agrees", state.word !== null && anyAgrees(of, token));
     cell.title = `${name(token)}: ${fmt(v)}${never ? ", never counted (an attention sink)" : ""}`;
   });
-  const label = latent !== null ? `activation of latent ${x.latents[state.layer].ids[latent]}` : HEATS[state.heat][0];
+  const label = pick ? {latents: "activation of ", lens: "p of ", nearest: "cosine to "}[pick.kind] + esc(pickName()) : HEATS[state.heat][0];
   $("scale").innerHTML = all.length ? `${label}<span>${back(low)} <i></i> ${back(high)}${isLog ? " (logarithmic)" : ""}</span>`
-    + (latent !== null ? `clear: not among the patch’s ${tops(of, "latent").length} strongest` : "") : `${label}: on no patch here that is counted`;
+    + (pick ? `clear: not among the patch’s ${tops(of, FIELDS[pick.kind][0]).length} strongest` : "") : `${label}: on no patch here that is counted`;
   drawHere();
   const others = x.words.length && state.word !== null;
   $("agree").textContent = others ? `“${x.words[state.word]}” at layer ${x.layers[state.layer]}: ` + Object.entries({latents: "latents", lens: "lens", nearest: "nearest text"})
@@ -130,15 +131,19 @@ function drawImage() {
   $("grid").innerHTML = range(x.count - x.before).map(i => cell(i + x.before)).join("");
   if (x.grid) $("grid").style.gridTemplate = `repeat(${x.grid[0]}, 1fr) / repeat(${x.grid[1]}, 1fr)`;
   $("thumbs").querySelectorAll("button").forEach((b, i) => b.setAttribute("aria-pressed", i === state.image));
-  $("caption").innerHTML = x.images[state.image].captions.map(([text, places]) => {
+  const {captions, written, boxes} = x.images[state.image];
+  const caption = ([text, places], label) => {
     let out = "", done = 0;
     for (const [word, end] of places) {
       const start = end - x.words[word].length;
       out += esc(text.slice(done, start)) + `<button data-word="${word}">${esc(text.slice(start, end))}</button>`;
       done = end;
     }
-    return `<p>${out}${esc(text.slice(done))}</p>`;
-  }).join("");
+    return `<p><small>${label}</small> ${out}${esc(text.slice(done))}</p>`;
+  };
+  $("caption").innerHTML = captions.map((one, i) => caption(one, i ? "" : "caption")).join("") + (written ? caption(written, "the model wrote") : "");
+  $("boxes").innerHTML = (boxes ?? []).map(([label, [left, top, right, bottom]]) =>
+    `<i style="left:${100 * left}%;top:${100 * top}%;width:${100 * (right - left)}%;height:${100 * (bottom - top)}%"><span>${esc(label)}</span></i>`).join("");
 }
 
 /* -- panel ----------------------------------------------------------------------------------------- */
@@ -146,9 +151,11 @@ function drawImage() {
 const hit = yes => yes ? " x-hit" : "";
 function latentName(layer, k, short) {
   const of = x.latents[layer], text = of.texts?.[k] ?? "", shown = short ? text.split(" | ")[0] : text;
-  return `<button class="x-pickable${hit(agrees.latents(layer, k))}" data-layer="${layer}" data-latent="${k}" aria-pressed="${state.latent === k && state.layer === layer}" title="${esc(text)}">`
+  return `<button class="x-pickable${hit(agrees.latents(layer, k))}" data-layer="${layer}" data-latent="${k}" aria-pressed="${state.pick?.kind === "latents" && state.pick.k === k && state.layer === layer}" title="${esc(text)}">`
     + `<code>${of.ids[k]}</code> ${esc(shown)}</button>`;
 }
+const word = (kind, k, inner) => `<button class="x-pickable${hit(agrees[kind](state.layer, k))}" data-${kind}="${esc(key(kind, k))}" aria-pressed="${state.pick?.kind === kind && state.pick.k === key(kind, k)}">${inner}</button>`;
+const pickName = () => state.pick.kind === "latents" ? `latent ${x.latents[state.layer].ids[state.pick.k]}` : `“${state.pick.k}”`;
 const link = (layer, k) => { const of = x.latents[layer];
   return of.neuronpedia ? ` <a target="_blank" rel="noopener" data-page="${esc(of.neuronpedia)}/${of.ids[k]}">Neuronpedia</a>` : ""; };
 const density = (layer, k) => { const d = x.latents[layer].density?.[k]; return d ? `fires on ${percent(d)} of text` : ""; };
@@ -167,9 +174,9 @@ function drawPanel() {
     + `<div class="x-said"><div><h4>strongest latents, activation</h4><ul class="x-list">`
     + (found.latents.map(l => item(fmt(l.value), l.value / most, `${latentName(at, l.k)} <span class="x-dim">${density(at, l.k)}</span>${link(at, l.k)}`)).join("") || "<li><b></b>none fires</li>")
     + `</ul></div><div><h4>says (logit lens), p</h4><ul class="x-list${dim("lens", at)}">`
-    + found.lens.map(l => item(percent(l.value), l.value / likeliest, `<span class="${hit(agrees.lens(at, l.k))}">${piece(x.pieces.texts[l.k])}</span>`)).join("") + "</ul>"
-    + (found.nearest.length ? `<h4>nearest text, cosine</h4><ul class="x-list${dim("nearest", at)}">` + found.nearest.map(l => { const [before, word, behind] = x.neighbours.spots[l.k];
-      return item(l.value.toFixed(2), 0, `${esc(before)}<mark class="${hit(agrees.nearest(at, l.k))}">${esc(word)}</mark>${esc(behind)} <span class="x-dim">layer ${l.layer}</span>`); }).join("") + "</ul>" : "")
+    + found.lens.map(l => item(percent(l.value), l.value / likeliest, word("lens", l.k, piece(x.pieces.texts[l.k])))).join("") + "</ul>"
+    + (found.nearest.length ? `<h4>nearest text, cosine</h4><ul class="x-list${dim("nearest", at)}">` + found.nearest.map(l => { const [before, text, behind] = x.neighbours.spots[l.k];
+      return item(l.value.toFixed(2), 0, `${esc(before)}${word("nearest", l.k, `<mark>${esc(text)}</mark>`)}${esc(behind)} <span class="x-dim">layer ${l.layer}</span>`); }).join("") + "</ul>" : "")
     + "</div></div>";
   const small = (text, long) => `<th class="n x-small" title="${long}">${text}</th>`;
   $("layers").innerHTML = `<thead><tr><th>layer</th><th class="n" title="over text’s median norm">norm</th><th class="n" title="active latents">l0</th>${small("error", "SAE’s squared error over text’s variance")}`
@@ -186,32 +193,43 @@ function drawPanel() {
   root.querySelectorAll("a[data-page]").forEach(a => a.setAttribute("href", "https://www.neuronpedia.org/" + a.dataset.page));
 }
 
-/* The chosen latent: what is known of it, and where it is strongest on the other images. */
-function drawLatent() {
-  $("latent").hidden = state.latent === null;
-  if (state.latent === null) return;
-  const k = state.latent, at = state.layer, of = group(), known = x.latents[at];
-  const counted = (g, i) => range(x.count).map(t => isNever(g, t, i) ? 0 : activation(g, i, at, t, k));
-  const count = g => range(x.images.length).reduce((n, i) => n + counted(g, i).filter(v => v > 0).length, 0);
+/* What was clicked: what is known of it, and where it is strongest on the other images. */
+function drawPick() {
+  const pick = state.pick, at = state.layer, of = group();
+  $("pick").hidden = !pick;
+  if (!pick) return;
+  const counted = (g, i) => range(x.count).map(t => isNever(g, t, i) ? 0 : strength(g, i, at, t, pick));
+  const count = (g, images = range(x.images.length)) => images.reduce((n, i) => n + counted(g, i).filter(v => v > 0).length, 0);
   const best = range(x.images.length).filter(i => i !== state.image).map(i => {
     const values = counted(of, i), value = Math.max(...values);
     return {image: i, value, token: values.indexOf(value)};
   }).filter(b => b.value > 0).sort((a, b) => b.value - a.value);
   const box = token => { if (token < x.before) return ""; const [h, w] = x.grid, place = token - x.before;
     return `<i style="left:${100 * (place % w) / w}%;top:${100 * Math.floor(place / w) / h}%;width:${100 / w}%;height:${100 / h}%"></i>`; };
-  const total = x.images.length * x.count;
-  $("latent").innerHTML = `<h3>Latent <code>${known.ids[k]}</code> of layer ${x.layers[at]} <button id="x-close">let go</button></h3>`
-    + `<div>${esc(known.texts?.[k] || "No description is known.").split(" | ").join("<br>")}</div><div class="x-dim">${density(at, k)}${link(at, k)}</div>`
-    + `<div>Among the ${tops("image", "latent").length} strongest of ${count("image")} of ${total} image tokens${x.control ? ` (of the control’s: ${count(x.control)})` : ""}. Its strongest patches on other images:</div>`
+  const isLatent = pick.kind === "latents", close = ' <button id="x-close">let go</button></h3>', layer = `layer ${x.layers[at]}`;
+  const about = isLatent ? `<h3>Latent <code>${x.latents[at].ids[pick.k]}</code> of ${layer}${close}<div>${esc(x.latents[at].texts?.[pick.k] || "No description is known.").split(" | ").join("<br>")}</div><div class="x-dim">${density(at, pick.k)}${link(at, pick.k)}</div>`
+    : `<h3>${esc(pickName())} ${pick.kind === "lens" ? "by the logit lens" : "as nearest text"}, ${layer}${close}` + (x.believed[pick.kind][at] ? "" : '<div class="x-dim">Grey: at this layer not to be believed.</div>');
+  $("pick").innerHTML = `${about}<div>Among the ${tops("image", FIELDS[pick.kind][0]).length} strongest of ${count("image", [state.image])} of this image’s ${x.count} tokens, of ${count("image")} of all images’ ${x.images.length * x.count}${x.control ? ` (of the control’s: ${count(x.control)})` : ""}. Its strongest patches on other images:</div>`
     + (best.length ? `<div class="x-strip">${best.map(b => `<button data-image="${b.image}" data-token="${b.token}" aria-label="image ${b.image + 1}, ${name(b.token)}"><span><img alt="" src="data:image/jpeg;base64,${x.images[b.image].jpeg}">${box(b.token)}</span>${fmt(b.value)}</button>`).join("")}</div>`
       : "<div>none.</div>");
-  root.querySelectorAll("#x-latent a[data-page]").forEach(a => a.setAttribute("href", "https://www.neuronpedia.org/" + a.dataset.page));
+  root.querySelectorAll("#x-pick a[data-page]").forEach(a => a.setAttribute("href", "https://www.neuronpedia.org/" + a.dataset.page));
+}
+
+/* What the panel shows, a line an entry, and the table by layer behind it. */
+function asText() {
+  const image = x.images[state.image], line = e => e.innerText.replace(/\s+/g, " ").trim();
+  const grey = e => e.nextElementSibling?.matches(".x-dim") ? " (grey: not to be believed at this layer)" : "";
+  return [`${files[state.run].name}, epoch ${state.epoch}, ${image.name}`, ...[...$("caption").children].map(line),
+    ...[...$("now").querySelectorAll("h3, .x-numbers, h4, li")].map(e => line(e) + grey(e)), "",
+    ...[...$("layers").rows].map(row => [...row.cells].map(line).join("\t")), "", location.href].join("\n");
 }
 
 /* -- state ----------------------------------------------------------------------------------------- */
 
+const NAMES = {latents: "latent", lens: "lens", nearest: "near"};  // In the address.
 function draw() {
   root.classList.toggle("x-controlled", group() !== "image");
+  root.classList.toggle("x-bare", !state.objects);
   $("layer").value = state.layer;
   $("layer-name").textContent = x.layers[state.layer];
   $("heat").value = state.heat;
@@ -219,12 +237,12 @@ function draw() {
   $("caption").querySelectorAll("button").forEach(b => b.setAttribute("aria-pressed", +b.dataset.word === state.word));
   drawPicture();
   drawPanel();
-  drawLatent();
+  drawPick();
 }
 function keep() {
   const at = {run: state.run, image: state.image, epoch: state.epoch, layer: x.layers[state.layer]};
   if (state.locked) at.patch = state.token;
-  if (state.latent !== null) at.latent = x.latents[state.layer].ids[state.latent];
+  if (state.pick) at[NAMES[state.pick.kind]] = state.pick.kind === "latents" ? x.latents[state.layer].ids[state.pick.k] : state.pick.k;
   if (group() !== "image") at.control = 1;
   if (state.word !== null) at.word = x.words[state.word];
   history.replaceState(null, "", "#explorer&" + new URLSearchParams(at));
@@ -233,7 +251,7 @@ function keep() {
 const sameAs = element => [...root.querySelectorAll("button, .x-cell")].find(e => JSON.stringify(e.dataset) === JSON.stringify(element.dataset));
 const change = (news, isNewImage) => {
   const focused = root.contains(document.activeElement) ? document.activeElement : null;
-  if ("layer" in news && news.layer !== state.layer && !("latent" in news)) news.latent = null;
+  if ("layer" in news && news.layer !== state.layer && !("pick" in news) && state.pick?.kind === "latents") news.pick = null;
   Object.assign(state, news);
   if (isNewImage) drawImage();
   draw();
@@ -242,6 +260,15 @@ const change = (news, isNewImage) => {
 };
 const lock = token => change({token, locked: true});
 const layer = by => change({layer: Math.max(0, Math.min(x.layers.length - 1, state.layer + by))});
+/* Through the layers, from the first where the last is shown. */
+let timer = null;
+function play(on) {
+  clearInterval(timer);
+  timer = on ? setInterval(() => { layer(1); if (state.layer === x.layers.length - 1) play(false); }, 700) : null;
+  if (on && state.layer === x.layers.length - 1) change({layer: 0});
+  $("play").textContent = on ? "❚❚" : "▶";
+  $("play").setAttribute("aria-pressed", on);
+}
 
 async function show(news) {
   Object.assign(state, news);
@@ -260,6 +287,7 @@ async function show(news) {
   $("run").parentElement.hidden = files.length < 2;
   $("epoch").parentElement.hidden = epochs.length < 2;
   $("control").parentElement.hidden = !x.control;
+  $("objects").parentElement.hidden = !x.images.some(image => image.boxes?.length);
   $("control-name").textContent = "control: " + (CONTROLS[x.control] ?? x.control);
   $("layer").max = x.layers.length - 1;
   $("thumbs").innerHTML = x.images.map((image, i) => `<button data-image="${i}" title="${esc(image.name)}" aria-label="image ${i + 1}: ${esc(image.captions[0]?.[0] ?? image.name)}"><img alt="" src="data:image/jpeg;base64,${image.jpeg}"></button>`).join("");
@@ -274,11 +302,12 @@ async function follow() {
   if (!location.hash.startsWith("#explorer")) return false;
   const at = new URLSearchParams(location.hash.slice(10)), number = key => at.has(key) && !isNaN(at.get(key)) ? +at.get(key) : null;
   const run = number("run");
-  await show({run: run in files ? run : 0, epoch: number("epoch"), image: number("image") ?? 0, control: at.has("control"), token: number("patch"), locked: at.has("patch"), latent: null, word: null});
+  await show({run: run in files ? run : 0, epoch: number("epoch"), image: number("image") ?? 0, control: at.has("control"), token: number("patch"), locked: at.has("patch"), pick: null, word: null});
   const place = x.layers.indexOf(number("layer")), word = x.words.indexOf(at.get("word"));
   if (place >= 0) state.layer = place;
-  const latent = x.latents[state.layer].ids.indexOf(number("latent"));
-  Object.assign(state, {latent: latent >= 0 ? latent : null, word: word >= 0 ? word : null});
+  const latent = x.latents[state.layer].ids.indexOf(number("latent")), kind = ["lens", "nearest"].find(kind => at.get(NAMES[kind]));
+  const pick = latent >= 0 ? {kind: "latents", k: latent} : kind ? {kind, k: at.get(NAMES[kind])} : null;
+  Object.assign(state, {pick, word: word >= 0 ? word : null});
   draw();
   return true;
 }
@@ -297,19 +326,32 @@ for (const host of [$("row"), $("grid")]) {
     if (state.locked && token === state.token) change({locked: false}); else lock(token);
   });
 }
+/* Keeps the patch; the same again lets go. */
+const choose = (kind, k, layer = state.layer) => {
+  const isSame = state.pick?.kind === kind && state.pick.k === k && state.layer === layer;
+  change({layer, pick: isSame ? null : {kind, k}, token: state.token ?? Math.min(x.before, x.count - 1), locked: true});
+};
+const copy = (button, text) => navigator.clipboard?.writeText(text).then(() => {
+  const label = button.dataset.label ??= button.textContent;
+  button.textContent = "copied";
+  setTimeout(() => { button.textContent = label; }, 1500);
+}, () => {});
 root.addEventListener("click", event => {
   const target = event.target.closest("button, tr[data-row]"), data = target?.dataset;
   if (!target || event.target.closest("a")) return;
   if (data.latent !== undefined) {
-    const picked = {layer: +data.layer, latent: +data.latent}, isSame = state.latent === picked.latent && state.layer === picked.layer;
-    change({...picked, latent: isSame ? null : picked.latent, ...(state.token === null ? {token: Math.min(x.before, x.count - 1)} : {}), locked: true});
-  } else if (data.word !== undefined) change({word: state.word === +data.word ? null : +data.word});
+    choose("latents", +data.latent, +data.layer);
+  } else if (data.lens !== undefined) choose("lens", data.lens);
+  else if (data.nearest !== undefined) choose("nearest", data.nearest);
+  else if (data.word !== undefined) change({word: state.word === +data.word ? null : +data.word});
   else if (data.image !== undefined) change({image: +data.image, ...(data.token !== undefined ? {token: +data.token, locked: true} : {})}, true);
   else if (data.row !== undefined) change({layer: +data.row});
-  else if (target.id === "x-close") change({latent: null});
+  else if (target.id === "x-close") change({pick: null});
   else if (target.id === "x-down") layer(-1);
   else if (target.id === "x-up") layer(1);
-  else if (target.id === "x-link") { keep(); navigator.clipboard?.writeText(location.href).then(() => { target.textContent = "copied"; setTimeout(() => { target.textContent = "copy link"; }, 1500); }, () => {}); }
+  else if (target.id === "x-play") play(timer === null);
+  else if (target.id === "x-link") { keep(); copy(target, location.href); }
+  else if (target.id === "x-copy") { keep(); copy(target, asText()); }
 });
 addEventListener("keydown", event => {
   const {top, bottom} = root.getBoundingClientRect(), isSeen = top < innerHeight && bottom > 0;
@@ -319,7 +361,8 @@ addEventListener("keydown", event => {
   const onCell = event.target.closest(".x-cell");
   if (event.key === "[") layer(-1);
   else if (event.key === "]") layer(1);
-  else if (event.key === "Escape") change(state.latent !== null ? {latent: null} : state.word !== null ? {word: null} : {locked: false});
+  else if (event.key === "p") play(timer === null);
+  else if (event.key === "Escape") change(state.pick ? {pick: null} : state.word !== null ? {word: null} : {locked: false});
   else if (onCell && (event.key === "Enter" || event.key === " ")) onCell.click();
   else if (onCell && move) {
     const from = +onCell.dataset.token, width = x.grid ? x.grid[1] : 1;
@@ -332,10 +375,11 @@ addEventListener("keydown", event => {
   event.preventDefault();
 });
 $("layer").oninput = event => change({layer: +event.target.value});
-$("heat").onchange = event => change({heat: event.target.value, latent: null});
+$("heat").onchange = event => change({heat: event.target.value, pick: null});
 $("control").onchange = event => change({control: event.target.checked});
-$("run").onchange = event => show({run: +event.target.value, latent: null, word: null}).then(keep);
-$("epoch").onchange = event => show({epoch: +event.target.value, latent: null, word: null}).then(keep);
+$("objects").onchange = event => change({objects: event.target.checked});
+$("run").onchange = event => show({run: +event.target.value, pick: null, word: null}).then(keep);
+$("epoch").onchange = event => show({epoch: +event.target.value, pick: null, word: null}).then(keep);
 addEventListener("hashchange", follow);
 
 const start = () => show({}).then(() => change0());

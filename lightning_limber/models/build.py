@@ -101,6 +101,9 @@ def build(
         f"[trainable] adapter {_millions(adapter)}  {type(adapter).__name__}, "
         f"{features.shape[1]} x {features.shape[2]} -> {tokens} x {llm.hidden_size}"
     )
+    if trainer is not None:
+        place = trainer.strategy.root_device.type
+        rank_zero_info(f"[device]    {trainer.world_size} x {place}, {trainer.precision}")
     regulariser = None
     if regularise_config.weight:
         regulariser = Regulariser(regularise_config, llm, entry_config.layer)

@@ -16,8 +16,8 @@ Shapes: B images of P tokens, L layers that image tokens pass, D the LLM's width
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -29,11 +29,13 @@ from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.models.llm import LLM
 from lightning_limber.probe.metrics.base import IMAGE
 from lightning_limber.probe.metrics.neighbours import Bank, Neighbours
+from lightning_limber.probe.metrics.object_patches import patch_centres
 from lightning_limber.probe.palette import CONTROLS
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lightning_limber.models.vision import ImageTransform
     from lightning_limber.probe.passes import Probe
 
 TOP_LATENTS, TOP_LENS, TOP_NEIGHBOURS = 5, 3, 3
@@ -107,6 +109,8 @@ class Explored(NamedTuple):
             where the probe has none.
         names: Of the I images.
         captions: Of each image.
+        boxes: Of each image its objects where the data know them, in words and as left, top, right, bottom
+            in shares of the picture.
         pixels: [3, H, W] of each, bytes, as the encoder sees them.
         seen: As `Seen`, [I, L, P] and [I, L, P, top], by group.
     """
@@ -114,6 +118,7 @@ class Explored(NamedTuple):
     control: str | None
     names: list[str]
     captions: list[list[str]]
+    boxes: list[list[tuple[str, list[float]]]]
     pixels: list[Tensor]
     seen: dict[str, Seen]
 
@@ -128,7 +133,7 @@ def explore(probe: Probe, batches: Iterable[Batch]) -> Explored:
     """
     control = next((name for name in reversed(CONTROLS) if name in probe.groups), None)
     groups = [IMAGE, *([] if control is None else [probe.groups[control]])]
-    bank, items = bank_of(probe), list[tuple[int, str, list[str], Tensor, dict[str, Seen]]]()
+    bank, items = bank_of(probe), list[tuple[int, str, list[str], Any, Tensor, dict[str, Seen]]]()
     training = probe.model.training
     probe.model.eval()
     for batch in batches:
@@ -148,7 +153,8 @@ def explore(probe: Probe, batches: Iterable[Batch]) -> Explored:
         pixels = (255 * colours).round().byte()  # [B, 3, H, W]
         for i, index in enumerate(batch.index):
             own = apply_to_collection(stacked, Tensor, lambda tensor, i=i: tensor[i])
-            items.append((index, batch.image_ids[i], batch.captions[i], pixels[i], own))
+            boxes = object_boxes(batch.scenes[i], probe.model.vision.transform, pixels[i].shape[1:])
+            items.append((index, batch.image_ids[i], batch.captions[i], boxes, pixels[i], own))
     probe.model.train(training)
     items = sorted(probe.gather(items), key=lambda item: item[0])
     seen_of = [item[-1] for item in items]
@@ -156,12 +162,40 @@ def explore(probe: Probe, batches: Iterable[Batch]) -> Explored:
         control,
         names=[item[1] for item in items],
         captions=[item[2] for item in items],
-        pixels=[item[3] for item in items],
+        boxes=[item[3] for item in items],
+        pixels=[item[4] for item in items],
         seen={
             name: {field: torch.stack([seen[name][field] for seen in seen_of]) for field in of}
             for name, of in (seen_of[0] if seen_of else {}).items()
         },
     )
+
+
+def object_boxes(
+    scene: dict[str, Any] | None, transform: ImageTransform, size: Sequence[int]
+) -> list[tuple[str, list[float]]]:
+    """The boxes of a scene's objects in the picture that the encoder sees, `size` pixels high and wide, as
+    shares of it; objects that are cut away are left out.
+    """
+    if not scene or "image_size" not in scene:
+        return []
+    centres = patch_centres(transform, scene["image_size"], (size[0], size[1])).view(*size, 2)
+    across, down = centres[0, :, 0], centres[:, 0, 1]  # Of each column and row the place in the scene.
+    found = []
+    for item in scene["objects"]:
+        left, top, right, bottom = item["box"]
+        columns = ((across >= left) & (across < right)).nonzero().flatten().tolist()
+        rows = ((down >= top) & (down < bottom)).nonzero().flatten().tolist()
+        if columns and rows:
+            ends = (
+                (columns[0], size[1]),
+                (rows[0], size[0]),
+                (columns[-1] + 1, size[1]),
+                (rows[-1] + 1, size[0]),
+            )
+            label = " ".join(value for value in item.values() if isinstance(value, str))
+            found.append((label, [round(place / whole, 3) for place, whole in ends]))
+    return found
 
 
 # -- of one image, as tables ----------------------------------------------------------------------------

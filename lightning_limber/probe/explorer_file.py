@@ -13,8 +13,9 @@ import gzip
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,9 @@ CONTEXT_WORDS = 4
 """On either side of a neighbour's word."""
 
 
-def write_explorer(path: Path, probe: Probe, explored: Explored, rows: Sequence[Row]) -> None:
+def write_explorer(
+    path: Path, probe: Probe, explored: Explored, rows: Sequence[Row], written: Mapping[str, str]
+) -> None:
     """Writes the file.
 
     Args:
@@ -57,6 +60,7 @@ def write_explorer(path: Path, probe: Probe, explored: Explored, rows: Sequence[
         probe: The probe that looked.
         explored: At least one image.
         rows: What the probe measured, which says at which layers lens and neighbours are to be believed.
+        written: The model's captions by the names of their images, as far as there are any.
     """
     hooks = [name for name in probe.layers if name in probe.hooks_of(probe.groups["image"])]
     layers = [probe.layers[name] for name in hooks]
@@ -65,14 +69,18 @@ def write_explorer(path: Path, probe: Probe, explored: Explored, rows: Sequence[
         for group, seen in explored.seen.items()
         for field, values in seen.items()
     }
-    vocabulary = sorted(
-        {w for texts in explored.captions for text in texts for w in words.content_words(text)}
-    )
+    written = {name: written[name] for name in explored.names if name in written}
+    texts = [*chain.from_iterable(explored.captions), *written.values()]
+    vocabulary = sorted({word for text in texts for word in words.content_words(text)})
     latents, pieces = _renumber_latents(arrays, len(layers)), _renumber(arrays, "piece")
     tokenizer, bank = probe.model.llm.tokenizer, bank_of(probe)
     texts_of_pieces = [tokenizer.decode([piece]) for piece in pieces]
     neighbours = {} if bank is None else _neighbours(arrays, bank)
     column = {word: i for i, word in enumerate(vocabulary)}
+
+    def with_words(text: str) -> list[Any]:
+        return [text, [[column[word], end] for word, end in words.content_spans(text)]]
+
     head: dict[str, Any] = {
         "layers": layers,
         "grid": probe.model.token_grid,
@@ -91,16 +99,28 @@ def write_explorer(path: Path, probe: Probe, explored: Explored, rows: Sequence[
         "images": [
             {
                 "name": name,
-                "captions": [
-                    [text, [[column[w], end] for w, end in words.content_spans(text)]] for text in texts
-                ],
+                "captions": [with_words(text) for text in captions],
+                "written": with_words(written[name]) if name in written else None,
+                "boxes": boxes,
                 "jpeg": _jpeg(pixels),
             }
-            for name, texts, pixels in zip(explored.names, explored.captions, explored.pixels, strict=True)
+            for name, captions, boxes, pixels in zip(
+                explored.names, explored.captions, explored.boxes, explored.pixels, strict=True
+            )
         ],
     }
     packed = pack(head, cut_controls(arrays))
     write_whole(path, lambda part: part.write_bytes(packed))
+
+
+def keep_ends(folder: Path, epochs: Collection[int]) -> None:
+    """Removes the files of a run that nobody reads: all but those of the first and the last of `epochs`
+    that have one (a run that went on from an earlier checkpoint may have left some of later epochs).
+    """
+    found = {int(path.stem.rpartition("_")[2]): path for path in folder.glob("explorer_epoch_*.gz")}
+    known = found.keys() & set(epochs)
+    for epoch in found.keys() - {min(known, default=0), max(known, default=0)}:
+        found[epoch].unlink(missing_ok=True)
 
 
 def pack(head: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:

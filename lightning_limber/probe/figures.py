@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Curve = tuple[list[int], list[float], list[float], list[float]]
 """Layers, values, lower and upper ends of their intervals."""
 COLUMNS = 4
+PANEL_WIDTH = 4.2
+"""Inches; small ones, in which text is large in a thumbnail too."""
 
 
 def curve(rows: list[Row], group: str, metric: str) -> Curve | None:
@@ -35,6 +37,67 @@ def curve(rows: list[Row], group: str, metric: str) -> Curve | None:
     )
 
 
+def panel_figure(
+    history: History, epoch: int, panel: Panel, of: str, control: str, published: bool = False
+) -> Figure | None:
+    """One metric by layer: groups and controls with their 95 % intervals, and chance levels; None without a
+    row of it.
+
+    Args:
+        history: Rows of all probed epochs.
+        epoch: The one to draw.
+        panel: How the metric is drawn.
+        of: What was probed, in a few words.
+        control: Name of the adapter of epoch 0, which is drawn beside later epochs.
+        published: Also draw the curves of Venhoff et al., by relative depth.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    if not any(row.metric == panel.metric and row.layer is not None for row in history[epoch]):
+        return None
+    figure = new_figure(PANEL_WIDTH, 3.0, dpi=140)
+    axis = figure.subplots()
+    _draw_panel(axis, history, epoch, panel, control, published)
+    axis.set_title(panel.label, fontsize=_size(panel.label), loc="left")
+    axis.set_xlabel(f"layer of the LLM; {of}", fontsize=9)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.25)
+    columns = 1 if published else 3
+    below = 0.55 + 0.17 * -(
+        -len(axis.get_legend_handles_labels()[1]) // columns
+    )  # Inches, with the legend.
+    height = below + 2.6
+    figure.set_size_inches(PANEL_WIDTH, height)
+    figure.subplots_adjust(left=0.14, right=0.97, top=1 - 0.3 / height, bottom=below / height)
+    tight = {"columnspacing": 1, "handlelength": 1.6, "handletextpad": 0.5, "labelspacing": 0.25}
+    figure.legend(loc="lower center", ncols=columns, fontsize=8.5, frameon=False, **tight)
+    return as_written(figure)
+
+
+def _draw_panel(
+    axis: Any, history: History, epoch: int, panel: Panel, control: str, published: bool
+) -> None:
+    now, start = history[epoch], history.get(0) if epoch else None
+    for group, colour in ordered_groups(row.group for row in now).items():
+        _draw(axis, curve(now, group, panel.metric), colour, group)
+    if start is not None:
+        _draw(axis, curve(start, "image", panel.metric), COLOURS["control"], f"image, {control}", "--")
+    _draw(axis, curve(now, "image", f"{panel.metric}_chance"), COLOURS["image"], "image, chance", ":")
+    if panel.also:
+        _draw(axis, curve(now, "image", panel.also[0]), "black", panel.also[1], "-.")
+    if published:
+        _draw_published(axis, panel.metric, [row.layer for row in now if row.layer is not None])
+    if panel.log and any(line.get_ydata().max() > 0 for line in axis.lines):
+        _log_scale(axis)
+    if panel.limits:
+        axis.set_ylim(*panel.limits)
+
+
+def _size(title: str) -> float:
+    """Points in which a title fits over a figure of four inches."""
+    return min(11, 500 / len(title))
+
+
 def probe_figure(
     history: History,
     epoch: int,
@@ -43,19 +106,8 @@ def probe_figure(
     control: str,
     published: bool = False,
 ) -> Figure:
-    """Every metric by layer: groups and controls with their 95 % intervals, and chance levels.
-
-    Args:
-        history: Rows of all probed epochs.
-        epoch: The one to draw.
-        panels: How the metrics are drawn, in order; those without a row are left out.
-        title: Title of the figure.
-        control: Name of the adapter of epoch 0, which is drawn beside later epochs.
-        published: Also draw the curves of Venhoff et al., by relative depth.
-    """
-    now, start = history[epoch], history.get(0) if epoch else None
-    groups = ordered_groups(row.group for row in now)
-    by_layer = {row.metric for row in now if row.layer is not None}
+    """Every metric in a figure, each as in `panel_figure`; those without a row are left out."""
+    by_layer = {row.metric for row in history[epoch] if row.layer is not None}
     panels = [panel for panel in panels if panel.metric in by_layer]
     columns = min(COLUMNS, max(1, len(panels)))
     rows = max(1, -(-len(panels) // columns))
@@ -66,20 +118,7 @@ def probe_figure(
     )
     axes = np.atleast_1d(figure.subplots(rows, columns)).flat
     for axis, panel in zip(axes, panels, strict=False):
-        for group, colour in groups.items():
-            _draw(axis, curve(now, group, panel.metric), colour, group)
-        if start is not None:
-            _draw(axis, curve(start, "image", panel.metric), COLOURS["control"], f"image, {control}", "--")
-        chance = curve(now, "image", f"{panel.metric}_chance")
-        _draw(axis, chance, COLOURS["image"], "image, chance", ":")
-        if panel.also:
-            _draw(axis, curve(now, "image", panel.also[0]), "black", panel.also[1], "-.")
-        if published:
-            _draw_published(axis, panel.metric, [row.layer for row in now if row.layer is not None])
-        if panel.log and any(line.get_ydata().max() > 0 for line in axis.lines):
-            _log_scale(axis)
-        if panel.limits:
-            axis.set_ylim(*panel.limits)
+        _draw_panel(axis, history, epoch, panel, control, published)
         axis.set_title(panel.label, fontsize=11)
         axis.set_xlabel("layer of the LLM (residual stream behind it)")
         axis.grid(alpha=0.25)
@@ -95,13 +134,17 @@ def probe_figure(
 
 
 def _log_scale(axis: Any) -> None:
-    """Logarithmic, with plain numbers at 1, 2 and 5."""
+    axis.set_yscale("log")
+    _plain_numbers(axis.yaxis)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Those of a logarithmic axis, at 1, 2 and 5."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
-    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _draw(axis: Any, found: Curve | None, colour: str, label: str, style: str = "-") -> None:
@@ -121,72 +164,66 @@ def _draw_published(axis: Any, metric: str, layers: list[int]) -> None:
         axis.plot(depth, values, ":", color=COLOURS[group], lw=1, alpha=0.9, label=label)
 
 
-def heatmap_figure(history: History, panels: Sequence[Panel], title: str) -> Figure | None:
-    """Image tokens, layer by epoch, for the panels that ask for it; None without any.
-
-    A metric is drawn over the epochs that have it.
-    """
-    found: list[tuple[Panel, dict[int, Curve]]] = []
-    for panel in panels:
-        by_epoch = {epoch: curve(history[epoch], "image", panel.metric) for epoch in sorted(history)}
-        curves = {epoch: of_epoch for epoch, of_epoch in by_epoch.items() if of_epoch is not None}
-        if panel.by_epoch and curves:
-            found.append((panel, curves))
-    if not found:
+def heatmap_figure(history: History, panel: Panel) -> Figure | None:
+    """One metric of image tokens, layer by epoch, over the epochs that have it; None without any."""
+    by_epoch = {epoch: curve(history[epoch], "image", panel.metric) for epoch in sorted(history)}
+    curves = {epoch: found for epoch, found in by_epoch.items() if found is not None}
+    if not curves:
         return None
-    figure = new_figure(4 * len(found), 4.2)
-    figure.subplots_adjust(left=0.05, right=0.99, top=0.83, bottom=0.13, wspace=0.25)
-    axes = np.atleast_1d(figure.subplots(1, len(found)))
-    for axis, (panel, curves) in zip(axes, found, strict=True):
-        low, high = panel.limits or (None, None)
-        layers = next(iter(curves.values()))[0]
-        image = axis.imshow(
-            np.array([values for _, values, _, _ in curves.values()]).T,
-            aspect="auto",
-            origin="lower",
-            cmap="viridis",
-            vmin=low,
-            vmax=high,
-        )
-        axis.set_xticks(range(len(curves)), [str(epoch) for epoch in curves])
-        axis.set_yticks(range(len(layers)), [str(layer) for layer in layers])
-        axis.set_xlabel("epoch (0: before training)")
-        axis.set_ylabel("layer of the LLM")
-        axis.set_title(panel.label, fontsize=11)
-        figure.colorbar(image, ax=axis)
-    figure.suptitle(title, x=0.01, ha="left")
+    layers = next(iter(curves.values()))[0]
+    table = np.array([values for _, values, _, _ in curves.values()]).T
+    figure, axis = _map(table, panel.label, *(panel.limits or (None, None)))
+    _ticks(axis.xaxis, list(curves))
+    _ticks(axis.yaxis, layers)
+    axis.set_xlabel("epoch (0: before training)")
+    axis.set_ylabel("layer of the LLM")
     return as_written(figure)
 
 
-def matrix_figure(layers: list[int], tables: dict[str, list[list[float]]], title: str) -> Figure:
-    """Image tokens of each layer (rows) through the SAE of each layer (columns), a table a panel."""
-    figure = new_figure(7 * len(tables), 6.2)
-    figure.subplots_adjust(left=0.05, right=0.99, top=0.87, bottom=0.09, wspace=0.12)
-    names = [str(layer) for layer in layers]
-    axes = np.atleast_1d(figure.subplots(1, len(tables)))
-    for axis, (metric, values) in zip(axes, tables.items(), strict=True):
-        table = np.array(values)
-        image = axis.imshow(
-            np.log10(np.maximum(table, 1e-3)), cmap="viridis", origin="lower", aspect="auto"
-        )
-        middle = image.norm.vmin + 0.6 * (image.norm.vmax - image.norm.vmin)
-        for (i, j), value in np.ndenumerate(table):
-            dark = np.log10(max(value, 1e-3)) < middle
-            axis.text(
-                j, i, f"{value:.2g}", ha="center", va="center", fontsize=7, color="w" if dark else "k"
-            )
-        label = metric
-        if metric == "fvu":
-            label = "fvu (box: the SAE that explains most)"
-            for i, j in enumerate(table.argmin(1)):
-                axis.add_patch(_box(j, i))
-        axis.set_xticks(range(len(names)), names)
-        axis.set_yticks(range(len(names)), names)
-        axis.set_xlabel("layer of the SAE")
-        axis.set_ylabel("layer of the image tokens")
-        axis.set_title(label, fontsize=11)
-    figure.suptitle(title, x=0.01, ha="left")
+NUMBERS = 12
+"""Where there are more layers, the cells of a matrix are too small for numbers."""
+
+
+def matrix_figure(layers: list[int], metric: str, values: list[list[float]], of: str) -> Figure:
+    """Image tokens of each layer (rows) through the SAE of each layer (columns)."""
+    from matplotlib.colors import LogNorm
+
+    table = np.maximum(np.array(values), 1e-3)
+    title = "fvu (box: the SAE that explains most)" if metric == "fvu" else metric
+    figure, axis = _map(table, title, norm=LogNorm())
+    if len(layers) <= NUMBERS:
+        dark = np.log(table) < np.quantile(np.log([table.min(), table.max()]), 0.6)
+        for (i, j), value in np.ndenumerate(np.array(values)):
+            colour = "w" if dark[i, j] else "k"
+            axis.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=6, color=colour)
+    for i, j in enumerate(table.argmin(1) if metric == "fvu" else ()):
+        axis.add_patch(_box(j, i))
+    _ticks(axis.xaxis, layers)
+    _ticks(axis.yaxis, layers)
+    axis.set_xlabel(f"layer of the SAE; {of}", fontsize=9)
+    axis.set_ylabel("layer of the image tokens")
     return as_written(figure)
+
+
+def _map(table: np.ndarray, title: str, low: Any = None, high: Any = None, norm: Any = None) -> Any:
+    """A figure of a table [rows, columns] in colours, the first row below, and its axis."""
+    figure = new_figure(PANEL_WIDTH, 3.4, dpi=140)
+    figure.subplots_adjust(left=0.14, right=0.98, top=0.91, bottom=0.15)
+    axis = figure.subplots()
+    image = axis.imshow(
+        table, aspect="auto", origin="lower", cmap="viridis", vmin=low, vmax=high, norm=norm
+    )
+    axis.set_title(title, fontsize=_size(title), loc="left")
+    bar = figure.colorbar(image, ax=axis, pad=0.03)
+    if norm is not None:
+        _plain_numbers(bar.ax.yaxis)
+    return figure, axis
+
+
+def _ticks(axis: Any, names: Sequence[int]) -> None:
+    """A number at each place, or at every second, third, ... where they would run into each other."""
+    places = range(0, len(names), 1 + len(names) // 14)
+    axis.set_ticks(places, [str(names[place]) for place in places])
 
 
 def _box(column: int, row: int) -> Any:

@@ -6,30 +6,30 @@ images, and for metrics that are no ratio of sums over images (unions, quantiles
 two intervals are added as independent ones (`independent`), which mostly is too wide.
 
 Runs whose configs differ in ``seed_everything`` alone are one group, whose number is the mean over its
-seeds. Shapes: S seeds, I images, R bootstrap samples, C columns of sums.
+seeds. Shapes: S seeds, I images, C columns of sums.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
+from lightning_limber.tools.intervals import Interval, independent, levels_of_many, seeds_part, two_level
+from lightning_limber.utils.by_image import images_file
 from lightning_limber.utils.files import read_as
 
-Interval = tuple[float, float, float]
-"""Value, lower and upper end."""
 Run = dict[str, Any]
 """What `report.read_run` makes of a run's folder."""
 Key = tuple[str, str, int | None]
 """Part of a run (``held_out``, ``captions`` or ``probe``), metric, and the probe's layer."""
-SAMPLES = 1000
 PAIRED, PAIRED_SEEDS, INDEPENDENT = "images, paired", "images and seeds, paired", "images, as independent"
 
 
@@ -38,125 +38,6 @@ class Contrast(NamedTuple):
 
     interval: Interval
     over: str
-
-
-# -- statistics ---------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4)
-def bootstrap_weights(images: int) -> np.ndarray:
-    """[1 + R, images] how often each image is drawn; the first row is the sample itself."""
-    drawn = np.random.default_rng(0).multinomial(images, [1 / images] * images, size=SAMPLES)
-    return np.concatenate([np.ones((1, images)), drawn])
-
-
-def ratio(sums: np.ndarray) -> np.ndarray:
-    """The metric [...] of sums over images [..., C]: C is 2 for a ratio, 10 for `scores.bleu`'s counts."""
-    with np.errstate(divide="ignore", invalid="ignore"):  # A sample without tokens, or a right 4-gram.
-        if sums.shape[-1] == 2:
-            return sums[..., 0] / sums[..., 1]
-        right, count, (length, reference) = sums[..., :4], sums[..., 4:8], np.moveaxis(sums[..., 8:], -1, 0)
-        precision = np.exp(np.log(right / np.maximum(count, 1)).mean(-1))
-        return precision * np.exp(np.minimum(1 - reference / length, 0))
-
-
-class TwoLevel(NamedTuple):
-    """A mean over seeds, or the difference of two, with what its 95 % interval is made of."""
-
-    value: float
-    low: float
-    high: float
-    """Ends of the interval over images."""
-    seeds: list[np.ndarray]
-    """Values of the seeds [S] of each group."""
-
-    def interval(self) -> Interval:
-        seeds = seeds_part(self.seeds)
-        below, above = (math.hypot(self.value - end, seeds) for end in (self.low, self.high))
-        return self.value, self.value - below, self.value + above
-
-    def p(self) -> float:
-        """The p-value that belongs to the interval: 1 less the level at which it would just reach 0.
-
-        At other levels the part over images is in proportion to the normal distribution's quantile, that
-        over seeds to Student's: beyond 99 % a thousand samples have no percentiles of their own.
-        """
-        images = abs(self.value - (self.low if self.value > 0 else self.high)) / NormalDist().inv_cdf(0.975)
-
-        def reach(p: float) -> float:
-            return math.hypot(images * NormalDist().inv_cdf(1 - p / 2), seeds_part(self.seeds, 1 - p))
-
-        low, high = 0.0, 1.0
-        while high - low > 1e-6:
-            middle = (low + high) / 2
-            low, high = (middle, high) if reach(middle) >= abs(self.value) else (low, middle)
-        return high
-
-
-def levels(ours: np.ndarray, base: np.ndarray | None = None) -> TwoLevel:
-    """Mean over seeds of a metric, minus that of other runs, with a 95 % interval over images and seeds.
-
-    The images' part is the percentile interval of a bootstrap that draws the same images for all runs, with
-    their seeds as they are; the seeds' part is Student's t on the seeds' values (drawing few seeds with
-    replacement makes intervals too short: two seeds cover 79 % in 95). They are independent sources, so the
-    distances to the ends are added in squares. One seed says nothing of others: where a group has one
-    alone, the interval is over images only.
-
-    Args:
-        ours: [S, I, C] sums by image.
-        base: [S', I, C] of the same images; None subtracts nothing.
-    """
-    groups = [ours] if base is None else [ours, base]
-    # An image without any token (or part in an intervention) is not of the sample.
-    used = np.concatenate(groups).any((0, 2))
-    weights = bootstrap_weights(int(used.sum()))
-    by_seed = [ratio(weights @ group[:, used]) for group in groups]  # [S, 1 + R] each
-    samples = by_seed[0].mean(0) - (by_seed[1].mean(0) if base is not None else 0.0)
-    low, high = np.nanpercentile(samples[1:], [2.5, 97.5]).tolist()
-    return TwoLevel(float(samples[0]), low, high, [values[:, 0] for values in by_seed])
-
-
-def two_level(ours: np.ndarray, base: np.ndarray | None = None) -> Interval:
-    """`levels` as one interval."""
-    return levels(ours, base).interval()
-
-
-def seeds_part(groups: Sequence[np.ndarray], level: float = 0.95) -> float:
-    """Half of the interval of a mean over seeds' values [S], or of the difference of two such means.
-
-    Student's t, for two groups with Welch's degrees of freedom; 0 where a group has one seed alone.
-    """
-    from scipy.special import stdtrit
-
-    if min(map(len, groups)) < 2:
-        return 0.0
-    variances = [values.var(ddof=1) / len(values) for values in groups]  # Of the means.
-    if not (total := sum(variances)):
-        return 0.0
-    freedom = total**2 / sum(v**2 / (len(values) - 1) for v, values in zip(variances, groups, strict=True))
-    return float(stdtrit(freedom, (1 + level) / 2) * math.sqrt(total))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for being several (Holm 1979): those below 0.05 are wrong in 5 % of families."""
-    order, adjusted, least = np.argsort(p_values, kind="stable"), [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(order.tolist()):
-        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = least
-    return adjusted
-
-
-def independent(a: Sequence[float], b: Sequence[float]) -> Interval:
-    """a - b with a 95 % interval from theirs, for independent estimates.
-
-    The square-and-add method (Zou and Donner 2008, doi:10.1002/sim.3095), which keeps skewed intervals
-    skewed.
-    """
-    (value_a, low_a, high_a), (value_b, low_b, high_b) = a, b
-    value = value_a - value_b
-    below = math.hypot(value_a - low_a, high_b - value_b)
-    above = math.hypot(high_a - value_a, value_b - low_b)
-    return value, value - below, value + above
 
 
 # -- numbers of runs ----------------------------------------------------------------------------------
@@ -180,14 +61,27 @@ def table_value(run: Run, which: int, key: Key, group: str = "image") -> Interva
 
 
 @lru_cache(maxsize=16)
-def read_images(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of ``images_epoch_{n}.npz``; none where there is no such file."""
+def read_images(folder: Path, epoch: int) -> dict[str, Any]:
+    """The arrays of ``images_epoch_{n}.npz``, images in the order of their names; none where there is no
+    such file.
+    """
+    path = images_file(folder, epoch)
     return read_as(path, _arrays) if path.is_file() else {}
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
+def _arrays(path: Path) -> dict[str, Any]:
+    found: dict[str, Any]
     with np.load(path) as file:
-        return {name: file[name] for name in file.files}
+        found = {name: file[name] for name in file.files}
+    names = {name.partition("/")[0]: array for name, array in found.items() if name.endswith("/names")}
+    orders = {part: np.argsort(of_part, kind="stable") for part, of_part in names.items()}
+    for name, array in found.items():
+        order = orders[name.partition("/")[0]]
+        if name.endswith("/names"):
+            found[name] = array[order]
+        else:  # [..., I, C], or the probe's groups and layers.
+            found[name] = array[..., order, :] if array.ndim > 1 else array.tolist()
+    return found
 
 
 def sums_by_image(
@@ -195,18 +89,16 @@ def sums_by_image(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Names [I] and sums [I, C] behind `table_value`, in the names' order; None where none are kept."""
     part, metric, layer = key
-    found = read_images(run["folder"] / f"images_epoch_{epochs_of(run, part)[which]}.npz")
+    found = read_images(run["folder"], epochs_of(run, part)[which])
     if f"{part}/{metric}" not in found:
         return None
     names, sums = found[f"{part}/names"], found[f"{part}/{metric}"]
     if part == "probe":
-        group, place = found["probe/groups"] == of, found["probe/layers"] == layer
-        if not group.any() or not place.any():
+        groups, layers = found["probe/groups"], found["probe/layers"]
+        if of not in groups or layer not in layers:
             return None
-        sums = sums[group.argmax(), place.argmax()]
-    order = np.argsort(names, kind="stable")
-    sums = sums[order].astype(np.float64)
-    return None if np.isnan(sums).any() else (names[order], sums)
+        sums = sums[groups.index(of), layers.index(layer)]
+    return None if np.isnan(sums.sum()) else (names, sums.astype(np.float64))
 
 
 def same_images(
@@ -227,29 +119,49 @@ def estimate(runs: Sequence[Run], key: Key, which: int = -1, group: str = "image
 
     The probe's is that of a group of tokens.
     """
-    values = [value for run in runs if (value := table_value(run, which, key, group)) is not None]
-    if len(values) < len(runs):
-        return None
-    if len(runs) == 1:
-        return values[0]
-    value, low, high = np.array(values).mean(0).tolist()
-    # A table has NaN where a ratio would mean nothing.
-    if not math.isnan(value) and (sums := same_images([runs], [which], key, group)):
-        return two_level(*sums)
-    seeds = seeds_part([np.array(values)[:, 0]])
-    return value, value - math.hypot(value - low, seeds), value + math.hypot(high - value, seeds)
+    return estimates(runs, [key], which, group)[0]
+
+
+def estimates(
+    runs: Sequence[Run], keys: Sequence[Key], which: int = -1, group: str = "image"
+) -> list[Interval | None]:
+    """`estimate` of one metric at several layers."""
+    found: list[Interval | None] = []
+    sums: dict[int, np.ndarray] = {}
+    for place, key in enumerate(keys):
+        values = [value for run in runs if (value := table_value(run, which, key, group)) is not None]
+        if len(values) < len(runs) or len(runs) == 1:
+            found.append(values[0] if len(values) == len(runs) else None)
+            continue
+        value, low, high = np.array(values).mean(0).tolist()
+        # A table has NaN where a ratio would mean nothing.
+        if not math.isnan(value) and (of_runs := same_images([runs], [which], key, group)):
+            [sums[place]] = of_runs
+        seeds = seeds_part([np.array(values)[:, 0]])
+        found.append(
+            (value, value - math.hypot(value - low, seeds), value + math.hypot(high - value, seeds))
+        )
+    if sums:
+        for place, level in zip(sums, levels_of_many(np.stack([*sums.values()])), strict=True):
+            found[place] = level.interval()
+    return found
 
 
 def contrast(
     ours: Sequence[Run], base: Sequence[Run], key: Key, which: tuple[int, int] = (-1, -1)
 ) -> Contrast | None:
     """`ours` minus `base`, at the last (-1) or first (0) epoch of each; None where one has no number."""
-    a, b = (estimate(runs, key, at) for runs, at in zip((ours, base), which, strict=True))
-    if a is None or b is None or math.isnan(a[0] - b[0]):
+    values = [
+        [table_value(run, at, key) for run in runs] for runs, at in zip((ours, base), which, strict=True)
+    ]
+    if any(value is None or math.isnan(value[0]) for of_group in values for value in of_group):
         return None
     if sums := same_images((ours, base), which, key):
         both = min(len(ours), len(base)) > 1
         return Contrast(two_level(*sums), PAIRED_SEEDS if both else PAIRED)
+    a, b = (estimate(runs, key, at) for runs, at in zip((ours, base), which, strict=True))
+    assert a is not None
+    assert b is not None
     return Contrast(independent(a, b), INDEPENDENT)
 
 
@@ -296,6 +208,22 @@ def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
     return [list(members.values()) for _, members in groups]
 
 
+def group_name(runs: Sequence[Run]) -> str:
+    """What all runs' names begin with, without the seed's: ``late`` of late/seed_0 and late/seed_1; of a
+    run alone its own.
+    """
+    names = [run["name"] for run in runs]
+    if len(runs) == 1:
+        return names[0]
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return re.sub(r"([\W_]*seed)?[\W_]*\d*$", "", "".join(letters[0] for letters in same)) or names[0]
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, those that occur several times with their places."""
+    return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
 # -- as text ------------------------------------------------------------------------------------------
 
 
@@ -307,6 +235,7 @@ def comparison(runs: Sequence[Run]) -> str:
     those in the middle of each third of the layers that all runs have probed.
     """
     groups = by_seed(runs)
+    names = numbered([group_name(group) for group in groups])
     layers = [layer for layer in runs[0]["layers"] if all(layer in run["layers"] for run in runs)]
     layers = sorted({layers[len(layers) * sixth // 6] for sixth in (1, 3, 5)}) if layers else []
     held_out: dict[str, Key] = {
@@ -320,11 +249,11 @@ def comparison(runs: Sequence[Run]) -> str:
     }
     scores = [["run", "seeds", "parameters", *held_out]]
     sae, minus = [["run", *probe]], [["run", *held_out, *probe, "over"]]
-    for group in groups:
+    for name, group in zip(names, groups, strict=True):
         run = group[0]
         start = run["starts"][0] if run["starts"] else {}
         parameters = start.get("trained_parameters")
-        name, seeds = run["name"], f"{len(group)}" if len(group) > 1 else ""
+        seeds = f"{len(group)}" if len(group) > 1 else ""
         cells = {column: in_brackets(estimate(group, key)) for column, key in held_out.items()}
         for column in ("loss", "accuracy"):  # Runs of before there were intervals have the event file.
             points = run["scalars"].get(f"val/{column}")
@@ -340,7 +269,7 @@ def comparison(runs: Sequence[Run]) -> str:
     tables = {
         f"held-out images, 95 % over images{over_seeds}": scores,
         f"SAE probe of image tokens, by layer, 95 % over images{over_seeds}": sae,
-        f"minus {runs[0]['name']}; 95 % over what the last column says (~: images, as independent)": minus,
+        f"minus {names[0]}; 95 % over what the last column says (~: images, as independent)": minus,
     }
     return "\n\n".join(f"{title}\n{columns(table)}" for title, table in tables.items() if len(table) > 1)
 

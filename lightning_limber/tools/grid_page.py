@@ -1,6 +1,6 @@
 """What a grid's runs found, as ``README.md``, ``grid.csv`` and a figure in the grid's folder.
 
-Every arm is compared with the base arm, endpoint by endpoint, by the statistics of compare.py.
+Every arm is compared with the base arm, endpoint by endpoint, by the statistics of intervals.py.
 """
 
 from __future__ import annotations
@@ -17,18 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lightning_limber.probe.palette import COLOURS, design_styles
-from lightning_limber.tools.compare import (
-    Interval,
-    Key,
-    Run,
-    TwoLevel,
-    holm,
-    in_brackets,
-    levels,
-    same_images,
-    table_value,
-)
+from lightning_limber.tools.compare import Key, Run, in_brackets, same_images, table_value
 from lightning_limber.tools.grid_file import Grid
+from lightning_limber.tools.intervals import Interval, TwoLevel, holm, levels
 from lightning_limber.tools.report import read_probe, read_scores, read_validation
 from lightning_limber.utils.figures import as_written, new_figure
 from lightning_limber.utils.files import write_text, write_whole

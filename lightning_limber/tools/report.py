@@ -28,8 +28,9 @@ from lightning_limber.assets import ASSETS
 from lightning_limber.probe import palette
 from lightning_limber.probe.finding import Chart, charts
 from lightning_limber.probe.tables import Row
-from lightning_limber.tools.compare import Interval, Run, by_seed, comparison, differences
+from lightning_limber.tools.compare import Run, by_seed, comparison, differences, numbered
 from lightning_limber.tools.explorer_section import explorer_section
+from lightning_limber.tools.intervals import Interval
 from lightning_limber.tools.seeds import merged
 from lightning_limber.utils.adapter_config import upgrade_adapter
 from lightning_limber.utils.commands import Parser
@@ -91,10 +92,8 @@ def render(runs: list[Run]) -> str:
 
 def tell_apart(runs: Sequence[Run]) -> None:
     """Numbers those of one name."""
-    names = [run["name"] for run in runs]
-    for i, run in enumerate(runs):
-        if names.count(run["name"]) > 1:
-            run["name"] += f" ({i + 1})"
+    for run, name in zip(runs, numbered([run["name"] for run in runs]), strict=True):
+        run["name"] = name
 
 
 def newest_rows(run: Run) -> list[Row]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any
 
-from lightning_limber.tools.compare import Interval, Run, epochs_of, estimate
+from lightning_limber.tools.compare import Run, epochs_of, estimate, estimates, group_name
+from lightning_limber.tools.intervals import Interval
 
 Curve = list[tuple[int, float]]
 """Steps and values."""
@@ -26,7 +25,7 @@ def merged(runs: Sequence[Run]) -> Run:
         return {**first, "seeds": []}
     return {
         **first,
-        "name": f"{shared_name([run['name'] for run in runs])} ({len(runs)} seeds)",
+        "name": f"{group_name(runs)} ({len(runs)} seeds)",
         "summary": {**first["summary"], "seed": ", ".join(map(seed_of, runs))},
         "seconds": sum(run["seconds"] for run in runs) / len(runs),
         "scalars": {
@@ -43,12 +42,6 @@ def merged(runs: Sequence[Run]) -> Run:
 
 def seed_of(run: Run) -> str:
     return run["summary"].get("seed", "?")
-
-
-def shared_name(names: Sequence[str]) -> str:
-    """What all names begin with, without the seed's: ``late`` of late/seed_0 and late/seed_1."""
-    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    return re.sub(r"([\W_]*seed)?[\W_]*\d*$", "", "".join(letters[0] for letters in same)) or names[0]
 
 
 def one_seed(run: Run) -> dict[str, Any]:
@@ -79,7 +72,7 @@ def mean_probe(runs: Sequence[Run]) -> dict[str, dict[str, dict[int, list[Interv
         for metric, of_metric in first["curves"].items():
             for group in of_metric:
                 keys = [("probe", metric, layer) for layer in first["layers"]]
-                curves[metric][group][epoch] = [estimate(runs, key, which, group) for key in keys]
+                curves[metric][group][epoch] = estimates(runs, keys, which, group)
     return curves
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lightning_limber.utils.quiet import without_loading_bars
 from lightning_limber.utils.wheels import ASSETS, PREFIX, fetch, known_wheels
 
 
@@ -67,11 +68,13 @@ def from_hub(name: str) -> Iterator[str]:
         ValueError: the model needs a package that is not installed, or its files are damaged or not of a
             kind that transformers knows.
     """
-    path = resolve(name)
     # Of each retry two lines, before the one below.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    with without_loading_bars():
+        path = resolve(name)
     try:
-        yield path
+        with without_loading_bars():
+            yield path
     except ImportError as error:
         if "timm" not in str(error):
             raise

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,9 @@ from lightning_limber.callbacks.console import Progress, in_time
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.finding import headline
 from lightning_limber.probe.tables import Row
+from lightning_limber.utils.quiet import keep_quiet, without_loading_bars
+
+RANK_ZERO = "pytorch.utilities.rank_zero"
 
 
 @pytest.mark.parametrize(
@@ -116,9 +121,9 @@ def test_a_run_says_what_it_found_and_what_to_do_next(models, tmp_path):
     # More steps between two logged ones than there are batches: Lightning has a warning for that.
     done = run_cli("fit", *flags, "--trainer.max_steps=4", "--trainer.log_every_n_steps=10", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    for noise in ("Tip", "LeafSpec", "logging interval", "TPU", "Warning", "stopped"):
-        assert noise not in done.stdout, done.stdout
     lines = done.stdout.splitlines()
+    assert [line for line in lines if not re.match(r"\[[a-zA-Z ]+\] +\S", line)] == []  # Of others.
+    assert "[device]    1 x cpu, 32-true" in lines
     assert len([line for line in lines if re.match(r"\[probe\] epoch \d: use .*\(.*\), \d+ s$", line)]) == 2
     assert len([line for line in lines if line.startswith("[captions]  ")]) == 1
     end = lines[next(i for i, line in enumerate(lines) if line.startswith("[done]")) :]
@@ -133,6 +138,36 @@ def test_a_run_says_what_it_found_and_what_to_do_next(models, tmp_path):
     assert said["TensorBoard"] == "tensorboard --logdir runs/default"
     assert said["go on"].endswith(f"fit --ckpt_path {run} --trainer.max_steps 8")
     assert said["report"].endswith(f"report {run}")
+
+
+def test_what_others_say_stays_but_for_some_lines(caplog):
+    keep_quiet()
+    keep_quiet()
+    seed, trainer = (
+        logging.getLogger(f"lightning.{name}") for name in ("fabric.utilities.seed", RANK_ZERO)
+    )
+    with caplog.at_level(logging.INFO, "lightning"):
+        seed.info("Seed set to 3")
+        seed.info("[rank: 1] Seed set to 3")
+        trainer.info("GPU available: False, used: False")
+        trainer.info("Enabled gradient checkpointing")
+        logging.getLogger("mine").warning("Seed set to 3")
+    assert caplog.messages == ["Enabled gradient checkpointing", "Seed set to 3"]
+    with pytest.warns(UserWarning, match="smaller than the logging interval"):
+        warnings.warn(
+            "The number of training batches (3) is smaller than the logging interval", stacklevel=1
+        )
+
+
+def test_bars_of_downloads_stay():
+    """Those of weights that are put into their places go, while ours are."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    with without_loading_bars():
+        assert not is_progress_bar_enabled()
+        assert not are_progress_bars_disabled()
+    assert is_progress_bar_enabled()
 
 
 @pytest.mark.parametrize("logger", ["TensorBoardLogger", "CSVLogger", "False"])

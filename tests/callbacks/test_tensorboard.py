@@ -124,10 +124,15 @@ def test_hyper_parameters_and_the_newest_scores_are_recorded(log):
     assert not {"hp_metric"} & set(log.Tags()["scalars"])
 
 
-def test_every_figure_is_there_for_every_probe(log, folder):
+def test_every_figure_is_there_for_every_probe(cli, log, folder):
     """In TensorBoard, where the first look is the first group, and as PNGs."""
     steps = {tag: [event.step for event in log.Images(tag)] for tag in log.Tags()["images"]}
-    probes = [f"probe/{name}" for name in ("by_layer", "by_epoch", "cross_layer", "patches")]
+    measured = {row.metric for row in sae_probe(cli).history[1] if row.layer is not None}
+    panels = [panel for panel in sae_probe(cli).probe.panels if panel.metric in measured]
+    probes = ["probe/patches"]
+    probes += [f"cross_layer/{name}" for name in ("fvu", "l0", "fvu_of_noise", "l0_of_noise")]
+    probes += [f"by_layer/{panel.metric}" for panel in panels]
+    probes += [f"by_epoch/{panel.metric}" for panel in panels if panel.by_epoch]
     probes += [f"Overview/{name}" for name in ("3_use", "4_lift", "5_excess")]
     ends = ["captions", "Overview/1_loss", "Overview/2_captions"]
     assert steps == {tag: [0, 4] for tag in probes} | {tag: [4] for tag in ends}

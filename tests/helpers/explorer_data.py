@@ -11,6 +11,7 @@ import numpy as np
 from lightning_limber.probe.explorer_file import cut_controls, pack
 
 WORDS = "red green blue circle square star small large left above".split()
+WRITTEN = "a small blue circle"
 CAPTION = "a small red circle <b>left</b> of a large blue square"
 
 
@@ -93,7 +94,13 @@ def write_explorer_data(
         },
         "words": WORDS,
         "images": [
-            {"name": f"val/{i}", "captions": [[CAPTION, places]], "jpeg": _picture(draw)}
+            {
+                "name": f"val/{i}",
+                "captions": [[CAPTION, places]],
+                "written": [WRITTEN, [[WORDS.index("blue"), 12]]] if epoch else None,
+                "boxes": [["small red circle", [0.25, 0.5, 0.5, 0.75]], ["large <b>", [0.6, 0.1, 1, 0.5]]],
+                "jpeg": _picture(draw),
+            }
             for i in range(images)
         ],
     }

@@ -19,6 +19,7 @@ from lightning_limber.probe.explorer_file import (
     decode,
     encode,
     in_context,
+    keep_ends,
     pack,
     read_explorer,
     write_explorer,
@@ -84,7 +85,8 @@ def test_the_file_gives_back_what_was_seen(probed, explored, tmp_path):
     callback = sae_probe(probed)
     probe, path = callback.probe, tmp_path / "explorer_epoch_1.gz"
     seen = {group: {f: v.clone() for f, v in of.items()} for group, of in explored.seen.items()}
-    write_explorer(path, probe, explored, callback.history[1])
+    first = explored.names[0]
+    write_explorer(path, probe, explored, callback.history[1], {first: "a blue star", "other": "a cat"})
     head, arrays = read_explorer(path)
     assert explored.control == head["control"] == "words_long"
     assert head["layers"] == [0, 2]
@@ -111,8 +113,11 @@ def test_the_file_gives_back_what_was_seen(probed, explored, tmp_path):
             assert layers[number] == bank.layers[layer]
             assert spots[spot][1].lower() == bank.vocabulary[bank.word_of[token]]
             assert spots[spot][1] in bank.contexts[token]
-    words = head["words"]
-    for image, captions in zip(head["images"], explored.captions, strict=True):
+    words, images = head["words"], head["images"]
+    assert [image["written"] and image["written"][0] for image in images] == ["a blue star"] + [None] * 9
+    assert "blue" in words
+    assert "cat" not in words
+    for image, captions in zip(images, explored.captions, strict=True):
         for (text, places), caption in zip(image["captions"], captions, strict=True):
             assert text == caption
             assert all(text[end - len(words[w]) : end].lower() == words[w] for w, end in places)
@@ -120,15 +125,62 @@ def test_the_file_gives_back_what_was_seen(probed, explored, tmp_path):
     assert [pieces[k].strip() for k in head["pieces"]["agree"][red]] in (["red"], [])
 
 
-def test_a_run_leaves_it(fit, tmp_path):
-    """At every probe, of as many images as are asked for; 0 switches it off."""
-    fit("--trainer.max_steps=4", "--probe.explorer_images=3", probe=True)
-    for epoch in (0, 1):
-        head, arrays = read_explorer(tmp_path / f"runs/default/version_0/explorer_epoch_{epoch}.gz")
+def test_objects_are_where_the_encoder_sees_them(probed, explored):
+    """Some of their pixels differ from the background, which the corners show; none outside does."""
+    assert [len(boxes) for boxes in explored.boxes] == [text.count(" a ") for [text] in explored.captions]
+    for pixels, boxes, [caption] in zip(explored.pixels, explored.boxes, explored.captions, strict=True):
+        background = pixels[:, 0, 0][:, None, None].int()
+        differs = (pixels.int() - background).abs().sum(0) > 100  # [H, W]
+        inside = torch.zeros_like(differs)
+        for label, (left, top, right, bottom) in boxes:
+            assert label in caption
+            columns, rows = (slice(round(32 * a), round(32 * b)) for a, b in ((left, right), (top, bottom)))
+            assert differs[rows, columns].any()
+            inside[max(0, rows.start - 1) : rows.stop + 1, max(0, columns.start - 1) : columns.stop + 1] = (
+                True
+            )
+        assert not differs[~inside].any()
+
+
+def test_a_run_leaves_the_first_and_the_newest(fit, tmp_path, monkeypatch):
+    """Of as many images as are asked for (0: none). The one before goes when the newest is there."""
+    folder, there = tmp_path / "runs/default/version_0", []
+
+    def note(path, *args):
+        write_explorer(path, *args)
+        there.append(epochs())
+
+    def epochs() -> list[int]:
+        return sorted(int(path.stem[-1]) for path in folder.glob("explorer_epoch_*"))
+
+    monkeypatch.setattr("lightning_limber.callbacks.sae_probe.write_explorer", note)
+    fit("--trainer.max_steps=8", "--probe.explorer_images=3", "--probe.metrics=[noise]", probe=True)
+    assert there == [[0], [0, 1], [0, 1, 2]]
+    assert epochs() == [0, 2]
+    for epoch in epochs():
+        head, arrays = read_explorer(folder / f"explorer_epoch_{epoch}.gz")
         assert len(head["images"]) == 3
         assert arrays["image/norm"].shape == (3, 2, 4)
+        # Before training nothing is written.
+        assert [bool(image["written"]) for image in head["images"]] == [epoch > 0] * 3
     fit("--trainer.max_steps=1", "--probe.explorer_images=0", probe=True)
     assert not list((tmp_path / "runs/default/version_1").glob("explorer*"))
+
+
+@pytest.mark.parametrize(
+    ("there", "epochs", "left"),
+    [
+        ((0, 1, 2, 10), (0, 1, 2, 10), {0, 10}),
+        ((0, 2, 7), (0, 1, 2, 3), {0, 2}),  # Went on from before epoch 7.
+        ((4, 5, 6), (0, 4, 5, 6), {4, 6}),  # Of the first epochs there is none.
+        ((3,), (0, 1, 2, 3), {3}),
+    ],
+)
+def test_files_that_nobody_reads_go(tmp_path, there, epochs, left):
+    for epoch in there:
+        (tmp_path / f"explorer_epoch_{epoch}.gz").touch()
+    keep_ends(tmp_path, epochs)
+    assert {int(path.stem.rpartition("_")[2]) for path in tmp_path.iterdir()} == left
 
 
 def test_behind_layer_0_and_without_places(fit, tmp_path):

@@ -59,7 +59,7 @@ def test_every_metric_by_layer_group_and_epoch_is_in_the_event_file(run):
     for metric in ("loss_recovered", "lens_hit", "lens_hit_chance", "knn", "knn_chance"):
         steps = [e.step for e in log.Scalars(f"{metric}/image/layer_02")]
         assert steps == [0, 4, 8], metric
-    for tag in ("probe/by_layer", "probe/by_epoch", "probe/cross_layer", "captions"):
+    for tag in ("by_layer/fvu", "by_epoch/fvu", "cross_layer/fvu", "captions"):
         assert tag in log.Tags()["images"]
     for tag in (
         "val/loss",
@@ -453,7 +453,7 @@ def test_validate_probes_a_published_projector(fit, tmp_path):
         torch.testing.assert_close(cli.model.image_tokens(batch).tokens, expected)
     log = events(cli.trainer.log_dir)
     assert log.Scalars("fvu/image/layer_02")
-    assert "probe/by_layer" in log.Tags()["images"]
+    assert "by_layer/fvu" in log.Tags()["images"]
 
 
 def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):

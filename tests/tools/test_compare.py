@@ -13,20 +13,20 @@ import torch
 from scipy import stats
 
 from lightning_limber.captioning import scores
-from lightning_limber.tools import compare
+from lightning_limber.tools import compare, intervals
 from lightning_limber.tools.compare import (
     INDEPENDENT,
     PAIRED,
     PAIRED_SEEDS,
-    bootstrap_weights,
     by_seed,
     comparison,
     contrast,
     differences,
-    two_level,
+    group_name,
 )
+from lightning_limber.tools.intervals import bootstrap_weights, two_level
 from lightning_limber.tools.report import main, read_run
-from lightning_limber.tools.seeds import merged, shared_name
+from lightning_limber.tools.seeds import merged
 from lightning_limber.utils.by_image import add_arrays, images_file
 
 LAYERS = (0, 9)
@@ -132,13 +132,26 @@ def test_paired_intervals_cover_and_are_narrow():
         a, b = draw(pair, 200)
         _, low, high = two_level(b[None], a[None])
         alone = [two_level(run[None]) for run in (b, a)]
-        _, below, above = compare.independent(*alone)
+        _, below, above = intervals.independent(*alone)
         covered += low <= 0.3 <= high
         apart += below <= 0.3 <= above
         widths.append((above - below) / (high - low))
     assert 0.93 <= covered / pairs <= 0.97
     assert apart == pairs
     assert 3 < np.mean(widths) < 7
+
+
+def test_many_at_once_are_each_alone():
+    """Also where they have not the same images: the third lacks two, and a ratio has no samples of NaN."""
+    sums = np.stack([draw(seed, 30, runs=5) for seed in range(3)])
+    sums[2, :, [4, 9]] = 0
+    sums[1, 0, 1:] = 0  # Samples without the one image that has tokens.
+    for base in (None, sums[:, 3:]):
+        found = intervals.levels_of_many(sums[:, :3], base)
+        alone = [intervals.levels(sums[k, :3], None if base is None else base[k]) for k in range(3)]
+        for one, other in zip(found, alone, strict=True):
+            assert one[:3] == pytest.approx(other[:3], rel=1e-12)
+            assert one.interval() == pytest.approx(other.interval(), rel=1e-12)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 8])
@@ -163,19 +176,19 @@ def test_a_p_value_is_that_of_its_interval():
     for world in range(60):
         ours, base = draw(world, 40, runs=3, shift=0), draw(world, 40, runs=6, shift=0)[3:]
         ours[..., 0] += 0.12 * ours[..., 1]
-        found = compare.levels(ours, base)
+        found = intervals.levels(ours, base)
         _, low, high = found.interval()
         assert (found.p() < 0.05) == (low > 0 or high < 0)
         seen.add(low > 0)
     assert seen == {True, False}
-    images = compare.TwoLevel(1.0, 0.4, 1.5, [np.ones(1)])
+    images = intervals.TwoLevel(1.0, 0.4, 1.5, [np.ones(1)])
     assert images.p() == pytest.approx(2 * stats.norm.sf(1.959964 / 0.6), abs=1e-5)
     seeds = [np.array([1.0, 1.3, 1.4]), np.array([0.5, 0.9, 1.2, 0.7])]
     value = seeds[0].mean() - seeds[1].mean()
-    alone = compare.TwoLevel(value, value, value, seeds)
+    alone = intervals.TwoLevel(value, value, value, seeds)
     assert alone.p() == pytest.approx(stats.ttest_ind(*seeds, equal_var=False).pvalue, abs=1e-5)
-    assert compare.levels(ours, ours).p() == 1
-    assert compare.TwoLevel(0.0, 0.0, 0.0, [np.ones(3)]).p() == 1
+    assert intervals.levels(ours, ours).p() == 1
+    assert intervals.TwoLevel(0.0, 0.0, 0.0, [np.ones(3)]).p() == 1
 
 
 @pytest.mark.parametrize("seeds", [1, 3, 5])
@@ -186,7 +199,7 @@ def test_p_values_are_not_too_small_where_nothing_differs(seeds):
         sums = draw(world, 60, runs=2 * seeds, shift=0.0)
         effect = np.random.default_rng(world).normal(0, 0.05 * (seeds > 1), (2 * seeds, 1))
         sums[..., 0] += effect * sums[..., 1]
-        found.append(compare.levels(sums[:seeds], sums[seeds:]).p())
+        found.append(intervals.levels(sums[:seeds], sums[seeds:]).p())
     below = {level: np.mean(np.array(found) < level) for level in (0.01, 0.05, 0.2)}
     for level, share in below.items():  # Three standard errors of so many worlds.
         assert share <= level + 3 * np.sqrt(level * (1 - level) / worlds), below
@@ -199,7 +212,7 @@ def test_holm_is_the_step_down_procedure():
     for count in (1, 2, 5, 11):
         p = random.uniform(0, 0.3, count) ** 2
         p[-1] = p[0]
-        adjusted = compare.holm(p.tolist())
+        adjusted = intervals.holm(p.tolist())
         for level in random.uniform(0, 1, 50):
             rejected, order = set(), np.argsort(p, kind="stable")
             for step, place in enumerate(order):
@@ -214,7 +227,7 @@ def test_ratios_and_bleu_are_those_of_the_scores():
     counts = torch.randint(1, 9, (30, 10)).double()
     weights = torch.tensor(bootstrap_weights(30))
     expected = scores.bleu(weights @ counts)
-    np.testing.assert_allclose(compare.ratio(weights.numpy() @ counts.numpy()), expected, rtol=1e-12)
+    np.testing.assert_allclose(intervals.ratio(weights.numpy() @ counts.numpy()), expected, rtol=1e-12)
 
 
 def test_images_without_a_part_are_not_of_the_sample():
@@ -294,12 +307,12 @@ def test_runs_of_several_seeds_are_one_row(tmp_path, capsys):
         "held-out images, 95 % over images (and seeds, where there are several)"
     )
     head, *rows = (re.split("  +", line) for line in scores_table.splitlines()[1:])
-    assert [row[:2] for row in rows] == [["a/0", "3"], ["b/3", "2"]]
+    assert [row[:2] for row in rows] == [["a", "3"], ["b", "2"]]
     ours, base = sums[3:] * [2, 1], sums[:3] * [2, 1]
     assert rows[0][head.index("loss")] == compare.in_brackets(two_level(base))
     head, *rows = (re.split("  +", line) for line in minus.splitlines()[1:])
     assert head == ["run", "loss", "slot accuracy", "l0 @0", "l0 @9", "over"]
-    assert rows == [["b/3", *[compare.in_brackets(two_level(ours, base))] * 4, PAIRED_SEEDS]]
+    assert rows == [["b", *[compare.in_brackets(two_level(ours, base))] * 4, PAIRED_SEEDS]]
     page = json.loads(
         re.search(r'"application/json">(.*?)</script>', Path("out.html").read_text(), re.S)[1]
     )
@@ -341,11 +354,15 @@ def test_a_group_is_shown_as_the_mean_and_its_seeds(tmp_path):
 
 
 def test_the_name_of_a_group():
-    assert shared_name(["Linear-10/version_0", "Linear-11/version_0"]) == "Linear"
-    assert shared_name(["mlp2-0/version_0", "mlp2-1/version_0"]) == "mlp2"
-    assert shared_name(["late/seed_0", "late/seed_1"]) == "late"
-    assert shared_name(["default/version_0", "default/version_3"]) == "default/version"
-    assert shared_name(["1/a", "2/a"]) == "1/a"
+    def named(names: list[str]) -> str:
+        return group_name([{"name": name} for name in names])
+
+    assert named(["Linear-10/version_0", "Linear-11/version_0"]) == "Linear"
+    assert named(["mlp2-0/version_0", "mlp2-1/version_0"]) == "mlp2"
+    assert named(["late/seed_0", "late/seed_1"]) == "late"
+    assert named(["default/version_0", "default/version_3"]) == "default/version"
+    assert named(["1/a", "2/a"]) == "1/a"
+    assert named(["Linear-10/version_0"]) == "Linear-10/version_0"
 
 
 def test_a_run_that_is_not_as_far_is_none_of_the_group(tmp_path):

@@ -13,6 +13,7 @@ from explorer_data import write_explorer_data
 from lightning_limber.tools.explorer_section import SMALL, explorer_section
 from lightning_limber.tools.report import main
 
+RUN = "document.getElementById('x-run').selectedOptions[0].textContent"
 DESK = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
 
@@ -141,7 +142,7 @@ def test_a_latent_shows_where_it_fires(page):
     """Latent 0 is the strongest of the second patch on every image."""
     here = page("#explorer&patch=1&layer=3")
     here.click("#x-now .x-pickable")
-    assert text(here, "#x-latent h3").startswith("Latent 1 of layer 3")
+    assert text(here, "#x-pick h3").startswith("Latent 1 of layer 3")
     assert "activation of latent 1" in text(here, "#x-scale")
     shown = "[...document.querySelectorAll('#x-grid .x-cell')].map(c => c.style.getPropertyValue('--heat'))"
     heat = here.run(shown)
@@ -153,7 +154,7 @@ def test_a_latent_shows_where_it_fires(page):
     assert at(here)["image"] == strip[0]
     assert at(here)["latent"] == "1"
     here.press("Escape")
-    assert here.run("document.getElementById('x-latent').hidden")
+    assert here.run("document.getElementById('x-pick').hidden")
     assert "latent" not in at(here)
 
 
@@ -201,11 +202,93 @@ def test_an_address_is_a_view(page):
         here.run("[...document.getElementById('x-thumbs').children].map(b => b.ariaPressed)")[2] == "true"
     )
     assert "row 1, column 2, layer 6" in text(here, "#x-now h3")
-    assert text(here, "#x-latent h3").startswith("Latent 2 of layer 6")
+    assert text(here, "#x-pick h3").startswith("Latent 2 of layer 6")
     assert here.run("document.getElementById('x-control').checked")
     assert here.run("document.querySelector('#x-caption [aria-pressed=true]').textContent") == "red"
     # One that was written for other data opens what is there.
     page("#explorer&run=7&image=70&epoch=9&patch=999&layer=4&latent=x&word=__proto__")
+
+
+def test_a_word_of_a_lens_shows_where_else_it_is_said(page):
+    """On this image by colour, on others by their strongest patch; at another layer it stays."""
+    here = page("#explorer&patch=2&layer=3")
+    first = "#x-now [data-lens]"
+    word = here.run(f"document.querySelector('{first}').dataset.lens")
+    here.click(first)
+    assert text(here, "#x-pick h3").startswith(f"“{word}” by the logit lens, layer 3")
+    assert "Grey: at this layer not to be believed." in text(here, "#x-pick")
+    coloured = (
+        "[...document.querySelectorAll('#x-grid .x-cell')].map(c => c.style.getPropertyValue('--heat'))"
+    )
+    count = sum(heat.startswith("rgb(") for heat in here.run(coloured))
+    shares = r"of (\d+) of this image.s 16 tokens, of (\d+) of all images. 48"
+    here_of, all_of = map(int, re.search(shares, text(here, "#x-pick")).groups())
+    # The first token is never counted, and is coloured all the same.
+    assert 1 <= here_of <= count <= here_of + 1 <= all_of + 1
+    assert at(here)["lens"] == word
+    here.press("]")
+    assert text(here, "#x-pick h3").startswith(f"“{word}” by the logit lens, layer 6")
+    assert "Grey" not in text(here, "#x-pick")
+    here.click("#x-now [data-nearest]")
+    near = here.run("document.querySelector('#x-now [data-nearest]').dataset.nearest")
+    assert text(here, "#x-pick h3").startswith(f"“{near}” as nearest text, layer 6")
+    assert at(here)["near"] == near
+    assert "lens" not in at(here)
+    again = page(here.run("location.hash"))
+    assert text(again, "#x-pick h3").startswith(f"“{near}” as nearest text, layer 6")
+    again.press("Escape")
+    assert again.run("document.getElementById('x-pick').hidden")
+
+
+def test_the_layers_play(page):
+    """By the key and by the button; from the first where the last is shown, to the last."""
+    here = page("#explorer&patch=2&layer=6")
+    here.press("p")
+    assert at(here)["layer"] == "0"
+    assert here.run("document.getElementById('x-play').getAttribute('aria-pressed')") == "true"
+    here.wait("document.getElementById('x-layer-name').textContent === '6'")
+    assert here.run("document.getElementById('x-play').getAttribute('aria-pressed')") == "false"
+    here.click("#x-play")
+    assert at(here)["layer"] == "0"
+    here.click("#x-play")  # Stops.
+    assert here.run("document.getElementById('x-play').getAttribute('aria-pressed')") == "false"
+
+
+def test_what_is_shown_is_copied_as_text(page):
+    here = page("#explorer&patch=6&layer=3&control=1")
+    here.run(
+        "navigator.clipboard.writeText = text => { window.copied = text; return Promise.resolve(); }, 0"
+    )
+    here.click("#x-copy")
+    assert text(here, "#x-copy") == "copied"
+    lines = here.run("window.copied").splitlines()
+    assert lines[0] == f"{here.run(RUN)}, epoch 1, val/0"
+    assert lines[1] == "caption a small red circle <b>left</b> of a large blue square"
+    assert lines[3].startswith("patch in row 2, column 3, layer 3 of random words at this image")
+    assert "says (logit lens), p (grey: not to be believed at this layer)" in lines
+    assert "nearest text, cosine" in lines
+    table = lines[lines.index("") + 1 :]
+    assert [line.split("\t")[0] for line in table[:4]] == ["layer", "0", "3", "6"]
+    assert {line.count("\t") for line in table[:4]} == {7}
+    assert lines[-1] == here.run("location.href")
+
+
+def test_true_objects_and_the_written_caption(page):
+    here = page("#explorer&patch=6&layer=3")
+    boxes = "[...document.querySelectorAll('#x-boxes i')].map(e => e.getBoundingClientRect().width > 0)"
+    assert here.run(boxes) == [True, True]
+    share = "[document.querySelector('#x-boxes i'), document.getElementById('x-frame')]"
+    width, whole = here.run(f"{share}.map(e => e.getBoundingClientRect().width)")
+    assert width == pytest.approx(whole / 4, abs=1)
+    assert text(here, "#x-boxes i:nth-child(2)") == "large <b>"
+    here.click(".x-cell[data-token='9']")  # Below a box.
+    assert at(here)["patch"] == "9"
+    here.click("#x-objects")
+    assert here.run(boxes) == [False, False]
+    assert text(here, "#x-caption p:nth-child(2)") == "the model wrote a small blue circle"
+    here.click("#x-caption p:nth-child(2) button")
+    assert at(here)["word"] == "blue"
+    assert page("#explorer&epoch=0").run("document.querySelectorAll('#x-caption p').length") == 1
 
 
 def test_tokens_without_a_place_stand_in_a_row(page):
@@ -244,8 +327,8 @@ def test_on_a_phone(page):
 def test_markup_in_what_is_shown_is_text(page):
     here = page("#explorer&patch=1&layer=3")
     here.click("#x-now .x-pickable")
-    assert "<i>" in text(here, "#x-latent")
+    assert "<i>" in text(here, "#x-pick")
     assert "<u>" in text(here, "#x-now")
     assert "<b>left</b>" in text(here, "#x-caption")
-    made = "#x-caption b, #x-now i, #x-now u, #x-latent > div:not(.x-strip) i"
+    made = "#x-caption b, #x-now i, #x-now u, #x-pick > div:not(.x-strip) i"
     assert not here.run(f"document.querySelectorAll('{made}').length")

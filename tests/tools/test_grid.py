@@ -23,7 +23,7 @@ from scipy import stats
 
 from lightning_limber.__main__ import read_settings
 from lightning_limber.models.limber import Limber
-from lightning_limber.tools import compare, grid, grid_file, grid_page
+from lightning_limber.tools import grid, grid_file, grid_page, intervals
 from lightning_limber.tools.grid_file import with_newer
 from lightning_limber.tools.grid_page import FIGURE, figure, markdown, measure, sentences
 from lightning_limber.utils.by_image import add_arrays, images_file
@@ -135,7 +135,7 @@ def test_a_grid_from_start_to_end(models, run_grid, capsys):
     }
     row = rows["held_out/loss", "late"]
     found = [float(row[name]) for name in ("minus_base", "minus_base_low", "minus_base_high")]
-    assert found == pytest.approx(compare.two_level(sums["late"], sums["linear"]), rel=1e-4)
+    assert found == pytest.approx(intervals.two_level(sums["late"], sums["linear"]), rel=1e-4)
     assert row["over"] == "images and seeds"
     assert rows["probe/knn@2", "late"]["over"] == "seeds"
     page = (root / "README.md").read_text()
@@ -414,7 +414,7 @@ def test_sentences_follow_from_the_numbers(tmp_path):
     ]
     by_arm = {row.arm: row for row in tables["held_out/loss"]}
     p = [by_arm[arm].p for arm in ("better", "same", "worse")]
-    assert [by_arm[arm].p_holm for arm in ("better", "same", "worse")] == compare.holm(p)
+    assert [by_arm[arm].p_holm for arm in ("better", "same", "worse")] == intervals.holm(p)
     last = list(markdown(tables["probe/lift@3"], "base"))[-1]
     assert last == "| worse | 3 | - | - | - | - | - |"
 

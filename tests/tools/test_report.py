@@ -20,7 +20,8 @@ from lightning_limber.probe import palette
 from lightning_limber.probe.finding import EXCESS, charts, sentences
 from lightning_limber.probe.metrics import DEFAULT_METRICS, resolve_metrics
 from lightning_limber.probe.tables import Row
-from lightning_limber.tools.compare import INDEPENDENT, columns, comparison, in_brackets, independent
+from lightning_limber.tools.compare import INDEPENDENT, columns, comparison, in_brackets
+from lightning_limber.tools.intervals import independent
 from lightning_limber.tools.report import main, read_run, thin
 
 PANELS = [panel for metric in resolve_metrics(DEFAULT_METRICS) for panel in metric.panels]

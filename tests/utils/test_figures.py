@@ -10,7 +10,13 @@ import torch
 
 from lightning_limber.callbacks.captions import Captioned, write_gallery
 from lightning_limber.captioning.figures import caption_figure
-from lightning_limber.probe.figures import heatmap_figure, matrix_figure, patch_figure, probe_figure
+from lightning_limber.probe.figures import (
+    heatmap_figure,
+    matrix_figure,
+    panel_figure,
+    patch_figure,
+    probe_figure,
+)
 from lightning_limber.probe.finding import finding_figure
 from lightning_limber.probe.palette import Panel
 from lightning_limber.probe.patches import PatchMap
@@ -36,10 +42,14 @@ def test_no_text_is_taken_for_a_formula(text):
     rows = [Row(layer, "image", "fvu", 0.5, 0.4, 0.6) for layer in (0, 1)]
     rows += [Row(layer, text, "fvu", 0.5, 0.4, 0.6) for layer in (0, 1)]
     panels = [Panel("fvu", text, by_epoch=True)]
-    shown = drawn(probe_figure({0: rows, 1: rows}, 1, panels, text, text))
-    assert {text, f"image, {text}"} <= set(shown)
-    assert text in drawn(heatmap_figure({1: rows}, panels, text))
-    assert text in drawn(matrix_figure([0, 1], {text: [[1.0, 2.0], [3.0, 4.0]]}, text))
+    history = {0: rows, 1: rows}
+    for figure in (
+        probe_figure(history, 1, panels, text, text),
+        panel_figure(history, 1, *panels, text, text),
+    ):
+        assert {text, f"image, {text}"} <= set(drawn(figure))
+    assert text in drawn(heatmap_figure({1: rows}, panels[0]))
+    assert text in drawn(matrix_figure([0, 1], text, [[1.0, 2.0], [3.0, 4.0]], text))
     assert text in drawn(finding_figure(rows, text))
 
 
@@ -60,6 +70,8 @@ def test_figures_of_nothing(tmp_path):
     drawn(patch_figure([], [], [], 5))
     drawn(patch_figure([IMAGE], ["a dog"], [[]], 5))
     drawn(probe_figure({0: []}, 0, [], "", ""))
+    assert panel_figure({0: []}, 0, Panel("l0", "l0"), "", "") is None
+    assert heatmap_figure({0: []}, Panel("l0", "l0")) is None
     drawn(finding_figure([], ""))
     write_gallery(tmp_path / "gallery.jsonl", Captioned(["a"], [["b"]], [None]))
     assert [json.loads(line) for line in (tmp_path / "gallery.jsonl").read_text().splitlines()] == []

@@ -138,7 +138,8 @@ def test_figures_have_its_panel(run):
     assert curves["image"] == [row.value for row in rows]
     groups = {"image", "caption", "text", "noise", "words_long"}
     assert groups | {"image, untrained adapter"} == set(curves)
-    assert LABEL in [axis.get_title() for axis in heatmap_figure(history, panels, "title").axes]
+    [own] = [panel for panel in panels if panel.label == LABEL]
+    assert LABEL in [axis.get_title(loc="left") for axis in heatmap_figure(history, own).axes]
 
 
 @pytest.mark.parametrize("count", [1, 5, 13, 23])
