@@ -228,6 +228,12 @@ class Contenders:
         hooked.load_and_process_state_dict(state, **options)
         return hooked
 
+    def not_needed(self, name: str) -> int:
+        """Bytes on a GPU that a contender has no use for: our decoder's layers beside TransformerLens'."""
+        if name != "saelens" or self.device != "cuda":
+            return 0
+        return sum(parameter.nbytes for parameter in self.model.llm.layers.parameters())
+
     def run(self, name: str, batches: Iterable[Batch]) -> tuple[float, Found]:
         """Seconds of one probe, and what it found."""
         made: Callable[[Iterable[Batch]], Found] = getattr(self, name.replace("-", "_"))
@@ -258,20 +264,25 @@ def main(setup: Setup) -> Row:
     print("  warming up", file=sys.stderr)
     # Ready before the clock starts: what making them costs is measured by `data`.
     batches = list(contenders.batches(images))
-    found = {name: contenders.run(name, batches)[1] for name in names}
+    found, memory = {}, {}
+    for name in names:
+        found[name] = contenders.run(name, batches)[1]
+        if setup.in_process:
+            peak = measure.peak_memory(setup.device, partial(contenders.run, name, batches))["peak_bytes"]
+            memory[name] = {"peak_bytes": peak - contenders.not_needed(name)}
 
     def timed(name: str, _: int) -> list[float]:
         return [contenders.run(name, batches)[0]]
 
     runs: dict[str, Laps] = {name: partial(timed, name) for name in names}
-    rows = measure.compare(runs, setup.repeats)
+    rows = measure.compare(runs, setup.repeats, until=setup.until)
     for row in rows:
         name = row["name"]
         row["images_per_s"] = images / row["step_s"]
         row["bytes_on_disk"] = contenders.bytes_on_disk if name == "dense" else 0
         of_image = found[name]["image", len(contenders.names) // 2]
         row |= {f"{key}_image_middle": of_image[key] for key in ("fvu", "cosine", "l0")}
-        row |= measure.in_new_process(_memory, setup, name)
+        row |= memory.get(name) or measure.in_new_process(_memory, setup, name)
     work = {"images": images, "layers": len(contenders.names), "d_sae": setup.size.d_sae}
     return {"precision": "bf16-mixed" if contenders.bf16 else "32-true", "work": work, "results": rows}
 
