@@ -1,7 +1,9 @@
-"""How a token is kept from seeing others: by whole masks, or in blocks by FlexAttention on a GPU.
+"""How a token is kept from seeing others: by whole masks, or in blocks by FlexAttention.
 
-FlexAttention makes its mask from the rows' ids, and leaves out blocks in which nothing is seen. It knows
-soft caps, for which torch's fused kernels are no use. It must be compiled, at the first forward.
+FlexAttention makes its mask from the rows' ids, leaves out blocks in which nothing is seen, and knows soft
+caps, which torch's fused kernels do not. But it must be compiled, which took 16 s for the first width of
+rows on an H100 and 13 s more for some of those that followed: training steps on a GPU use it where layers
+are compiled anyway (`model.compile_llm`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ FLEX_ROWS = "flex_rows"
 """Name of this attention among those of transformers."""
 CHECKED_LENGTH = 256
 MOST_DIFFERENCE = 0.02
-"""Of last hidden states in bfloat16, relative; chosen, not measured."""
+"""Of last hidden states and their gradient in bfloat16, relative; chosen, not measured."""
 
 
 def whole_mask(rows: RowMask) -> Tensor:
@@ -76,11 +78,11 @@ def _flex_rows(
     return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-@torch.no_grad()
 def can_flex(llm: Any, dtype: torch.dtype) -> bool:
     """Whether FlexAttention serves an LLM under autocast to `dtype`, on the GPU where it is.
 
-    Compiles it and compares two packed rows with whole masks; a failure is said, and none is fatal.
+    Compiles it, and compares two packed rows and their gradient with those under whole masks. A failure is
+    said; none is fatal.
     """
     config = llm.model.config
     # Other kinds of layers see less than all that is before them.
@@ -89,21 +91,23 @@ def can_flex(llm: Any, dtype: torch.dtype) -> bool:
         return False
     device = llm.embedding.weight.device
     context = getattr(config, "max_position_embeddings", None) or CHECKED_LENGTH
-    length = min(CHECKED_LENGTH, llm.longest_row, 2 * context) // 2 * 2
-    positions = torch.arange(length // 2, device=device).repeat(2, 2)  # [2, S]
-    segment = torch.arange(length, device=device).ge(length // 2).long().expand(2, -1)
+    length = min(CHECKED_LENGTH, llm.longest_row, context)
+    segment = torch.arange(length, device=device).ge(length // 2).long().expand(2, -1)  # [2, S]
     rows = RowMask(segment, torch.zeros_like(segment))
+    positions = torch.arange(length, device=device) - segment * (length // 2)
     ids = torch.arange(2 * length, device=device).view(2, -1) % llm.vocab_size
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     try:
         for llm.uses_flex in (False, True):
-            with torch.autocast(device.type, dtype):
-                found.append(llm.decode(llm.embed(ids), mask=rows, positions=positions).float())
-        whole, blocks = found
-        difference = float((blocks - whole).norm() / whole.norm())
-        reason = f"it differs by {difference:.2g}" if difference > MOST_DIFFERENCE else ""
+            with torch.enable_grad(), torch.autocast(device.type, dtype):
+                embeds = llm.embed(ids).detach().requires_grad_()
+                hidden = llm.decode(embeds, mask=rows, positions=positions)
+            found.append((hidden.detach(), *torch.autograd.grad(hidden.float().square().mean(), embeds)))
+        differences = [float((b - a).norm() / a.norm()) for a, b in zip(*found, strict=True)]
+        reason = f"it differs by {max(differences):.2g}" if max(differences) > MOST_DIFFERENCE else ""
     except Exception as error:  # Of a compiler, mostly: whatever it is, whole masks do.
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    llm.uses_flex = False
     if reason:
         rank_zero_info(f"[warning] {llm.name}: attention without FlexAttention, because {reason}")
     return not reason

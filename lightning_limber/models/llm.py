@@ -48,7 +48,7 @@ class LLM(nn.Module):
         self.register_buffer("_head_weight", None, persistent=False)
         self.sharded = False
         self.uses_flex = False
-        """Whether forwards without a cache use FlexAttention; `prepare_autocast` decides."""
+        """Whether training steps use FlexAttention; `compile_layers` decides."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -195,7 +195,7 @@ class LLM(nn.Module):
         if mask is not None and positions is not None:
             self._check_row(length)
             extra["position_ids"] = positions
-        flex = first_layer < len(self.layers) and self._takes_flex(length)
+        flex = self._takes_flex(length)
         if flex:
             extra["attention_mask"] = block_mask(mask, length, inputs_embeds.device)
         elif mask is not None:
@@ -212,11 +212,13 @@ class LLM(nn.Module):
         return output.last_hidden_state
 
     def _takes_flex(self, length: int) -> bool:
-        """Whether rows of so many tokens are masked in blocks (attention.py): not beyond a sliding window,
-        and not under what counts FLOPs, where torch compiles nothing.
+        """Whether this forward of rows of `length` tokens is masked in blocks (attention.py).
+
+        It is if it is a training step's, no layer's window is shorter, and nothing counts FLOPs: torch
+        compiles nothing there.
         """
-        is_short = length <= (self.longest_row or 0)
-        return self.uses_flex and is_short and _get_current_dispatch_mode() is None
+        in_training = self.uses_flex and torch.is_grad_enabled() and _get_current_dispatch_mode() is None
+        return in_training and length <= (self.longest_row or 0)
 
     @torch.no_grad()
     def residual_entering(
@@ -296,10 +298,9 @@ class LLM(nn.Module):
         """Makes forwards under autocast to `dtype` cheap, without changing what is computed.
 
         The decoder layers' matrices are stored in `dtype`, and of the head's a copy (norms and embeddings
-        stay): autocast would round the same weights at every call. On a CPU attention is written out
+        stay): autocast would round the same weights at every call. On the CPU attention is written out
         in matrix products: the backward of torch's fused kernel is several times slower there at these
-        lengths, and was a third of the training step. On a GPU it is FlexAttention, where that serves
-        the model (attention.py).
+        lengths, and was a third of the training step.
 
         Args:
             dtype: Data type that autocast multiplies in.
@@ -309,8 +310,6 @@ class LLM(nn.Module):
         self._head_weight = self.model.get_output_embeddings().weight.detach().to(dtype)
         if (device or self.embedding.weight.device).type == "cpu":
             self.model.set_attn_implementation("eager")
-        elif self.embedding.weight.is_cuda:
-            self.uses_flex = can_flex(self, dtype)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Splits the decoder layers' weights over the processes of `mesh`, on its device (FSDP2).
@@ -329,8 +328,16 @@ class LLM(nn.Module):
         fully_shard(self.model.base_model, mesh=mesh, ignored_params=whole)
         self.sharded = True
 
-    def compile_layers(self) -> None:
-        """Compiles the decoder layers' forward where a gradient is wanted; hooks see what they saw."""
+    def compile_layers(self, dtype: torch.dtype | None = None) -> None:
+        """Compiles the decoder layers' forward where a gradient is wanted; hooks see what they saw.
+
+        On a GPU attention is FlexAttention there, if that serves the model (attention.py).
+
+        Args:
+            dtype: Data type that autocast multiplies in; None: there is no autocast, nor FlexAttention.
+        """
+        if dtype is not None and self.embedding.weight.is_cuda:
+            self.uses_flex = can_flex(self, dtype)
         for layer in self.layers:
             layer.forward = _compiled(layer.forward)  # type: ignore[method-assign]
 

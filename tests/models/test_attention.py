@@ -107,20 +107,18 @@ def test_losses_and_gradients_are_those_under_whole_masks(
                 torch.testing.assert_close(blocks, whole, rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
 def test_what_keeps_whole_masks(models, tmp_path, calls):
-    """A forward whose FLOPs are counted, a logit lens, a generation, and rows beyond a sliding window."""
+    """A forward whose FLOPs are counted or that is no training step, and rows beyond a sliding window."""
     model = made(models, tiny.write_llm(tmp_path, "gemma2"))
     batch = model.collator()([SceneSet("train", 100, 112, 0)[0]], [["a red cat ."]])
     tokens = model.image_tokens(batch)
     expected = model.decode(batch, tokens)
-    written = model.generate(tokens)[0].text
     model.llm.uses_flex = True
     with FlopCounter() as counter:
         assert torch.equal(model.decode(batch, tokens), expected)
     assert counter.total > 0
-    assert model.generate(tokens)[0].text == written
-    model.llm.decode(expected, first_layer=3)
+    with torch.no_grad():
+        assert torch.equal(model.decode(batch, tokens), expected)
     model.llm.longest_row = expected.shape[1] - 1
     assert torch.equal(model.decode(batch, tokens), expected)
     assert not calls
@@ -137,7 +135,7 @@ def test_it_is_used_where_it_gives_the_same(tmp_path, monkeypatch, calls):
         llm = LLM(tiny.write_llm(tmp_path / architecture, architecture)).load()
         served[architecture] = can_flex(llm, torch.bfloat16)
     assert served == {"llama": True, "gemma2": True, "gptj": False}
-    assert len(calls) == 6
+    assert len(calls) == 6  # Of three layers.
     assert not said
     flex_rows = attention._flex_rows
     monkeypatch.setattr(attention, "_flex_rows", lambda *a, **k: flex_rows(*a, **{**k, "scaling": 1.0}))
