@@ -40,7 +40,7 @@ PIECES = {
     "train, 5 captions": Piece("train", 5, ["limber-shared", "limber", "llava-bf16"]),
     "train, ways": Piece("train", 1, ["limber", "limber-step", "limber-compiled"]),
     "train, peers": Piece("train", 1, ["limber", "llava-bf16-weights", "plain-bf16"]),
-    "probe, first": Piece("probe", 1, ["limber", "limber-first"]),
+    "probe, ways": Piece("probe", 1, ["limber", "limber-float32", "limber-first"]),
 }
 """By name, the one that is worth most first."""
 

@@ -3,14 +3,16 @@
 All run the same LLM weights on the same embeddings, with image and with the captions alone, in the same
 precision, and the same SAEs (JumpReLU, thresholds set so that about one latent in 128 is active, float32).
 Ours leaves latents that cannot fire out by a product in bfloat16, where a CPU has it, and computes the
-others in float32 (screened_encoder.py). It makes every reconstruction metric of image, caption and text
-tokens by image, and their bootstrap intervals. The peers add up less, which favours them: squared error,
+others in float32 (screened_encoder.py); on a GPU it splits numbers into two of bfloat16 (products.py).
+It makes every reconstruction metric of image, caption and text tokens by image, and their bootstrap
+intervals. The peers add up less, which favours them: squared error,
 squared norm, mean, cosine and l0 of each layer and group. The encoder's features of the images are at hand
 for all, as in a run after its first validation. Names of contenders:
 
     limber      `Probe.run` without further metrics, as at the epochs of a run after the first probe: what
                 the frozen LLM makes of the captions alone is known by then
     limber-first  the first probe of a run
+    limber-float32  the first with SAEs in float32 products on a GPU too (products.py; only with --only)
     saelens     HookedSAETransformer.run_with_cache of all layers' residual streams, then each SAE
     dense       residual streams of all layers written to one .pt an image, then read again for the SAEs
 """
@@ -21,8 +23,10 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -149,6 +153,10 @@ class Contenders:
 
     def limber_first(self, batches: Iterable[Batch]) -> Found:
         return self.limber(batches, same_captions=False)
+
+    def limber_float32(self, batches: Iterable[Batch]) -> Found:
+        with patch("lightning_limber.probe.passes.sae_products", lambda device: nullcontext()):
+            return self.limber(batches)
 
     @torch.no_grad()
     def saelens(self, batches: Iterable[Batch]) -> Found:

@@ -15,7 +15,8 @@ image tokens. Names of contenders:
     plain-fp32          a loop with logits at every position, float32
     plain-bf16          the same under autocast
     limber-cached       the first with features from disk (`model.cache_features`; only with --only)
-    limber-compiled     the first with the LLM's layers compiled (`model.compile_llm`; only with --only)
+    limber-compiled     the first with the LLM's layers compiled, on a GPU with FlexAttention
+                        (`model.compile_llm`; only with --only)
     limber-shared       (several captions an image) the captions of an image in one sequence
     limber-DESIGN       another design of the lab (`DESIGNS`, such as limber-enter-40; only with --only)
 """

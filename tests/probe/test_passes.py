@@ -22,7 +22,7 @@ from lightning_limber.data.scenes import SceneSet
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.saes import load_saes
 from lightning_limber.probe.config import ProbeConfig
-from lightning_limber.probe.metrics import ProbeMetric
+from lightning_limber.probe.metrics import REGISTRY, ProbeMetric
 from lightning_limber.probe.passes import Probe
 
 
@@ -478,7 +478,8 @@ def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
     there.to("meta")
     saes = {name: sae.to("meta") for name, sae in saes.items()}
     texts = partial(cli.datamodule.training_captions, 4)
-    probe = Probe(there, saes, callback.probe.text, ProbeConfig(), texts=texts)
+    config = ProbeConfig(metrics=list(REGISTRY))
+    probe = Probe(there, saes, callback.probe.text, config, texts=texts)
     moved = move_data_to_device(batch, torch.device("meta"))
     # Features are copied to the host once a run, when they are first kept.
     moved.held_out = moved.other.held_out = False
