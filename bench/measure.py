@@ -171,7 +171,10 @@ def machine(device: str) -> Row:
         properties = torch.cuda.get_device_properties(0)
         hardware |= {"gpu": properties.name, "gpu_bytes": properties.total_memory}
     packages = ("torch", "lightning", "transformers", "sae-lens", "transformer-lens", "lightning-limber")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions: dict[str, str | None] = dict.fromkeys(packages)
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):  # A checkout need not be installed.
+            versions[name] = importlib.metadata.version(name)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "hardware": hardware,
