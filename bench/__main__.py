@@ -1,4 +1,4 @@
-"""``python -m bench train|probe|start|data``: see this package's docstring."""
+"""``python -m bench train|probe|start|data|gpu``: see this package's docstring."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -25,10 +26,11 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m bench", description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=("train", "probe", "start", "data"))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--size", choices=SIZES, default="default")
+    parser.add_argument("command", choices=("train", "probe", "start", "data", "gpu"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="gpu: cuda, else cpu")
+    parser.add_argument("--size", choices=SIZES, help="gpu: venhoff, else default")
     parser.add_argument("--repeats", type=int, default=5, help="rounds in which all contenders run")
+    parser.add_argument("--minutes", type=float, default=10, help="most that gpu may take")
     parser.add_argument("--steps", type=int, help="timed steps of a contender in a round (train)")
     parser.add_argument("--batch_size", type=int, help="images in a training step")
     parser.add_argument("--num_images", type=int, help="probed images (probe)")
@@ -37,6 +39,9 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders; the first is compared with")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     options = parser.parse_args(args)
+    gpu = options.command == "gpu"
+    options.device = options.device or ("cuda" if gpu else "cpu")
+    options.size = options.size or ("venhoff" if gpu else "default")
     if options.size == "venhoff" and options.device != "cuda":
         parser.error("--size venhoff needs --device cuda: a 2.6B-parameter model at full length.")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -45,7 +50,9 @@ def parse(args: list[str] | None) -> argparse.Namespace:
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
+    started = time.monotonic()
     options = parse(args)
+    gpu = options.command == "gpu"
     size = SIZES[options.size]
     if options.captions > 1:
         size = size.many_tokens()
@@ -56,6 +63,9 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         setup = Setup(size, folder, options.device, options.repeats, options.captions, options.only)
+        if gpu:
+            until = started + 60 * options.minutes
+            setup = replace(setup, until=until, json=options.json, in_process=True)
         write_models(setup)
         # Features and indices are kept in the cache; the user's own is left alone.
         with patch.dict(os.environ, LIGHTNING_LIMBER_CACHE=str(folder / "cache")):
@@ -66,10 +76,13 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     for key, value in result.items():
         if key != "results":
             print(f"{key}: {value}")
-    table = pd.DataFrame(result["results"])[command.COLUMNS]
+    table = pd.DataFrame(result["results"]).reindex(columns=command.COLUMNS)
     print(table.to_string(index=False, na_rep="-", float_format="{:,.4g}".format))
+    text = json.dumps(result, indent=1)
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(text + "\n")
+    elif gpu:
+        print(text)
     return result
 
 

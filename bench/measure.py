@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import multiprocessing
 import os
 import platform
@@ -24,6 +25,16 @@ from torch.utils.benchmark import Timer
 Laps = Callable[[int], list[float]]
 """Runs that many timed steps and returns the seconds of each."""
 Row = dict[str, Any]
+PEAK_BFLOAT16 = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+"""FLOP/s of dense bfloat16 products with float32 sums, from NVIDIA's data sheets; the first name that a
+card's name contains."""
 
 
 class Clock:
@@ -50,15 +61,23 @@ class Clock:
 
 
 def compare(
-    contenders: dict[str, Laps], repeats: int, steps: int = 1, each_round: Callable[[], Any] = lambda: None
+    contenders: dict[str, Laps],
+    repeats: int,
+    steps: int = 1,
+    each_round: Callable[[], Any] = lambda: None,
+    until: float = math.inf,
 ) -> list[Row]:
-    """Lets the contenders take turns; a row for each.
+    """Lets the contenders take turns, up to `repeats` times; a row for each.
+
+    No round but the first is begun after the time `until`, of `time.monotonic`.
 
     ``step_s`` is the median over all steps with its 10th and 90th percentile. ``speedup`` says how many
     times faster the first contender is: the median over rounds of the ratio within each, and its range.
     """
     rounds: dict[str, list[list[float]]] = {name: [] for name in contenders}
     for number in range(repeats):
+        if number and time.monotonic() > until:
+            break
         each_round()
         for name, run in contenders.items():
             rounds[name].append(run(steps))
@@ -68,7 +87,7 @@ def compare(
     rows: list[Row] = []
     for name, laps in rounds.items():
         ratios = [median(b) / median(a) for a, b in zip(first, laps, strict=True)]
-        row = {"name": name, **spread("step_s", sum(laps, []))}
+        row = {"name": name, "rounds": len(laps), **spread("step_s", sum(laps, []))}
         row |= {"speedup": median(ratios), "speedup_min": min(ratios), "speedup_max": max(ratios)}
         rows.append(row)
     return rows
@@ -89,6 +108,12 @@ def matmul_rate(device: str, dtype: torch.dtype, shapes: Sequence[tuple[int, int
         timer = Timer("a @ b", globals=pair, num_threads=torch.get_num_threads())
         rates.append(2 * m * k * n / median(timer.timeit(1).mean for _ in range(9)))
     return max(rates)
+
+
+def peak_rate() -> float | None:
+    """FLOP/s of bfloat16 products that this GPU's data sheet promises; None: not known, or no GPU."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((rate for part, rate in PEAK_BFLOAT16.items() if part in name), None)
 
 
 def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -113,6 +138,11 @@ def peak_memory(device: str, run: Callable[[], Any]) -> Row:
         built, peak = _resident_peak(), _resident_peak
     run()
     return {"built_bytes": built, "peak_bytes": peak()}
+
+
+def allocated(device: str) -> int:
+    """Bytes of a GPU's memory that tensors take; 0 on a CPU, where nobody counts them."""
+    return torch.cuda.memory_allocated() if device == "cuda" else 0
 
 
 def _resident_peak() -> int:
@@ -141,7 +171,10 @@ def machine(device: str) -> Row:
         properties = torch.cuda.get_device_properties(0)
         hardware |= {"gpu": properties.name, "gpu_bytes": properties.total_memory}
     packages = ("torch", "lightning", "transformers", "sae-lens", "transformer-lens", "lightning-limber")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions: dict[str, str | None] = dict.fromkeys(packages)
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):  # A checkout need not be installed.
+            versions[name] = importlib.metadata.version(name)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "hardware": hardware,

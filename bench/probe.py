@@ -3,14 +3,16 @@
 All run the same LLM weights on the same embeddings, with image and with the captions alone, in the same
 precision, and the same SAEs (JumpReLU, thresholds set so that about one latent in 128 is active, float32).
 Ours leaves latents that cannot fire out by a product in bfloat16, where a CPU has it, and computes the
-others in float32 (screened_encoder.py). It makes every reconstruction metric of image, caption and text
-tokens by image, and their bootstrap intervals. The peers add up less, which favours them: squared error,
+others in float32 (screened_encoder.py); on a GPU it splits numbers into two of bfloat16 (products.py).
+It makes every reconstruction metric of image, caption and text tokens by image, and their bootstrap
+intervals. The peers add up less, which favours them: squared error,
 squared norm, mean, cosine and l0 of each layer and group. The encoder's features of the images are at hand
 for all, as in a run after its first validation. Names of contenders:
 
     limber      `Probe.run` without further metrics, as at the epochs of a run after the first probe: what
                 the frozen LLM makes of the captions alone is known by then
     limber-first  the first probe of a run
+    limber-float32  the first with SAEs in float32 products on a GPU too (products.py; only with --only)
     saelens     HookedSAETransformer.run_with_cache of all layers' residual streams, then each SAE
     dense       residual streams of all layers written to one .pt an image, then read again for the SAEs
 """
@@ -21,8 +23,10 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -150,6 +154,10 @@ class Contenders:
     def limber_first(self, batches: Iterable[Batch]) -> Found:
         return self.limber(batches, same_captions=False)
 
+    def limber_float32(self, batches: Iterable[Batch]) -> Found:
+        with patch("lightning_limber.probe.passes.sae_products", lambda device: nullcontext()):
+            return self.limber(batches)
+
     @torch.no_grad()
     def saelens(self, batches: Iterable[Batch]) -> Found:
         sums: dict[tuple[str, int], Sums] = defaultdict(Sums)
@@ -228,6 +236,12 @@ class Contenders:
         hooked.load_and_process_state_dict(state, **options)
         return hooked
 
+    def not_needed(self, name: str) -> int:
+        """Bytes on a GPU that a contender has no use for: our decoder's layers beside TransformerLens'."""
+        if name != "saelens" or self.device != "cuda":
+            return 0
+        return sum(parameter.nbytes for parameter in self.model.llm.layers.parameters())
+
     def run(self, name: str, batches: Iterable[Batch]) -> tuple[float, Found]:
         """Seconds of one probe, and what it found."""
         made: Callable[[Iterable[Batch]], Found] = getattr(self, name.replace("-", "_"))
@@ -258,20 +272,25 @@ def main(setup: Setup) -> Row:
     print("  warming up", file=sys.stderr)
     # Ready before the clock starts: what making them costs is measured by `data`.
     batches = list(contenders.batches(images))
-    found = {name: contenders.run(name, batches)[1] for name in names}
+    found, memory = {}, {}
+    for name in names:
+        found[name] = contenders.run(name, batches)[1]
+        if setup.in_process:
+            peak = measure.peak_memory(setup.device, partial(contenders.run, name, batches))["peak_bytes"]
+            memory[name] = {"peak_bytes": peak - contenders.not_needed(name)}
 
     def timed(name: str, _: int) -> list[float]:
         return [contenders.run(name, batches)[0]]
 
     runs: dict[str, Laps] = {name: partial(timed, name) for name in names}
-    rows = measure.compare(runs, setup.repeats)
+    rows = measure.compare(runs, setup.repeats, until=setup.until)
     for row in rows:
         name = row["name"]
         row["images_per_s"] = images / row["step_s"]
         row["bytes_on_disk"] = contenders.bytes_on_disk if name == "dense" else 0
         of_image = found[name]["image", len(contenders.names) // 2]
         row |= {f"{key}_image_middle": of_image[key] for key in ("fvu", "cosine", "l0")}
-        row |= measure.in_new_process(_memory, setup, name)
+        row |= memory.get(name) or measure.in_new_process(_memory, setup, name)
     work = {"images": images, "layers": len(contenders.names), "d_sae": setup.size.d_sae}
     return {"precision": "bf16-mixed" if contenders.bf16 else "32-true", "work": work, "results": rows}
 

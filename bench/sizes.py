@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -109,7 +110,13 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Setup:
-    """One call of the bench; `folder` has the models and takes what is written."""
+    """One call of the bench; `folder` has the models and takes what is written.
+
+    Attributes:
+        until: No round is begun after this time (of `time.monotonic`) but the first.
+        json: What is known so far is written here (gpu).
+        in_process: Peak memory is that of this process, not of one for each contender.
+    """
 
     size: Size
     folder: Path
@@ -117,6 +124,9 @@ class Setup:
     repeats: int
     captions: int
     only: list[str] | None
+    until: float = math.inf
+    json: Path | None = None
+    in_process: bool = False
 
 
 def write_models(setup: Setup) -> None:

@@ -126,6 +126,35 @@ def test_data(tmp_path):
         assert padding[kind, 16] < padding[kind, 0]
 
 
+def test_gpu_at_tiny_size(tmp_path, monkeypatch):
+    """One command measures piece by piece, and says what fails."""
+    from bench import gpu
+    from bench.gpu import Piece
+
+    pieces = {
+        "train": Piece("train", 1, ["limber", "plain-fp32"]),
+        "broken": Piece("train", 5, ["nobody"]),
+        "probe": Piece("probe", 1, ["limber"]),
+    }
+    monkeypatch.setattr(gpu, "PIECES", pieces)
+    result = run(tmp_path, "gpu", "--device", "cpu", "--steps", "1")
+    assert [(row["piece"], row["name"]) for row in result["results"]] == [
+        ("train", "limber"),
+        ("train", "plain-fp32"),
+        ("probe", "limber"),
+    ]
+    assert_positive(result["results"], "step_s", "speedup", "peak_bytes")
+    assert result["failed"] == {"broken": "ValueError: --only nobody: there is no such contender."}
+    assert result["left_out"] == []
+    assert result["pieces"]["train"]["work"]["needed_flops_per_sample"] > 0
+
+
+def test_what_there_is_no_time_for_is_left_out(tiny_setup):
+    from bench import gpu
+
+    assert gpu.main(replace(tiny_setup, until=0.0))["left_out"] == list(gpu.PIECES)
+
+
 @pytest.mark.slow
 def test_start(tmp_path):
     result = run(tmp_path, "start", "--only", "fit_help", "fit_to_first_step")
@@ -153,8 +182,8 @@ def test_every_way_to_train_runs(tiny_setup, tmp_path, monkeypatch):
 
 def test_peers_compute_our_loss(tiny_setup):
     """Given the same projection, LLaVA and the plain loop's sequences have the loss of ours."""
+    from bench.peers import Peers
     from bench.sizes import limber
-    from bench.train import Peers
 
     model = limber(tiny_setup)
     model.configure_model()
@@ -173,7 +202,7 @@ def test_peers_compute_our_loss(tiny_setup):
 
 def test_trainers_in_turn_get_the_precision_they_ask_for(tiny_setup):
     """Accelerate would keep the first one's."""
-    from bench.train import Peers
+    from bench.peers import Peers
 
     peers = Peers(tiny_setup, torch.float32)
     seen = []

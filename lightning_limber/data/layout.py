@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,40 @@ class Packing(NamedTuple):
 
     hidden_size: int
     longest_row: int | None
+
+
+class RowMask(NamedTuple):
+    """Which token of a row sees which: of its own sequence those before it, but no other caption's.
+
+    The tensors are of one shape, [R, W] as they come.
+    """
+
+    segment: Tensor
+    """Number of each token's sequence."""
+    caption: Tensor
+    """Number of the caption in its sequence, from 1; 0 before the captions, which all of them see."""
+    hidden: Tensor | None = None
+    """True at tokens that only their like see; None: there are none."""
+
+    def at(self, *index: Any) -> RowMask:
+        """The tokens at an index, or at several."""
+        return RowMask(*(None if ids is None else ids[index] for ids in self))  # type: ignore[arg-type]
+
+    def sees(self, other: RowMask) -> Tensor:
+        """Whether these tokens see others, pair by pair, if they stand behind them."""
+        sees = self.segment == other.segment
+        sees = sees & ((other.caption == 0) | (self.caption == other.caption))
+        if self.hidden is None or other.hidden is None:
+            return sees
+        return sees & ~(other.hidden & ~self.hidden)
+
+    def dense(self) -> Tensor:
+        """[R, 1, W, W] true where the row's token sees the column's."""
+        return self.at(slice(None), slice(None), None).sees(self.at(slice(None), None)).tril()[:, None]
+
+    def gathered(self, places: Tensor) -> RowMask:
+        """Of the tokens at places [R, T] of each row."""
+        return RowMask(*(None if ids is None else ids.gather(1, places) for ids in self))  # type: ignore[arg-type]
 
 
 @dataclass(kw_only=True)
@@ -77,15 +111,11 @@ class Sequences:
     one datum for all of them.
     """
 
-    def attention_mask(self) -> Tensor | None:
-        """[R, 1, W, W] true where the row's token sees the column's; None: all before it."""
+    def row_mask(self) -> RowMask | None:
+        """Which token sees which; None: all before it."""
         if self.segment_ids is None or self.caption_ids is None:
             return None
-        segment, caption = self.segment_ids, self.caption_ids
-        same = segment[:, :, None] == segment[:, None, :]  # [R, W, W]
-        common = caption[:, None, :] == 0  # Before the captions: seen by all of them.
-        sees = same & (common | (caption[:, :, None] == caption[:, None, :]))
-        return sees.tril()[:, None]
+        return RowMask(self.segment_ids, self.caption_ids)
 
 
 class _Laid(NamedTuple):

@@ -88,13 +88,14 @@ def build(
     token_norm = float(llm.token_norm())
     if hparams["adapter_weights"] is not None:
         load_weights(adapter, entry, hparams["adapter_weights"])
-    if trainer is not None and trainer.precision == "bf16-mixed":
+    bf16 = trainer is not None and trainer.precision == "bf16-mixed"
+    if bf16:
         llm.prepare_autocast(torch.bfloat16, trainer.strategy.root_device)
         vision.prepare_autocast(torch.bfloat16)
     if shard:
         llm.shard(init_device_mesh(trainer.strategy.root_device.type, (trainer.world_size,)))
     if hparams["compile_llm"]:
-        llm.compile_layers()
+        llm.compile_layers(torch.bfloat16 if bf16 else None)
     rank_zero_info(f"[frozen]    vision  {_millions(vision)}  {hparams['vision']['name']}")
     rank_zero_info(f"[frozen]    llm     {_millions(llm)}  {hparams['llm']}")
     rank_zero_info(

@@ -104,7 +104,7 @@ class Captioner(pl.LightningModule):
             return decode_text_first(self.llm, sequences, image_tokens)
         embeds = embed_sequences(self.llm, sequences, image_tokens)  # [R, W, D_l]
         with entering(self.llm, sequences, image_tokens):
-            mask = sequences.attention_mask()
+            mask = sequences.row_mask()
             return self.llm.decode(embeds, mask=mask, positions=sequences.position_ids)
 
     def decode_from(

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_limber.data.layout import Sequences
+from lightning_limber.data.layout import RowMask, Sequences
+from lightning_limber.models.attention import block_mask
 from lightning_limber.models.llm import LLM
 
 
@@ -95,18 +96,10 @@ def decode_text_first(llm: LLM, sequences: Sequences, image_tokens: ImageTokens)
     """What `LLM.decode` gives inside `entering`, [R, W, D_l], in less time: layers below the one where the
     image tokens enter run over text alone, in shorter rows and without a gradient.
     """
-    layer, device = image_tokens.layer, sequences.input_ids.device
-    places = image_places(sequences)  # [R, W]
+    layer, places = image_tokens.layer, image_places(sequences)  # [R, W]
     # Text in its order, then as much of the images' places as makes all rows [R, T] alike.
     text = places.int().argsort(dim=1, stable=True)[:, : sequences.text_width]
-    mask = sequences.attention_mask()
-    if mask is None:
-        mask = torch.ones(1, 1, *2 * [text.shape[1]], dtype=torch.bool, device=device).tril()
-    else:
-        rows = mask[:, 0].gather(1, text[:, :, None].expand(-1, -1, mask.shape[-1]))
-        mask = rows.gather(2, text[:, None].expand(-1, text.shape[1], -1))[:, None]  # [R, 1, T, T]
-    is_image = places.gather(1, text)
-    mask = mask & ~(is_image[:, None, None] & ~is_image[:, None, :, None])
+    mask = _hiding(sequences, places).gathered(text)
     below = llm.residual_entering(
         layer, llm.embed(sequences.input_ids.gather(1, text)), mask, sequences.position_ids.gather(1, text)
     )  # [R, T, D_l]
@@ -115,13 +108,21 @@ def decode_text_first(llm: LLM, sequences: Sequences, image_tokens: ImageTokens)
     write = _write(sequences, image_tokens, layer)
     assert write is not None
     with entering(llm, sequences, image_tokens):
-        return llm.decode(write(residual), layer, sequences.attention_mask(), sequences.position_ids)
+        return llm.decode(write(residual), layer, sequences.row_mask(), sequences.position_ids)
 
 
 def image_places(sequences: Sequences) -> Tensor:
     """[R, W] whether an image token stands there."""
     places = torch.zeros_like(sequences.input_ids, dtype=torch.bool)
     return places.flatten().index_fill(0, sequences.image_positions, True).view_as(places)
+
+
+def _hiding(sequences: Sequences, places: Tensor) -> RowMask:
+    """Which token sees which where the tokens at places [R, W] are hidden from all others."""
+    mask = sequences.row_mask()
+    if mask is None:  # Plain causal.
+        mask = RowMask(torch.zeros_like(sequences.input_ids), torch.zeros_like(sequences.input_ids))
+    return mask._replace(hidden=places)
 
 
 def _write(sequences: Sequences, image_tokens: ImageTokens, layer: int) -> Callable | None:
@@ -159,7 +160,8 @@ class _Hidden:
 
     def __init__(self, sequences: Sequences) -> None:
         self.places = image_places(sequences)
-        self._known: tuple[Tensor | None, int, int, Tensor] | None = None
+        self.rows = _hiding(sequences, self.places)
+        self._known: tuple[Any, int, int, Any] | None = None
 
     def hook(self, llm: LLM, number: int) -> Any:
         """Hooks layer `number` of the LLM."""
@@ -184,12 +186,16 @@ class _Hidden:
 
         return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
-    def _mask(self, mask: Tensor | None, rows: int, queries: int, past: int) -> Tensor:
-        """A layer's mask without the images' columns: [rows, 1, queries, keys]."""
+    def _mask(self, mask: Any, rows: int, queries: int, past: int) -> Any:
+        """A layer's mask without the images' columns: [rows, 1, queries, keys], in blocks if it was."""
         if self._known is not None:  # The layer before had the same.
             known, *sizes, made = self._known
             if known is mask and sizes == [queries, past]:
                 return made
+        if mask is not None and not isinstance(mask, Tensor):
+            made = block_mask(self.rows, queries, self.places.device)
+            self._known = mask, queries, past, made
+            return made
         keys = past + queries if mask is None else mask.shape[-1]
         places = self.places.repeat_interleave(rows // len(self.places), 0)
         places = nn.functional.pad(places, (0, keys - places.shape[1]))

@@ -61,7 +61,8 @@ class Limber(Captioner):
             epochs over few images; see feature_cache.py.
         held_out_features_gb: Keep the encoder's features of held-out images in this much host memory, in
             1e9 bytes; images that do not fit are encoded each time.
-        compile_llm: Compile the LLM's decoder layers for training steps, a minute or more at the start.
+        compile_llm: Compile the LLM's decoder layers (on a GPU with FlexAttention) for training steps, a
+            minute or more at the start.
         shard_llm: Split the LLM's decoder layers over the processes of a DDP run; nothing else changes.
     """
 

@@ -11,13 +11,16 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from lightning_limber.data.layout import RowMask
+from lightning_limber.models.attention import block_mask, can_flex, flex_attention, whole_mask
 from lightning_limber.models.head_loss import FrozenHeadLoss
 from lightning_limber.models.layers import ResidualHook, Skipped, hook_post, hook_pre
 from lightning_limber.utils.hub import from_hub
@@ -44,6 +47,8 @@ class LLM(nn.Module):
         self._head_weight: Tensor | None
         self.register_buffer("_head_weight", None, persistent=False)
         self.sharded = False
+        self.uses_flex = False
+        """Whether training steps use FlexAttention; `compile_layers` decides."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -105,10 +110,9 @@ class LLM(nn.Module):
         """Some architectures' layers return a bare tensor, others a tuple that starts with it."""
         kept: list[Any] = []
         handle = self.layers[0].register_forward_hook(lambda _m, _a, output: kept.append(output))
-        with self.embedding.weight.device:
-            ids, mask = torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 1, 2, 2, dtype=torch.bool).tril()
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.embedding.weight.device)
         # With a mask: transformers looks at the values of anything else.
-        self.decode(self.embed(ids), mask=mask, positions=ids)
+        self.decode(self.embed(ids), mask=RowMask(ids, ids), positions=ids)
         handle.remove()
         self._layers_return_tuples = isinstance(kept[0], tuple)
 
@@ -133,8 +137,8 @@ class LLM(nn.Module):
             )
         # Twice in one row, kept apart by a mask: recurrent architectures ignore it.
         length = ids.shape[1]
-        number = torch.arange(2).repeat_interleave(length)  # [2 * S]
-        apart = (number[:, None] == number).tril()[None, None]
+        number = torch.arange(2).repeat_interleave(length)[None]  # [1, 2 * S]
+        apart = RowMask(number, torch.zeros_like(number))
         positions = torch.arange(length).repeat(2)[None]
         if self.longest_row and 2 * length <= self.longest_row:
             both = self.decode(self.embed(ids.repeat(1, 2)), mask=apart, positions=positions)[0]
@@ -172,7 +176,7 @@ class LLM(nn.Module):
         self,
         inputs_embeds: Tensor,
         first_layer: int = 0,
-        mask: Tensor | None = None,
+        mask: RowMask | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """Embeddings [N, S, D_l] -> last hidden states after the final norm.
@@ -183,28 +187,42 @@ class LLM(nn.Module):
             inputs_embeds: Or, where `first_layer` is not 0, the residual stream entering that layer.
             first_layer: Where to begin; the number of layers leaves the final norm alone (the logit
                 lens).
-            mask: [N, 1, S, S], true where the row's token sees the column's; None sees all before it.
+            mask: Of the N rows; None: each token sees all before it.
             positions: [N, S] position ids; None counts from 0.
         """
-        extra: dict[str, Tensor] = {}
+        extra: dict[str, Any] = {}
+        length = inputs_embeds.shape[1]
         if mask is not None and positions is not None:
-            self._check_row(int(inputs_embeds.shape[1]))
-            lowest = torch.finfo(torch.bfloat16).min  # Of every dtype that attention may be computed in.
-            extra["attention_mask"] = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(
-                ~mask, lowest
-            )
+            self._check_row(length)
             extra["position_ids"] = positions
+        flex = self._takes_flex(length)
+        if flex:
+            extra["attention_mask"] = block_mask(mask, length, inputs_embeds.device)
+        elif mask is not None:
+            extra["attention_mask"] = whole_mask(mask)
         if self.sharded and torch.is_grad_enabled() and not inputs_embeds.requires_grad:
             # A share of a batch that has no image: its backward pass gathers weights with the others'.
             inputs_embeds = inputs_embeds.detach().requires_grad_()
         # Whatever the model does to its input before the layers (positions, scales) is passed by.
-        with self._skipping(range(first_layer), inputs_embeds):
+        with (
+            flex_attention(self.model.config) if flex else nullcontext(),
+            self._skipping(range(first_layer), inputs_embeds),
+        ):
             output = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False, **extra)
         return output.last_hidden_state
 
+    def _takes_flex(self, length: int) -> bool:
+        """Whether this forward of rows of `length` tokens is masked in blocks (attention.py).
+
+        It is if it is a training step's, no layer's window is shorter, and nothing counts FLOPs: torch
+        compiles nothing there.
+        """
+        in_training = self.uses_flex and torch.is_grad_enabled() and _get_current_dispatch_mode() is None
+        return in_training and length <= (self.longest_row or 0)
+
     @torch.no_grad()
     def residual_entering(
-        self, layer: int, inputs_embeds: Tensor, mask: Tensor, positions: Tensor
+        self, layer: int, inputs_embeds: Tensor, mask: RowMask, positions: Tensor
     ) -> Tensor:
         """The residual stream [N, S, D_l] that enters a layer behind the first, which does not run.
 
@@ -310,8 +328,16 @@ class LLM(nn.Module):
         fully_shard(self.model.base_model, mesh=mesh, ignored_params=whole)
         self.sharded = True
 
-    def compile_layers(self) -> None:
-        """Compiles the decoder layers' forward where a gradient is wanted; hooks see what they saw."""
+    def compile_layers(self, dtype: torch.dtype | None = None) -> None:
+        """Compiles the decoder layers' forward where a gradient is wanted; hooks see what they saw.
+
+        On a GPU attention is FlexAttention there, if that serves the model (attention.py).
+
+        Args:
+            dtype: Data type that autocast multiplies in; None: there is no autocast, nor FlexAttention.
+        """
+        if dtype is not None and self.embedding.weight.is_cuda:
+            self.uses_flex = can_flex(self, dtype)
         for layer in self.layers:
             layer.forward = _compiled(layer.forward)  # type: ignore[method-assign]
 

@@ -45,6 +45,7 @@ from lightning_limber.probe.intervention import Intervention
 from lightning_limber.probe.metrics import Group, Measurement, ProbeMetric, Tokens
 from lightning_limber.probe.metrics.base import CAPTION, IMAGE, TEXT, Found, ImageInfo, nan_like
 from lightning_limber.probe.palette import Panel
+from lightning_limber.probe.products import sae_products
 from lightning_limber.probe.sanity_check import TextStats, counted
 from lightning_limber.probe.screened_encoder import make_encoder
 from lightning_limber.probe.tables import Row
@@ -118,8 +119,7 @@ class Probe:
             )
         self.metrics = config.make_metrics()
         needed = [group for metric in self.metrics for group in metric.groups]
-        self.groups: dict[str, Group] = {}
-        """By name."""
+        self.groups: dict[str, Group] = {}  # By name.
         text_group = replace(TEXT, positions=config.text_tokens)
         for group in (IMAGE, CAPTION, text_group, *needed):
             if self.groups.setdefault(group.name, group) != group:
@@ -289,7 +289,7 @@ class Probe:
 
     def encode(self, hook: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [n, K], dense or sparse, and reconstruction [n, D] of float32 tokens [n, D]."""
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), sae_products(x.device):
             latents = self.encoders[hook](x)
             return latents, self.saes[hook].decode(latents)
 

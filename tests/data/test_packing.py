@@ -46,7 +46,7 @@ def test_tokens_see_their_own_sequence_alone(monkeypatch):
     assert laid.position_ids.tolist() == [[0, 1, 0, 1, 2]]
     assert laid.labels.tolist() == [6, 7, 8, 9, 3]  # In the order of the sequences.
     assert laid.label_positions.tolist() == [2, 3, 4, 0, 1]
-    assert laid.attention_mask()[0, 0].int().tolist() == [
+    assert laid.row_mask().dense()[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [0, 0, 1, 0, 0],

@@ -328,7 +328,7 @@ def test_shared_sequences_are_masked_and_numbered(model):
     assert batch.caption_ids[0].tolist() == [0] * 5 + [1] * 5 + [2] * 2
     # Position t predicts token t + 1; the first of each caption is predicted from the last image token.
     assert batch.label_positions.tolist() == [4, 5, 6, 7, 8, 4, 10]
-    sees = [row.nonzero()[:, 0].tolist() for row in batch.attention_mask()[0, 0]]
+    sees = [row.nonzero()[:, 0].tolist() for row in batch.row_mask().dense()[0, 0]]
     assert sees[9] == list(range(10))
     assert sees[10] == [0, 1, 2, 3, 4, 10]
     assert sees[11] == [0, 1, 2, 3, 4, 10, 11]

@@ -6,7 +6,6 @@ import csv
 import json
 import math
 from collections import defaultdict
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -14,16 +13,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from parts import probe_batches, sae_probe, values
+from parts import probe_batches, sae_probe, values, without_values
 from process import run_cli
 
 from lightning_limber.data.held_out import spread
 from lightning_limber.data.scenes import SceneSet
-from lightning_limber.models.limber import Limber
 from lightning_limber.models.saes import load_saes
-from lightning_limber.probe.config import ProbeConfig
-from lightning_limber.probe.metrics import ProbeMetric
-from lightning_limber.probe.passes import Probe
+from lightning_limber.probe.metrics import REGISTRY, ProbeMetric
 
 
 def events(folder: str | Path):
@@ -457,33 +453,13 @@ def test_validate_probes_a_published_projector(fit, tmp_path):
 
 
 def test_the_passes_ask_nothing_of_the_device(probed, models, monkeypatch):
-    """On a GPU they wait for nothing. Tensors without values (meta) cannot be asked at all: every `item`,
-    `nonzero`, `unique` or mask used as an index would raise, and so would a tensor left on the host.
-    """
-    # But transformers asks at the start of each forward whether sequences are packed.
-    monkeypatch.setattr(
-        "transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None
-    )
-    # Nor does autocast know the meta device.
-    monkeypatch.setattr(torch, "autocast", lambda *_args, **_kwargs: nullcontext())
-    from lightning.fabric.utilities import move_data_to_device
-
+    """On a GPU they wait for nothing, with all metrics (of objects: test_object_steer.py)."""
     from lightning_limber.probe.token_stats import TokenStats
 
-    callback, cli = sae_probe(probed), probed
-    batch = next(iter(probe_batches(cli, 4, interventions=True)))
-    there = Limber(**cli.model.hparams)
-    there.configure_model()
-    saes = load_saes(str(models / "saes"), "layer_{layer}", None, there.llm)
-    there.to("meta")
-    saes = {name: sae.to("meta") for name, sae in saes.items()}
-    texts = partial(cli.datamodule.training_captions, 4)
-    probe = Probe(there, saes, callback.probe.text, ProbeConfig(), texts=texts)
-    moved = move_data_to_device(batch, torch.device("meta"))
-    # Features are copied to the host once a run, when they are first kept.
-    moved.held_out = moved.other.held_out = False
-    assert moved.pixel_values.is_meta
-    names, groups = list(saes), ("image", "caption", "text", "noise", "words_long")
+    batch = next(iter(probe_batches(probed, 4, interventions=True)))
+    metrics = [name for name in REGISTRY if not name.startswith("object_")]
+    probe, moved = without_values(probed, models / "saes", monkeypatch, batch, 4, metrics=metrics)
+    names, groups = list(probe.saes), ("image", "caption", "text", "noise", "words_long", "words", "told")
     sums = {(group, name): TokenStats().to("meta") for group in groups for name in names}
     kept = defaultdict(list)
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_limber.probe.products import RELATIVE_ERROR, SplitProducts, sae_products
 from lightning_limber.probe.screened_encoder import ScreenedEncoder, make_encoder
 from lightning_limber.probe.token_stats import active_latents
 
@@ -125,3 +126,35 @@ def test_no_token_and_no_active_latent(dtype):
     silent = ScreenedEncoder(sae, dtype)(tokens())
     assert not silent.to_dense().any()
     torch.testing.assert_close(sae.decode(silent), sae.b_dec.expand(200, 96))
+
+
+@pytest.mark.parametrize("kind", ["standard", "jumprelu", "topk"])
+def test_split_products_are_float32s_within_their_error(kind):
+    """Latents and reconstructions are those of exact products, but where a latent is at its threshold."""
+    sae = make_sae(kind, **({"k": 8} if kind == "topk" else {}))
+    x = tokens()
+    exact = sae.encode(x)
+    with SplitProducts():
+        split = sae.encode(x)
+        decoded = sae.decode(exact)
+    inside = sae.process_sae_in(x)
+    error = RELATIVE_ERROR * inside.norm(dim=1)[:, None] * sae.W_enc.norm(dim=0)  # [n, K]
+    assert not torch.equal(split, exact)
+    above = inside.double() @ sae.W_enc.double() + sae.b_enc - getattr(sae, "threshold", 0.0)
+    if kind == "topk":
+        above = above - above.topk(9).values[:, 7:].mean(1, keepdim=True)
+    sure = above.abs() > 2 * error
+    assert sure.float().mean() > 0.99
+    assert ((split > 0) == (exact > 0))[sure].all()
+    assert ((split - exact).abs() <= error)[sure].all()
+    off = (decoded - sae.decode(exact)).norm(dim=1)
+    assert (off <= RELATIVE_ERROR * exact.norm(dim=1) * sae.W_dec.norm()).all()
+
+
+def test_other_products_stay_what_they_are():
+    with SplitProducts():
+        for x in (torch.randn(2, 3, 4), torch.randn(3, 4).double(), torch.randn(3, 4).bfloat16()):
+            assert torch.equal(x @ x.mT, torch.einsum("...ij,...kj->...ik", x, x))
+    with sae_products(CPU):
+        x = torch.randn(30, 40)
+        assert torch.equal(x @ x.T, torch.mm(x, x.T))

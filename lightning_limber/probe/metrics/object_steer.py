@@ -83,10 +83,10 @@ def choose_latents(activations: Tensor, colours: Tensor, length: Tensor) -> Colo
 
     Args:
         activations: [T, K] of T tokens of colour words.
-        colours: [T] number of each token's colour, every number from 0 to C - 1 among them.
+        colours: [T] number of each token's colour, every number from 0 to C - 1 among them; on the host.
         length: Mean length of the tokens.
     """
-    has = torch.nn.functional.one_hot(colours).T.float()  # [C, T]
+    has = torch.nn.functional.one_hot(colours).T.to(activations)  # [C, T]
     count = has.sum(-1, keepdim=True)
     pairs = count * (len(colours) - count)
     # (AUROC - 1/2) x pairs: equal AUROCs are equal numbers.
@@ -295,8 +295,7 @@ class ObjectSteer(ProbeMetric):
             x = self.text.pop(hook)
             latents, _ = probe.encode(hook, x)
             latents = latents.to_dense() if latents.is_sparse else latents
-            colours = self.text_colours.to(x.device)
-            self.chosen[hook] = choose_latents(latents, colours, x.norm(dim=-1).mean())
+            self.chosen[hook] = choose_latents(latents, self.text_colours, x.norm(dim=-1).mean())
         return self.chosen[hook]
 
     def intervene(self, run: Intervention, hook: str) -> tuple[Tensor, ColourLatents] | None:

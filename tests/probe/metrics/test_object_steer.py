@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from parts import sae_probe
+from parts import probe_batches, sae_probe, without_values
 
 from lightning_limber.data.prompt import Prompt
 from lightning_limber.data.scenes import COLOURS
@@ -148,6 +149,24 @@ def test_colours_are_drawn_by_the_images_name(run):
                     assert sorted(said[0] for said in words) == sorted(in_scene)
                     assert all(said[1] == target for said in words)
     assert len({drawn[1][0] for drawn in found.values() if drawn[1]}) > 2
+
+
+def test_objects_are_changed_without_asking_the_device(run, models, monkeypatch):
+    """Of patches too; as the passes (test_passes.py)."""
+    batch = next(
+        batch
+        for batch in probe_batches(run, 10, interventions=True)
+        if plan_steering(batch, run.model, 16 * len(batch.index), steer_of(run).colours) is not None
+    )
+    metrics = ["object_patches", {"class_path": "object_steer", "init_args": {"relative": True}}]
+    probe, moved = without_values(run, models / "saes", monkeypatch, batch, 16, metrics=metrics)
+    kept = defaultdict(list)
+    with torch.no_grad():
+        probe._intervention_pass(moved, list(probe.saes), kept)
+    found = [(probe.metrics[number].name, items[0][1]) for (number, _, _), items in kept.items()]
+    shapes = [(name, tuple((item[0] if isinstance(item, tuple) else item).shape)) for name, item in found]
+    count = len(batch.index)
+    assert shapes == [*[("object_patches", (count, 5))] * 2, *[("object_steer", (count, 8))] * 2]
 
 
 def test_rises_are_those_of_whole_forwards(run):
