@@ -1,5 +1,5 @@
-"""``python -m dev.hypotheses runs/scenes``: the predictions about adapter designs (docs/results.md), each with
-the numbers that confirm or falsify it.
+"""``python -m dev.hypotheses runs/scenes``: predictions about adapter designs, each with the numbers that
+confirm or falsify it.
 
 The folder is a grid's (configs/lab/scenes.yaml). Ratios over seeds are means of their logarithms.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lightning_limber.tools.compare import Interval, Run, table_value
@@ -26,10 +26,10 @@ def main(folder: Path) -> None:
             arms[arm.name] = [read_folder(seed) for seed in seeds]
     for name, runs in arms.items():
         print(f"{name}: {len(runs)} seed(s), loss {shown(mean(runs, LOSS))}")
-    for lines in (dilution, length, inertia, reading_depth, meaning, penalty, vocabulary):
-        print(f"\n{lines.__doc__}")
+    for hypothesis, numbers in HYPOTHESES.items():
+        print(f"\n{hypothesis}")
         try:
-            print("\n".join(f"  {line}" for line in lines(arms)))
+            print("\n".join(f"  {line}" for line in numbers(arms)))
         except KeyError as missing:
             print(f"  not measured: there is no arm {missing} yet")
 
@@ -38,16 +38,12 @@ def main(folder: Path) -> None:
 
 
 def dilution(arms: Arms) -> Iterator[str]:
-    """H1: image tokens are as sparse as random words of their norms (|log ratio of l0| < .15 everywhere);
-    falsified if sparser by more than .25 at two or more layers."""
     for run in arms["linear"]:
         ratios = by_layer(run, "l0", "image", "words_long")
         yield f"{run['folder'].name}: log ratio of l0 by layer {ratios}"
 
 
 def length(arms: Arms) -> Iterator[str]:
-    """H2: length is the early mismatch: `fixed` within 25 % of `words` in l0 at layers 0 to 6; falsified if
-    more than twice theirs at layer 3."""
     for arm in ("linear", "fixed"):
         for run in arms[arm]:
             ratios = {k: math.exp(v) for k, v in by_layer(run, "l0", "image", "words").items() if k <= 6}
@@ -55,16 +51,12 @@ def length(arms: Arms) -> Iterator[str]:
 
 
 def inertia(arms: Arms) -> Iterator[str]:
-    """H3: length is needed to persist: `hold_fixed` within .07 nats of linear, `fixed` at least .1 worse;
-    falsified if `hold_fixed` is no better than `fixed`."""
     yield f"hold_fixed minus linear: {shown(minus(arms['hold_fixed'], arms['linear'], LOSS))}"
     yield f"fixed minus linear: {shown(minus(arms['fixed'], arms['linear'], LOSS))}"
     yield f"hold_fixed minus fixed: {shown(minus(arms['hold_fixed'], arms['fixed'], LOSS))}"
 
 
 def reading_depth(arms: Arms) -> Iterator[str]:
-    """H4: entering at layer k costs what `use` says is read before k: 6 and 12 within .07 of linear, 18 worse
-    by .05 to .3; falsified if 12 is worse by more than .2, or 18 better than 12."""
     for arm in ("enter_6", "enter_12", "enter_18"):
         yield f"{arm} minus linear: {shown(minus(arms[arm], arms['linear'], LOSS))}"
     yield f"enter_18 minus enter_12: {shown(minus(arms['enter_18'], arms['enter_12'], LOSS))}"
@@ -74,8 +66,6 @@ def reading_depth(arms: Arms) -> Iterator[str]:
 
 
 def meaning(arms: Arms) -> Iterator[str]:
-    """H5: meaning is there at layer 0: neighbour lift of linear at least 1.4 (low end above 1.2), and no rise
-    beyond 25 % to layer 15; falsified below 1.1, or if it doubles by layer 15."""
     for layer in (0, 3, 15):
         yield f"layer {layer}: {shown(mean(arms['linear'], f'probe/neighbour_lift@{layer}'))}"
     first, last = (mean(arms["linear"], f"probe/neighbour_lift@{layer}") for layer in (0, 15))
@@ -84,8 +74,6 @@ def meaning(arms: Arms) -> Iterator[str]:
 
 
 def penalty(arms: Arms) -> Iterator[str]:
-    """H6: a penalty by SAEs is one of norm: at equal loss `direction` is no better than `norm` in the error at
-    text's length, at layers without the penalty; falsified if better by more than 20 %."""
     for arm in ("direction", "norm"):
         yield f"{arm} minus linear: loss {shown(minus(arms[arm], arms['linear'], LOSS))}"
     errors = {
@@ -101,8 +89,6 @@ def penalty(arms: Arms) -> Iterator[str]:
 
 
 def vocabulary(arms: Arms) -> Iterator[str]:
-    """H7: convex combinations of words align best and caption worst; falsified if the loss is within .07 of
-    `fixed`."""
     yield f"vocabulary minus fixed: {shown(minus(arms['vocabulary'], arms['fixed'], LOSS))}"
     for arm, runs in arms.items():
         if table_value(runs[0], -1, key_of("probe/neighbour_lift@3")):
@@ -140,6 +126,24 @@ def rounded(numbers: dict[int, float]) -> dict[int, float]:
 
 def shown(interval: Interval | None) -> str:
     return "not measured" if interval is None else "{:.3f} [{:.3f}, {:.3f}]".format(*interval)
+
+
+HYPOTHESES: dict[str, Callable[[Arms], Iterator[str]]] = {
+    "H1: image tokens are as sparse as random words of their norms (|log ratio of l0| < .15 "
+    "everywhere); falsified if sparser by more than .25 at two or more layers.": dilution,
+    "H2: length is the early mismatch: `fixed` within 25 % of `words` in l0 at layers 0 to 6; "
+    "falsified if more than twice theirs at layer 3.": length,
+    "H3: length is needed to persist: `hold_fixed` within .07 nats of linear, `fixed` at least .1 "
+    "worse; falsified if `hold_fixed` is no better than `fixed`.": inertia,
+    "H4: entering at layer k costs what `use` says is read before k: 6 and 12 within .07 of linear, "
+    "18 worse by .05 to .3; falsified if 12 is worse by more than .2, or 18 better than 12.": reading_depth,
+    "H5: meaning is there at layer 0: neighbour lift of linear at least 1.4 (low end above 1.2), and "
+    "no rise beyond 25 % to layer 15; falsified below 1.1, or if it doubles by layer 15.": meaning,
+    "H6: a penalty by SAEs is one of norm: at equal loss `direction` is no better than `norm` in the "
+    "error at text's length, at layers without the penalty; falsified if better by over 20 %.": penalty,
+    "H7: convex combinations of words align best and caption worst; falsified if the loss is within "
+    ".07 of `fixed`.": vocabulary,
+}
 
 
 if __name__ == "__main__":
