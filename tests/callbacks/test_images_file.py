@@ -12,7 +12,8 @@ from parts import callback
 
 from lightning_limber.data.held_out import spread, stand_in
 from lightning_limber.models import limber
-from lightning_limber.tools.compare import PAIRED, differences, ratio
+from lightning_limber.tools.compare import PAIRED, differences
+from lightning_limber.tools.intervals import ratio
 from lightning_limber.tools.report import read_run
 from lightning_limber.utils.by_image import add_arrays
 

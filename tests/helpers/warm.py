@@ -12,6 +12,7 @@ import signal
 import sys
 from importlib import import_module
 
+from lightning.pytorch.utilities import rank_zero_only
 from process import drawing
 
 MODULES = (
@@ -32,7 +33,8 @@ def serve() -> dict:
         asked, pids = json.loads(line), []
         for rank in range(asked["processes"]):
             if (pid := os.fork()) == 0:
-                return asked | {"env": {k: v.replace("{rank}", str(rank)) for k, v in asked["env"].items()}}
+                env = {name: value.replace("{rank}", str(rank)) for name, value in asked["env"].items()}
+                return asked | {"env": env, "rank": rank}
             pids.append(pid)
         print(json.dumps(pids), flush=True)
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
@@ -48,6 +50,7 @@ def become(asked: dict) -> None:
     output = os.open(asked["output"], os.O_WRONLY | os.O_APPEND)
     for file, number in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(file, number)
+    rank_zero_only.rank = asked["rank"]  # Read from the environment when it was imported.
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["env"])
@@ -60,5 +63,6 @@ def become(asked: dict) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-become(serve())
-runpy.run_module("lightning_limber", run_name="__main__", alter_sys=True)
+if __name__ == "__main__":
+    become(serve())
+    runpy.run_module("lightning_limber", run_name="__main__", alter_sys=True)

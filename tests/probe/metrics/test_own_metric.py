@@ -245,7 +245,7 @@ def test_everything_that_a_metric_can_ask_for(fit, tmp_path, monkeypatch):
         assert table.loc[layer, "silence", "l0"].value > 0  # Geometry measures every group.
     assert (folder / "mine_epoch_1.csv").read_text().split() == ["epoch,layer,twice", "1,0,0", "1,2,4"]
     log = events(folder)
-    assert "probe/mine" in log.Tags()["images"]
+    assert "mine/sums" in log.Tags()["images"]
     assert "made_up/silence/layer_02" in log.Tags()["scalars"]
     assert not any(tag.startswith("made_up_p/") for tag in log.Tags()["scalars"])
 
