@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_limber import __version__
 from lightning_limber.data.collate import Batch
 from lightning_limber.models.limber import Limber
 from lightning_limber.probe.palette import COLOURS
@@ -30,7 +31,6 @@ from lightning_limber.utils.loop_state import measured_epoch
 from .logs import add_summaries, hparam_summaries, log_figure, log_numbers
 
 PACKAGES = (
-    "lightning-limber",
     "torch",
     "lightning",
     "transformers",
@@ -235,7 +235,11 @@ class RunRecord(pl.Callback):
                 else f"CPU, {torch.get_num_threads()} threads",
                 "processes": trainer.world_size,
                 "precision": str(trainer.precision),
-                "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+                "versions": {
+                    "python": platform.python_version(),
+                    "lightning-limber": __version__,  # A clone that is not installed has no metadata.
+                    **{p: version(p) for p in PACKAGES},
+                },
                 "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
                 "images": {"train": len(data.train_set), "held out": len(data.val_set)},
             }

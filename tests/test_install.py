@@ -56,6 +56,16 @@ def installed(wheel, tmp_path_factory) -> Path:
     return target
 
 
+NOT_INSTALLED = """
+from importlib import metadata
+def version(name, known=metadata.version):
+    if name == "lightning-limber":
+        raise metadata.PackageNotFoundError(name)
+    return known(name)
+metadata.version = version
+"""
+
+
 def two_steps(models: Path) -> list[str]:
     return [
         "fit",
@@ -91,7 +101,7 @@ def check(folder: Path) -> None:
 
 def test_a_bare_clone_runs_two_steps_with_the_probe(source, models):
     before = set(source.rglob("*"))
-    code = MAIN.format(paths=[str(source)], root=str(source))
+    code = NOT_INSTALLED + MAIN.format(paths=[str(source)], root=str(source))
     run(["-c", code, *two_steps(models)], source)
     check(source)
     assert {file.relative_to(source).parts[0] for file in set(source.rglob("*")) - before} == {"runs"}
