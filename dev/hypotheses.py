@@ -11,8 +11,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from lightning_limber.tools.compare import Interval, Run, table_value
-from lightning_limber.tools.grid_page import key_of, level_of, of_group, read_folder
+from lightning_limber.tools.compare import Run, table_value
+from lightning_limber.tools.grid_page import ends, key_of, level_of, read_folder
+from lightning_limber.tools.intervals import Interval
 
 Arms = dict[str, list[Run]]
 LOSS = "held_out/loss"
@@ -99,7 +100,7 @@ def vocabulary(arms: Arms) -> Iterator[str]:
 
 
 def value(run: Run, metric: str, layer: int, group: str = "image") -> float:
-    found = of_group(run, metric, group, layer)
+    found = table_value(run, -1, ("probe", metric, layer), group)
     return math.nan if found is None else found[0]
 
 
@@ -110,14 +111,12 @@ def by_layer(run: Run, metric: str, group: str, other: str) -> dict[int, float]:
 
 
 def mean(runs: Sequence[Run], endpoint: str) -> Interval | None:
-    found = level_of([runs], key_of(endpoint))
-    return found and found[0].interval()
+    return ends(level_of([runs], key_of(endpoint)))
 
 
 def minus(runs: Sequence[Run], base: Sequence[Run], endpoint: str) -> Interval | None:
     """The difference with its interval over images and seeds."""
-    found = level_of([runs, base], key_of(endpoint))
-    return found and found[0].interval()
+    return ends(level_of([runs, base], key_of(endpoint)))
 
 
 def rounded(numbers: dict[int, float]) -> dict[int, float]:
