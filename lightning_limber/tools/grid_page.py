@@ -10,7 +10,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +33,8 @@ FIGURE = "loss_against_meaning.png"
 IMAGES_AND_SEEDS, IMAGES, SEEDS, NOTHING = "images and seeds", "images", "seeds", ""
 ANCHORS = ("noise", "words_long", "words", "told")
 """Groups of tokens that the probe puts in the image's place."""
+LINES = {"chance": ":", "untrained": "-."}
+"""Styles of anchors of one colour."""
 NO_PROBE: Run = {"layers": [], "epochs": [], "groups": [], "curves": {}, "convergence": {}}
 HOW = """\
 ## How to read it
@@ -80,10 +82,10 @@ def write_page(grid: Grid, folders: Mapping[str, Sequence[Path]], choices: Mappi
             )
     lines = [f"# {grid.file.stem}", "", *sentences(tables, grid.base), ""]
     if len(grid.endpoints) > 1:
-        x, y, *_ = grid.endpoints
-        picture = figure(runs, grid.base, x, y)
+        x, *others = grid.endpoints
+        picture = figure(runs, grid.base, x, others)
         write_whole(grid.folder / FIGURE, lambda part: picture.savefig(part, dpi=150))
-        lines += [f"![{y} against {x}, a dot a run]({FIGURE})", ""]
+        lines += [f"![Endpoints against {x}, a dot a run]({FIGURE})", ""]
     for name, table in tables.items():
         lines += [f"## {name}", "", *markdown(table, grid.base), ""]
     lines += [HOW, "## Arms", "", *arms(grid, choices)]
@@ -234,29 +236,51 @@ def tidy(tables: Mapping[str, Sequence[Found]]) -> str:
 # -- the figure ---------------------------------------------------------------------------------------
 
 
-def figure(runs: Mapping[str, Sequence[Run]], base: str, x: str, y: str) -> Figure:
-    """Two endpoints, a dot a run; lines are what the base arm's runs have without learning."""
-    picture = new_figure(8, 4.8)
-    picture.subplots_adjust(left=0.09, right=0.68, top=0.96, bottom=0.12)
-    axis = picture.subplots()
+def figure(runs: Mapping[str, Sequence[Run]], base: str, x: str, others: Sequence[str]) -> Figure:
+    """The first endpoint against each other one, a dot a run; lines are what the base arm's runs have
+    without learning.
+    """
+    columns = min(2, len(others))
+    rows = math.ceil(len(others) / columns)
+    width, height = 4.3 * columns + 2.4, 3.6 * rows
+    picture = new_figure(width, height)
+    picture.subplots_adjust(0.75 / width, 0.6 / height, 1 - 2.4 / width, 0.97, 0.3, 0.28)
+    panels = picture.subplots(rows, columns, squeeze=False).flat
+    labels: dict[str, Any] = dict.fromkeys(runs)  # Arms come before lines.
+    for y, axis in zip_longest(others, panels):
+        if y is None:
+            axis.set_visible(False)
+        else:
+            draw_panel(axis, runs, base, x, y)
+            handles, names = axis.get_legend_handles_labels()
+            labels |= dict(zip(names, handles, strict=True))
+    shown = {name: handle for name, handle in labels.items() if handle}
+    picture.legend(shown.values(), shown.keys(), loc="center right", edgecolor="none", fontsize=9)
+    return as_written(picture)
+
+
+def draw_panel(axis: Any, runs: Mapping[str, Sequence[Run]], base: str, x: str, y: str) -> None:
     for arm, (colour, marker) in design_styles(list(runs)).items():
         points = [[table_value(run, -1, key_of(name)) for name in (x, y)] for run in runs[arm]]
         dots = [(a[0], b[0]) for a, b in points if a and b and not math.isnan(a[0] + b[0])]
         if dots:
-            axis.scatter(*zip(*dots, strict=True), color=colour, marker=marker, label=arm, zorder=3)
+            axis.scatter(*zip(*dots, strict=True), color=colour, marker=marker, label=arm, zorder=3, s=22)
+    far = []
     ends = axis.get_xlim(), axis.get_ylim()
-    styles = cycle(("--", ":", "-."))  # Of two lines of one colour.
     for name, draw, (low, high) in zip((x, y), (axis.axvline, axis.axhline), ends, strict=True):
         for label, group, value in anchors(runs[base], key_of(name)):
             if abs(value - (low + high) / 2) < 3 * (high - low):  # Farther, the dots would be one.
-                draw(value, color=COLOURS[group], ls=next(styles), lw=1, label=label)
+                draw(value, color=COLOURS[group], ls=LINES.get(label, "--"), lw=1, label=label)
             else:
-                axis.plot([], [], " ", label=f"{label}: {value:.3g}")
-    axis.set_xlabel(x)
+                far.append(f"{label}: {value:.3g}")
+    low, high = axis.get_xlim()
+    if axis.dataLim.x0 > 0 and axis.dataLim.x1 > 5 * axis.dataLim.x0:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axis.set_xlabel("\n".join([x, *far]))
     axis.set_ylabel(y)
     axis.grid(alpha=0.25)
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), edgecolor="none", fontsize=9)
-    return as_written(picture)
 
 
 def anchors(runs: Sequence[Run], key: Key) -> Iterator[tuple[str, str, float]]:

@@ -437,12 +437,21 @@ def test_numbers_without_images_are_students_over_seeds(tmp_path):
 
 def test_the_figure_has_a_dot_a_run(tmp_path):
     runs = draw_runs(tmp_path, {**SHIFTS, "late": 0.0})
-    axis = figure(runs, "base", "held_out/loss", "probe/lift@3").axes[0]
+    picture = figure(runs, "base", "held_out/loss", ["probe/lift@3"])
+    [axis] = picture.axes
     dots = {of_arm.get_label(): len(of_arm.get_offsets()) for of_arm in axis.collections}
     assert dots == dict.fromkeys(SHIFTS, 3)  # The last has no lift.
     first = axis.collections[0].get_offsets()[0]
     assert first.tolist() == pytest.approx([runs["base"][0]["held_out"][1]["loss"][0]] * 2)
-    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    labels = [text.get_text() for text in picture.legends[0].get_texts()]
+    assert labels == [*SHIFTS, "noise", "untrained"]
     # A line that lies far off would make one dot of all.
-    assert labels == [*SHIFTS, "another image's caption: 99", "noise", "untrained"]
-    assert axis.lines[1].get_ydata()[0] == 2.5
+    assert axis.get_xlabel() == "held_out/loss\nanother image's caption: 99"
+    assert axis.lines[0].get_ydata()[0] == 2.5
+
+
+def test_the_figure_has_a_panel_an_endpoint_and_stretches_no_axis(tmp_path):
+    runs = draw_runs(tmp_path, {"base": 0.0, "far": 20.0, "late": 0.0})
+    picture = figure(runs, "base", "held_out/loss", ["probe/lift@3", "held_out/loss", "probe/lift@3"])
+    assert [axis.get_visible() for axis in picture.axes] == [True, True, True, False]
+    assert {axis.get_xscale() for axis in picture.axes[:3]} == {"log"}
