@@ -23,7 +23,6 @@ image tokens. Names of contenders:
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 from functools import partial
@@ -178,8 +177,8 @@ def _memory(setup: Setup, name: str) -> Row:
     return measure.peak_memory(setup.device, lambda: run(1))
 
 
-def count_flops(run: Laps) -> float:
-    """FLOPs of a step that ran; NaN where torch's counter does not know an attention kernel's shapes, as
+def count_flops(run: Laps) -> float | None:
+    """FLOPs of a step that ran; None where torch's counter does not know an attention kernel's shapes, as
     2.11 does not know grouped queries on a GPU.
     """
     try:
@@ -188,7 +187,7 @@ def count_flops(run: Laps) -> float:
     except AssertionError as error:
         print(f"  FLOPs are not counted: {error}", file=sys.stderr)
         run(1)
-        return math.nan
+        return None
     return counter.get_total_flops() / 2
 
 
@@ -264,9 +263,10 @@ def main(setup: Setup) -> Row:
         name = row["name"]
         row["samples_per_s"] = work["samples"] / row["step_s"]
         row["tokens_per_s"] = work["tokens"] / row["step_s"]
-        row["flops_per_sample"] = flops[name] / work["samples"]
         fastest = max(rate.values()) if "fp32" not in name else rate["float32"]
-        row["share_of_matmul"] = row["flops_per_sample"] * row["samples_per_s"] / fastest
+        if (counted := flops[name]) is not None:
+            row["flops_per_sample"] = counted / work["samples"]
+            row["share_of_matmul"] = row["flops_per_sample"] * row["samples_per_s"] / fastest
         row["share_of_matmul_4n"] = work["needed_flops_per_sample"] * row["samples_per_s"] / fastest
         if peak_rate is not None and "fp32" not in name:
             row["mfu_4n"] = work["needed_flops_per_sample"] * row["samples_per_s"] / peak_rate

@@ -77,16 +77,11 @@ def meaning(arms: Arms) -> Iterator[str]:
 def penalty(arms: Arms) -> Iterator[str]:
     for arm in ("direction", "norm"):
         yield f"{arm} minus linear: loss {shown(minus(arms[arm], arms['linear'], LOSS))}"
-    errors = {
-        arm: {
-            layer: sum(value(run, "direction_fvu", layer) for run in arms[arm]) / len(arms[arm])
-            for layer in arms[arm][0]["layers"]
-        }
-        for arm in ("direction", "norm", "linear")
-    }
-    ratios = {k: errors["direction"][k] / errors["norm"][k] for k in errors["direction"]}
-    yield f"direction_fvu of direction over that of norm: {rounded(ratios)}"
-    yield f"of linear: {rounded(errors['linear'])}"
+    for layer in arms["norm"][0]["layers"]:
+        endpoint = f"probe/direction_fvu@{layer}"
+        of_arm = {arm: shown(mean(arms[arm], endpoint)) for arm in ("direction", "norm", "linear")}
+        difference = shown(minus(arms["direction"], arms["norm"], endpoint))
+        yield f"error at text's length, layer {layer}: {of_arm}, direction minus norm {difference}"
 
 
 def vocabulary(arms: Arms) -> Iterator[str]:
