@@ -1,4 +1,4 @@
-"""``python -m bench train|probe|start|data|gpu``: see this package's docstring."""
+"""``python -m bench train|probe|scale|start|data|gpu``: see this package's docstring."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m bench", description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=("train", "probe", "start", "data", "gpu"))
+    parser.add_argument("command", choices=("train", "probe", "scale", "start", "data", "gpu"))
     parser.add_argument("--device", choices=("cpu", "cuda"), help="gpu: cuda, else cpu")
     parser.add_argument("--size", choices=SIZES, help="gpu: venhoff, else default")
     parser.add_argument("--repeats", type=int, default=5, help="rounds in which all contenders run")
     parser.add_argument("--minutes", type=float, default=10, help="most that gpu may take")
     parser.add_argument("--steps", type=int, help="timed steps of a contender in a round (train)")
     parser.add_argument("--batch_size", type=int, help="images in a training step")
-    parser.add_argument("--num_images", type=int, help="probed images (probe)")
+    parser.add_argument("--num_images", type=int, help="probed images (probe, scale)")
     captions = "captions of each image; more than one: with all image tokens (train)"
     parser.add_argument("--captions", type=int, default=1, help=captions)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders; the first is compared with")

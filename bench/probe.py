@@ -70,9 +70,11 @@ class Sums:
 
 
 class Contenders:
-    """The model, its SAEs and the ways to probe it; every one returns the metrics it made."""
+    """The model, its SAEs (of all layers, or of the first so many) and the ways to probe it; every one
+    returns the metrics it made.
+    """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, layers: int | None = None) -> None:
         self.setup, self.device = setup, setup.device
         self.bf16 = default_precision(setup.device) == "bf16-mixed"
         self.model = limber(setup)
@@ -83,7 +85,7 @@ class Contenders:
         self.model.adapter.calibrate(self.model.vision(batch.pixel_values), norm)
         if self.bf16:
             self.model.llm.prepare_autocast(torch.bfloat16)
-        self.names = [f"blocks.{i}.hook_resid_post" for i in range(len(self.model.llm.layers))]
+        self.names = [f"blocks.{i}.hook_resid_post" for i in range(len(self.model.llm.layers))][:layers]
         self.saes = self._make_saes(batch)
         self.probe = self.make_probe()
 

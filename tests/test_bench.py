@@ -46,6 +46,20 @@ def tiny_setup(tmp_path):
     return setup
 
 
+def test_scale(tmp_path):
+    result = run(tmp_path, "scale", "--num_images", "1")
+    sizes: dict[str, list[int]] = {axis: [] for axis in result["deviation"]}
+    for row in result["results"]:
+        sizes[row["axis"]].append(row["size"])
+        assert_positive([{"name": row["axis"], **row}], "probe_s", "cpu_s", "peak_bytes")
+    assert sizes == {
+        "images": [4, 16, 64],
+        "tokens": [1, 4, 16],
+        "layers": [1, 2, 3],
+        "width": [64, 128, 256, 512],
+    }
+
+
 TRAIN_FIELDS = (
     "samples_per_s tokens_per_s step_s step_s_p10 step_s_p90 speedup flops_per_sample share_of_matmul "
     "share_of_matmul_4n built_bytes peak_bytes"
