@@ -1,4 +1,4 @@
-"""``python -m dev.scaling docs/bench/scale-….json docs/scaling.png``: draws what ``bench scale`` measured."""
+"""``python -m dev.scaling scale.json docs/scaling.png``: draws what ``bench scale`` measured."""
 
 from __future__ import annotations
 
