@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tiny
 import yaml
-from process import REPO, run_cli
+from process import REPO
 from scipy import stats
 
 from lightning_limber.__main__ import read_settings
@@ -199,10 +199,12 @@ def test_a_run_that_is_cut_is_gone_on_with(models, run_grid, monkeypatch, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_signal_reaches_the_run_and_ends_the_grid(models):
+def test_a_signal_reaches_the_run_and_ends_the_grid(models, run_grid):
     changes = {"choose": None, "seeds": [0], "endpoints": ENDPOINTS[:1]}
     common = yaml.safe_load(write_grid(models).read_text())["set"]
-    common |= {"trainer.max_steps": 80, "probe.every_n_epochs": 0}
+    # Long enough to be cut, with one validation, at its end.
+    common |= {"trainer.max_steps": 80, "trainer.check_val_every_n_epoch": 20}
+    common |= {"probe.every_n_epochs": 0, "captions.num_images": 0}
     file = write_grid(models, set=common, **changes)
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "lightning_limber", "grid", str(file)], env=env)
@@ -215,8 +217,9 @@ def test_a_signal_reaches_the_run_and_ends_the_grid(models):
     [start] = json.loads(Path("runs/tiny/linear/seed_0/run.json").read_text())
     assert "ended_at_step" not in start
     assert not Path("runs/tiny/late").exists()
-    again = run_cli("grid", str(file))
-    assert again.returncode == 0, again.stdout
+    again = run_grid(file)
+    assert again[0] == ["fit", "--ckpt_path", "runs/tiny/linear/seed_0"]
+    assert len(again) == 2
     starts = json.loads(Path("runs/tiny/linear/seed_0/run.json").read_text())
     assert len(starts) == 2
     assert starts[1]["from_step"] > 0
