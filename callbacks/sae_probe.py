@@ -156,8 +156,10 @@ class SAEProbe(pl.Callback):
         if self.every_n_epochs and (ends or epoch % self.every_n_epochs == 0):
             self._run_and_log(trainer, pl_module, epoch, label)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """`validate` probes the checkpoint that it is given, as the epoch that it is of."""
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """`validate` probes the checkpoint that it is given, as the epoch that it is of, once its captions
+        are written.
+        """
         if self.every_n_epochs and trainer.state.fn == "validate":
             self._prepare(trainer, pl_module)
             self._run_and_log(trainer, pl_module, *measured_epoch(trainer))

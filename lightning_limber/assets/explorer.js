@@ -5,13 +5,13 @@ const files = JSON.parse(document.getElementById("explorer-data").textContent);
 const $ = id => document.getElementById("x-" + id), root = document.getElementById("explorer");
 const esc = text => String(text).replace(/[&<>"]/g, c => ({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})[c]);
 const range = n => [...Array(n).keys()];
-const fmt = x => !(x === x && x !== undefined) ? "–" : x === 0 ? "0" : Math.abs(x) >= 100 ? x.toFixed(0) : x.toPrecision(2).replace(/e.*$/, m => "·10" + m.slice(1)).replace(/^0\./, ".");
+const fmt = x => !(x === x && x !== undefined) ? "–" : x === 0 ? "0" : Math.abs(x) >= 100 ? x.toFixed(0) : x.toPrecision(2).replace(/e.*$/, m => "·10" + m.slice(1));
 const percent = p => (p >= .1 ? (100 * p).toFixed(0) : p >= .001 ? (100 * p).toFixed(1) : "&lt;0.1") + "\u00a0%";
 const HEATS = {
-  norm: ["norm, in units of text's median", "log8"], l0: ["active latents (l0)", "u2"],
-  fvu_text: ["SAE's error, in units of text's variance", "log8"], cos_start: ["cosine to the token as it entered", "cos8"],
-  activation: ["activation of the strongest latent", "log8"], p: ["p of the lens' first token", "log8"],
-  cosine: ["cosine to the nearest text", "cos8"],
+  norm: ["norm over text’s median", "log8"], l0: ["active latents (l0)", "u2"],
+  fvu_text: ["SAE’s error over text’s variance", "log8"], cos_start: ["cosine to the token at entry (x₀)", "cos8"],
+  activation: ["activation of the first latent", "log8"], p: ["p of the lens’ first token", "log8"],
+  cosine: ["cosine to the nearest text", "cos8"], none: ["none: the picture", ""],
 };
 const CONTROLS = {words_long: "random words at this image’s norms", noise: "noise at this image’s norms"};
 const state = {run: 0, epoch: null, image: 0, layer: 0, token: null, locked: false, control: false, pick: null, word: null, heat: "norm", objects: true};
@@ -41,7 +41,7 @@ async function unpack(text) {
 
 function read(group, field, image, layer, token, k = 0) {
   const a = x.named[group + "/" + field];
-  if (!a || k >= (a.shape[3] ?? 1)) return undefined;
+  if (!a || k >= (a.shape[3] ?? 1)) return NaN;
   const code = a.data[((image * a.shape[1] + layer) * a.shape[2] + token) * (a.shape[3] ?? 1) + k];
   if (a.kind === "log8") return code ? a.low * (a.high / a.low) ** ((code - 1) / 254) : 0;
   return a.kind === "cos8" ? code / 127 : code;
@@ -78,7 +78,7 @@ function name(token) {
   const place = token - x.before;
   return `patch in row ${Math.floor(place / x.grid[1]) + 1}, column ${place % x.grid[1] + 1}`;
 }
-const piece = text => esc(text).replace(/\n/g, "⏎").replace(/^ (?=.)/, "").replace(/^\s*$/, "␣") || "␣";
+const piece = text => esc(text).replace(/\ufffd+/g, "‹bytes›").replace(/\n/g, "⏎").replace(/^ (?=.)/, "").replace(/^\s*$/, "␣") || "␣";
 const isNever = (of, token, image = state.image) => !read(of, "counted", image, state.layer, token);
 
 /* -- picture --------------------------------------------------------------------------------------- */
@@ -109,7 +109,7 @@ function drawPicture() {
   });
   const label = pick ? {latents: "activation of ", lens: "p of ", nearest: "cosine to "}[pick.kind] + esc(pickName()) : HEATS[state.heat][0];
   $("scale").innerHTML = all.length ? `${label}<span>${back(low)} <i></i> ${back(high)}${isLog ? " (logarithmic)" : ""}</span>`
-    + (pick ? `clear: not among the patch’s ${tops(of, FIELDS[pick.kind][0]).length} strongest` : "") : `${label}: on no patch here that is counted`;
+    + (pick ? `clear: not among the patch’s ${tops(of, FIELDS[pick.kind][0]).length} strongest` : "") : pick ? `${label}: on no patch here that is counted` : "";
   drawHere();
   const others = x.words.length && state.word !== null;
   $("agree").textContent = others ? `“${x.words[state.word]}” at layer ${x.layers[state.layer]}: ` + Object.entries({latents: "latents", lens: "lens", nearest: "nearest text"})
@@ -143,7 +143,7 @@ function drawImage() {
   };
   $("caption").innerHTML = captions.map((one, i) => caption(one, i ? "" : "caption")).join("") + (written ? caption(written, "the model wrote") : "");
   $("boxes").innerHTML = (boxes ?? []).map(([label, [left, top, right, bottom]]) =>
-    `<i style="left:${100 * left}%;top:${100 * top}%;width:${100 * (right - left)}%;height:${100 * (bottom - top)}%"><span>${esc(label)}</span></i>`).join("");
+    `<i style="left:${100 * left}%;top:${100 * top}%;width:${100 * (right - left)}%;height:${100 * (bottom - top)}%"><span${left + right > 1 ? ' class="x-end"' : ""}>${esc(label)}</span></i>`).join("");
 }
 
 /* -- panel ----------------------------------------------------------------------------------------- */
@@ -180,7 +180,7 @@ function drawPanel() {
     + "</div></div>";
   const small = (text, long) => `<th class="n x-small" title="${long}">${text}</th>`;
   $("layers").innerHTML = `<thead><tr><th>layer</th><th class="n" title="over text’s median norm">norm</th><th class="n" title="active latents">l0</th>${small("error", "SAE’s squared error over text’s variance")}`
-    + small("cos x₀", "cosine to the token as it entered the LLM") + `<th>strongest latent</th><th>says</th>${x.neighbours.spots ? "<th>nearest</th>" : ""}</tr></thead><tbody>`
+    + small("cos x₀", "cosine to the token as it entered the LLM") + `<th><span class="x-small">strongest </span>latent</th><th>says</th>${x.neighbours.spots ? "<th>nearest</th>" : ""}</tr></thead><tbody>`
     + x.layers.map((layer, l) => {
       const s = said(of, state.image, l, token), first = s.latents[0], near = s.nearest[0];
       return `<tr data-row="${l}"${l === at ? ' aria-current="true"' : ""}><th scope="row">${layer}</th><td class="n">${number("norm", l)}</td><td class="n">${read(of, "l0", state.image, l, token)}</td>`
@@ -280,8 +280,8 @@ async function show(news) {
   if (state.token >= x.count) Object.assign(state, {token: null, locked: false});
   state.layer = Math.min(state.layer, x.layers.length - 1);
   $("run").innerHTML = files.map((f, i) => `<option value="${i}">${esc(f.name)}</option>`).join("");
-  $("epoch").innerHTML = epochs.map(e => `<option value="${e}">${e}${e ? "" : " (before training)"}</option>`).join("");
-  $("heat").innerHTML = Object.entries(HEATS).filter(([f]) => x.named["image/" + f]).map(([f, [text]]) => `<option value="${f}">${text}</option>`).join("");
+  $("epoch").innerHTML = epochs.map(e => `<option value="${e}">${e}${e ? "" : " (start)"}</option>`).join("");
+  $("heat").innerHTML = Object.entries(HEATS).filter(([f]) => f === "none" || x.named["image/" + f]).map(([f, [text]]) => `<option value="${f}">${text}</option>`).join("");
   $("run").value = state.run;
   $("epoch").value = state.epoch;
   $("run").parentElement.hidden = files.length < 2;

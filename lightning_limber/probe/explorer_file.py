@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -232,7 +233,7 @@ def _latents(probe: Probe, hook: str, ids: np.ndarray, vocabulary: list[str]) ->
     entry: dict[str, Any] = {"ids": ids.tolist(), "neuronpedia": page, "agree": []}
     if known is not None:
         texts, density = [known.texts[k] for k in ids], known.density[ids.tolist()]
-        entry["texts"] = [text[:MAX_DESCRIPTION] for text in texts]
+        entry["texts"] = [shorten(text, MAX_DESCRIPTION, placeholder=" …") for text in texts]
         entry["density"] = [float(f"{value:.3g}") for value in density.tolist()]
         seldom = (density <= config.max_text_density).tolist()
         pairs = _agree(texts, vocabulary)

@@ -70,8 +70,10 @@ def draw_chart(axis: Any, chart: Chart) -> None:
     axis.set_title(chart.title, fontsize=11, loc="left")
     axis.set_xlabel(chart.across)
     axis.grid(alpha=0.25)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(edgecolor="none", framealpha=0.8, fontsize=9)
+    if count := len(axis.get_legend_handles_labels()[0]):
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high + 0.12 * count * (high - low))  # The legend hides no curve.
+        axis.legend(loc="upper right", edgecolor="none", framealpha=0.8, fontsize=8.5, labelspacing=0.2)
 
 
 def as_picture(figure: Figure) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,8 +164,11 @@ def test_a_run_leaves_the_first_and_the_newest(fit, tmp_path, monkeypatch):
         assert arrays["image/norm"].shape == (3, 2, 4)
         # Before training nothing is written.
         assert [bool(image["written"]) for image in head["images"]] == [epoch > 0] * 3
-    fit("--trainer.max_steps=1", "--probe.explorer_images=0", probe=True)
-    assert not list((tmp_path / "runs/default/version_1").glob("explorer*"))
+    again = fit(f"--ckpt_path={folder}", command="validate", base=False).trainer.log_dir
+    head, _ = read_explorer(Path(again) / "explorer_epoch_2.gz")
+    assert all(image["written"] for image in head["images"])
+    none = fit("--trainer.max_steps=1", "--probe.explorer_images=0", probe=True).trainer.log_dir
+    assert not list(Path(none).glob("explorer*"))
 
 
 @pytest.mark.parametrize(
