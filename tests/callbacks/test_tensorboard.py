@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from browser import ALL_TEXT
 from parts import sae_probe
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -351,3 +352,33 @@ def test_the_report_of_a_real_run(folder, cli):
     text = Path("out.html").read_text()
     assert "patches" in text
     assert len(text) < 3e6
+
+
+# -- in a browser -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    """TensorBoard's own server, of the run."""
+    from tensorboard.program import TensorBoard
+
+    board = TensorBoard()
+    board.configure([None, "--logdir", str(folder.parent), "--port", "0", "--host", "127.0.0.1"])
+    return board.launch()
+
+
+@pytest.mark.parametrize(
+    ("tab", "shown"),
+    {
+        "timeseries": ["Overview", "1_loss", "5_excess"],
+        "images": ["Overview/1_loss", "Overview/3_use"],
+        "custom_scalars": ["held-out loss, nats a token"],
+        "hparams": ["adapter", "batch_size", "data", "entry", "lr"],
+    }.items(),
+)
+def test_tabs_show_the_run_without_an_error(browser, address, tab, shown):
+    browser.open(f"{address}#{tab}")
+    for text in shown:
+        browser.wait(f"{ALL_TEXT}.includes({json.dumps(text)})")
+    assert browser.errors == []
+    assert all(asked.startswith(address) for asked in browser.requests)

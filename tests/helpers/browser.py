@@ -15,6 +15,11 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 TIMEOUT = 120
+ALL_TEXT = (
+    "(function text(node) { const within = [...(node.shadowRoot?.childNodes ?? []), ...node.childNodes];"
+    " return node.nodeType === 3 ? node.data : within.map(text).join(' '); })(document.body)"
+)
+"""A script: the page's text, that of its components too."""
 
 
 def find_chromium() -> str | None:
