@@ -242,7 +242,7 @@ class SAEProbe(pl.Callback):
                 same_captions=trainer.state.fn == "fit",  # `validate` may be given other data.
                 start=self.history.get(0, ()) if untrained else (),
             )
-        explored = self._explore(trainer)
+        explored = self._explore(trainer, epoch)
         report.seconds.update(self.probe.clock.take())
         self.history[epoch] = report.rows
         own = [
@@ -311,15 +311,14 @@ class SAEProbe(pl.Callback):
                 figure = matrix_figure(layers, metric, table, of)
                 log_figure(trainer, f"{name}/{metric.replace(' ', '_')}", figure, epoch)
 
-    def _explore(self, trainer: pl.Trainer) -> Explored | None:
+    def _explore(self, trainer: pl.Trainer, epoch: int) -> Explored | None:
         count = min(self.explorer_images, self.num_images)
         if not count:
             return None
         with self.probe.clock("explorer"):
             # Each process needs an image.
-            return explore(
-                self.probe, Batches(trainer, max(count, trainer.world_size), "Looking at tokens")
-            )
+            batches = Batches(trainer, max(count, trainer.world_size), "Looking at tokens")
+            return explore(self.probe, batches, with_contexts=epoch > 0)  # They make the page large.
 
     def _matching_patches(
         self, trainer: pl.Trainer, module: pl.LightningModule, rows: list[Row]

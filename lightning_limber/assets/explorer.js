@@ -207,7 +207,10 @@ function drawPick() {
   const box = token => { if (token < x.before) return ""; const [h, w] = x.grid, place = token - x.before;
     return `<i style="left:${100 * (place % w) / w}%;top:${100 * Math.floor(place / w) / h}%;width:${100 / w}%;height:${100 / h}%"></i>`; };
   const isLatent = pick.kind === "latents", close = ' <button id="x-close">let go</button></h3>', layer = `layer ${x.layers[at]}`;
-  const about = isLatent ? `<h3>Latent <code>${x.latents[at].ids[pick.k]}</code> of ${layer}${close}<div>${esc(x.latents[at].texts?.[pick.k] || "No description is known.").split(" | ").join("<br>")}</div><div class="x-dim">${density(at, pick.k)}${link(at, pick.k)}</div>`
+  const texts = x.latents[at].contexts?.[pick.k], inText = !isLatent || !texts ? "" : texts.length
+    ? `<div>Strongest on these words of training captions:</div><ul class="x-list">${texts.map(([k, v]) => { const [before, text, behind] = x.contexts[k];
+      return `<li><b>${fmt(v)}</b><span>${esc(before)}<mark>${esc(text)}</mark>${esc(behind)}</span></li>`; }).join("")}</ul>` : "<div>Fires on no word of the training captions that were read.</div>";
+  const about = isLatent ? `<h3>Latent <code>${x.latents[at].ids[pick.k]}</code> of ${layer}${close}<div>${esc(x.latents[at].texts?.[pick.k] || "No description is known.").split(" | ").join("<br>")}</div><div class="x-dim">${density(at, pick.k)}${link(at, pick.k)}</div>${inText}`
     : `<h3>${esc(pickName())} ${pick.kind === "lens" ? "by the logit lens" : "as nearest text"}, ${layer}${close}` + (x.believed[pick.kind][at] ? "" : '<div class="x-dim">Grey: at this layer not to be believed.</div>');
   $("pick").innerHTML = `${about}<div>Among the ${tops("image", FIELDS[pick.kind][0]).length} strongest of ${count("image", [state.image])} of this image’s ${x.count} tokens, of ${count("image")} of all images’ ${x.images.length * x.count}${x.control ? ` (of the control’s: ${count(x.control)})` : ""}. Its strongest patches on other images:</div>`
     + (best.length ? `<div class="x-strip">${best.map(b => `<button data-image="${b.image}" data-token="${b.token}" aria-label="image ${b.image + 1}, ${name(b.token)}"><span><img alt="" src="data:image/jpeg;base64,${x.images[b.image].jpeg}">${box(b.token)}</span>${fmt(b.value)}</button>`).join("")}</div>`

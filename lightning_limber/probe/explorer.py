@@ -27,8 +27,9 @@ from lightning_limber.data.collate import Batch
 from lightning_limber.data.layout import Sequences
 from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.models.llm import LLM
+from lightning_limber.models.saes import chunks_on_device
 from lightning_limber.probe.metrics.base import IMAGE
-from lightning_limber.probe.metrics.neighbours import Bank, Neighbours
+from lightning_limber.probe.metrics.neighbours import Bank, Neighbours, read_places, word_places
 from lightning_limber.probe.metrics.object_patches import patch_centres
 from lightning_limber.probe.palette import CONTROLS
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from lightning_limber.probe.passes import Probe
 
 TOP_LATENTS, TOP_LENS, TOP_NEIGHBOURS = 5, 3, 3
+TOP_CONTEXTS = 3
 LENS_ROWS = 256
 """Tokens whose logits are held at a time."""
 
@@ -101,6 +103,43 @@ def bank_of(probe: Probe) -> Bank | None:
 # -- of the first held-out images ---------------------------------------------------------------------
 
 
+class Context(NamedTuple):
+    """A word of a text on which a latent fires; `end` is the place behind its last letter."""
+
+    text: str
+    word: str
+    end: int
+    activation: float
+
+
+@torch.no_grad()
+def text_contexts(
+    probe: Probe, bank: Bank, latents: dict[str, list[int]]
+) -> dict[str, list[list[Context]]]:
+    """The words of the bank's texts on which latents fire most strongly, at most `TOP_CONTEXTS` of each, by
+    hook name and in the order of `latents`.
+    """
+    texts = list(dict.fromkeys(bank.contexts))
+    ids, places = word_places(probe.model.llm.tokenizer, texts)
+    found: dict[str, list[list[Context]]] = {}
+    for chunk in chunks_on_device(
+        {name: probe.saes[name] for name in latents}, probe.model.device, probe.config.sae_memory_gb
+    ):
+        order, residuals = read_places(probe, ids, places, chunk)
+        for name, x in residuals.items():
+            fires = probe.encode(name, x)[0].to_dense()[:, latents[name]]  # [T, k]
+            activation, at = (t.T.tolist() for t in fires.topk(min(TOP_CONTEXTS, len(order)), dim=0))
+            found[name] = [
+                [
+                    Context(texts[order[i].text], order[i].word, order[i].end, value)
+                    for i, value in zip(*of, strict=True)
+                    if value > 0
+                ]
+                for of in zip(at, activation, strict=True)
+            ]
+    return found
+
+
 class Explored(NamedTuple):
     """Some images, in the order of their indices, and what is seen of them.
 
@@ -113,6 +152,7 @@ class Explored(NamedTuple):
             in shares of the picture.
         pixels: [3, H, W] of each, bytes, as the encoder sees them.
         seen: As `Seen`, [I, L, P] and [I, L, P, top], by group.
+        contexts: Of the latents in `seen`, by hook name and latent; empty without a bank of text.
     """
 
     control: str | None
@@ -121,15 +161,17 @@ class Explored(NamedTuple):
     boxes: list[list[tuple[str, list[float]]]]
     pixels: list[Tensor]
     seen: dict[str, Seen]
+    contexts: dict[str, dict[int, list[Context]]]
 
 
 @torch.no_grad()
-def explore(probe: Probe, batches: Iterable[Batch]) -> Explored:
+def explore(probe: Probe, batches: Iterable[Batch], with_contexts: bool = True) -> Explored:
     """Looks at the image tokens of a few images, and at a control in their place.
 
     Args:
         probe: The probe.
         batches: As in `Probe.run`: this process' share, which is joined with the others'.
+        with_contexts: Whether to look for the latents' contexts.
     """
     control = next((name for name in reversed(CONTROLS) if name in probe.groups), None)
     groups = [IMAGE, *([] if control is None else [probe.groups[control]])]
@@ -155,19 +197,29 @@ def explore(probe: Probe, batches: Iterable[Batch]) -> Explored:
             own = apply_to_collection(stacked, Tensor, lambda tensor, i=i: tensor[i])
             boxes = object_boxes(batch.scenes[i], probe.model.vision.transform, pixels[i].shape[1:])
             items.append((index, batch.image_ids[i], batch.captions[i], boxes, pixels[i], own))
-    probe.model.train(training)
     items = sorted(probe.gather(items), key=lambda item: item[0])
     seen_of = [item[-1] for item in items]
+    seen = {
+        name: {field: torch.stack([seen[name][field] for seen in seen_of]) for field in of}
+        for name, of in (seen_of[0] if seen_of else {}).items()
+    }
+    contexts: dict[str, dict[int, list[Context]]] = {}
+    if with_contexts and bank is not None and seen:
+        latents = {
+            name: torch.cat([of["latent"][:, layer].flatten() for of in seen.values()]).unique().tolist()
+            for layer, name in enumerate(probe.hooks_of(IMAGE, probe.layers))
+        }
+        found = text_contexts(probe, bank, latents)
+        contexts = {name: dict(zip(latents[name], of, strict=True)) for name, of in found.items()}
+    probe.model.train(training)
     return Explored(
         control,
         names=[item[1] for item in items],
         captions=[item[2] for item in items],
         boxes=[item[3] for item in items],
         pixels=[item[4] for item in items],
-        seen={
-            name: {field: torch.stack([seen[name][field] for seen in seen_of]) for field in of}
-            for name, of in (seen_of[0] if seen_of else {}).items()
-        },
+        seen=seen,
+        contexts=contexts,
     )
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from lightning_limber.models.saes import release_folder
 from lightning_limber.probe import words
 from lightning_limber.probe.explanations import neuronpedia_id
-from lightning_limber.probe.explorer import Explored, bank_of
+from lightning_limber.probe.explorer import Context, Explored, bank_of
 from lightning_limber.probe.metrics.neighbours import Bank
 from lightning_limber.probe.tables import Row
 from lightning_limber.utils.files import write_whole
@@ -78,6 +78,7 @@ def write_explorer(
     texts_of_pieces = [tokenizer.decode([piece]) for piece in pieces]
     neighbours = {} if bank is None else _neighbours(arrays, bank)
     column = {word: i for i, word in enumerate(vocabulary)}
+    told: dict[tuple[str, ...], int] = {}  # Words in their contexts, numbered.
 
     def with_words(text: str) -> list[Any]:
         return [text, [[column[word], end] for word, end in words.content_spans(text)]]
@@ -91,8 +92,10 @@ def write_explorer(
             "neighbours": believed(rows, layers, "neighbour_lift", explored.control),
         },
         "latents": [
-            _latents(probe, name, ids, vocabulary) for name, ids in zip(hooks, latents, strict=True)
+            _latents(probe, name, ids, vocabulary, explored.contexts.get(name, {}), told)
+            for name, ids in zip(hooks, latents, strict=True)
         ],
+        "contexts": list(told),
         "pieces": {"texts": texts_of_pieces, "agree": _agree(texts_of_pieces, vocabulary)},
         "neighbours": neighbours
         | {"agree": _agree([w for _, w, _ in neighbours.get("spots", ())], vocabulary)},
@@ -221,9 +224,17 @@ def cut_controls(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: values[..., :1] if name in lists else values for name, values in arrays.items()}
 
 
-def _latents(probe: Probe, hook: str, ids: np.ndarray, vocabulary: list[str]) -> dict[str, Any]:
+def _latents(
+    probe: Probe,
+    hook: str,
+    ids: np.ndarray,
+    vocabulary: list[str],
+    contexts: Mapping[int, Sequence[Context]],
+    told: dict[tuple[str, ...], int],
+) -> dict[str, Any]:
     """What is known of a layer's latents: ids, descriptions, densities on text, which caption words they
-    agree with (as in `match`: not those that fire on much of text), and Neuronpedia's name for the SAE.
+    agree with (as in `match`: not those that fire on much of text), and Neuronpedia's name for the SAE;
+    without one, their contexts, as numbers in `told`, to which new ones are added, and activations.
     """
     config, known = probe.config, probe.descriptions.get(hook)
     page = None
@@ -231,14 +242,26 @@ def _latents(probe: Probe, hook: str, ids: np.ndarray, vocabulary: list[str]) ->
         with suppress(ValueError):
             page = neuronpedia_id(config.sae_release, probe.saes[hook].cfg.metadata.sae_id)
     entry: dict[str, Any] = {"ids": ids.tolist(), "neuronpedia": page, "agree": []}
+    if page is None and contexts:
+        entry["contexts"] = [
+            [
+                [told.setdefault(tuple(in_context(c.text, c.word, c.end)), len(told)), _short(c.activation)]
+                for c in contexts[k]
+            ]
+            for k in ids.tolist()
+        ]
     if known is not None:
         texts, density = [known.texts[k] for k in ids], known.density[ids.tolist()]
         entry["texts"] = [shorten(text, MAX_DESCRIPTION, placeholder=" …") for text in texts]
-        entry["density"] = [float(f"{value:.3g}") for value in density.tolist()]
+        entry["density"] = [_short(value) for value in density.tolist()]
         seldom = (density <= config.max_text_density).tolist()
         pairs = _agree(texts, vocabulary)
         entry["agree"] = [[k for k in of_word if seldom[k]] for of_word in pairs]
     return entry
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def _agree(texts: Sequence[str], vocabulary: list[str]) -> list[list[int]]:

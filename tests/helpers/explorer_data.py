@@ -47,6 +47,15 @@ def write_explorer_data(
         """Some are much more frequent than others, as latents and words are."""
         return np.minimum(count - 1, (count * draw.random((*shape, top)) ** 3).astype(int))
 
+    def contexts(layer: int) -> list[list[list[float]]]:
+        """Of a latent three; of the last none."""
+        numbers = np.random.default_rng(layer)
+        places = numbers.integers(0, 800, (latents - 1, 3)).tolist()
+        values = np.sort(numbers.lognormal(2, 1, (latents - 1, 3)))[:, ::-1].round(2).tolist()
+        return [
+            [list(pair) for pair in zip(*of, strict=True)] for of in zip(places, values, strict=True)
+        ] + [[]]
+
     arrays: dict[str, np.ndarray] = {}
     for group in ("image", "words_long"):
         strong = np.sort(draw.lognormal(2, 1, (*shape, 5)))[..., ::-1]
@@ -83,9 +92,11 @@ def write_explorer_data(
                 "texts": [f"on: <i>{' '.join(draw.choice(text, 5))} {k}" for k in range(latents)],
                 "density": draw.lognormal(-5, 1, latents).round(5).tolist(),
                 "agree": agree,
+                **({} if neuronpedia or not epoch else {"contexts": contexts(layer)}),
             }
             for layer in range(layers)
         ],
+        "contexts": [["… a small ", f"word{i}", " on a <u> ground …"] for i in range(800)],
         "pieces": {"texts": [f" piece{i}" for i in range(3000)], "agree": agree},
         "neighbours": {
             "spots": [["… a small ", f"word{i}", " on a <u> ground …"] for i in range(800)],

@@ -14,7 +14,7 @@ from parts import probe_batches, sae_probe
 from lightning_limber.models.limber import Limber
 from lightning_limber.models.saes import load_saes
 from lightning_limber.probe.config import ProbeConfig
-from lightning_limber.probe.explorer import bank_of, explore, look
+from lightning_limber.probe.explorer import bank_of, explore, look, text_contexts
 from lightning_limber.probe.explorer_file import (
     believed,
     decode,
@@ -25,6 +25,7 @@ from lightning_limber.probe.explorer_file import (
     read_explorer,
     write_explorer,
 )
+from lightning_limber.probe.metrics.neighbours import read_places
 from lightning_limber.probe.passes import Probe
 from lightning_limber.probe.tables import Row
 
@@ -122,8 +123,46 @@ def test_the_file_gives_back_what_was_seen(probed, explored, tmp_path):
         for (text, places), caption in zip(image["captions"], captions, strict=True):
             assert text == caption
             assert all(text[end - len(words[w]) : end].lower() == words[w] for w, end in places)
+    for name, of_layer in zip(probe.hooks_of(probe.groups["image"]), head["latents"], strict=True):
+        for k, told in zip(of_layer["ids"], of_layer["contexts"], strict=True):
+            assert [value for _, value in told] == pytest.approx(
+                [context.activation for context in explored.contexts[name][k]], rel=0.01
+            )
+            for (place, _), context in zip(told, explored.contexts[name][k], strict=True):
+                before, word, behind = head["contexts"][place]
+                assert word.lower() == context.word
+                assert (before + word + behind).strip("… ") in context.text
     red = words.index("red")
     assert [pieces[k].strip() for k in head["pieces"]["agree"][red]] in (["red"], [])
+
+
+def test_contexts_are_where_a_latent_fires_most(probed, explored, tmp_path, monkeypatch):
+    """Of latents whose activations are planted: 0 is the strongest on "red", 1 fires on nothing."""
+    callback = sae_probe(probed)
+    probe, bank = callback.probe, bank_of(callback.probe)
+    assert {text for of in explored.contexts.values() for c in of.values() for text, *_ in c} <= set(
+        bank.contexts
+    )
+    hook, red = next(iter(probe.layers)), []
+    read = read_places
+
+    def note(*args):
+        order, found = read(*args)
+        red[:] = [place.word == "red" for place in order]
+        return order, found
+
+    def encode(name, x):
+        planted = torch.tensor(red).float()[:, None] * torch.arange(1, 1 + len(x))[:, None]
+        return torch.cat([planted, torch.zeros(len(x), 1)], dim=1), x
+
+    monkeypatch.setattr("lightning_limber.probe.explorer.read_places", note)
+    monkeypatch.setattr(probe, "encode", encode)
+    strongest, silent = text_contexts(probe, bank, {hook: [0, 1]})[hook]
+    assert silent == []
+    places = [i for i, is_red in enumerate(red) if is_red][-3:]
+    assert places
+    assert [context.activation for context in strongest] == [i + 1 for i in reversed(places)]
+    assert all(c.text[c.end - 3 : c.end].lower() == c.word == "red" for c in strongest)
 
 
 def test_objects_are_where_the_encoder_sees_them(probed, explored):

@@ -144,6 +144,8 @@ def test_a_latent_shows_where_it_fires(page):
     here.click("#x-now .x-pickable")
     assert text(here, "#x-pick h3").startswith("Latent 1 of layer 3")
     assert "activation of latent 1" in text(here, "#x-scale")
+    assert "Strongest on these words of training captions" in text(here, "#x-pick")
+    assert here.run("document.querySelectorAll('#x-pick .x-list li').length") == 3
     shown = "[...document.querySelectorAll('#x-grid .x-cell')].map(c => c.style.getPropertyValue('--heat'))"
     heat = here.run(shown)
     assert heat[1].startswith("rgb(")
