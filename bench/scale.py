@@ -47,8 +47,8 @@ def cases(setup: Setup, axis: str) -> Iterator[tuple[Contenders, int]]:
         for count in sorted({max(1, layers * quarters // 4) for quarters in (1, 2, 3, 4)}):
             yield Contenders(setup, count), size.num_images
     if axis == "width":
-        for factor in (0.25, 0.5, 1, 2):
-            yield of_size(d_sae=int(factor * size.d_sae))
+        for quarters in (1, 2, 4, 8):
+            yield of_size(d_sae=size.d_sae * quarters // 4)
 
 
 def value(axis: str, contenders: Contenders, images: int) -> int:

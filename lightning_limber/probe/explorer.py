@@ -199,14 +199,14 @@ def explore(probe: Probe, batches: Iterable[Batch], with_contexts: bool = True) 
             items.append((index, batch.image_ids[i], batch.captions[i], boxes, pixels[i], own))
     items = sorted(probe.gather(items), key=lambda item: item[0])
     seen_of = [item[-1] for item in items]
-    seen = {
+    joined: dict[str, Seen] = {
         name: {field: torch.stack([seen[name][field] for seen in seen_of]) for field in of}
         for name, of in (seen_of[0] if seen_of else {}).items()
     }
     contexts: dict[str, dict[int, list[Context]]] = {}
-    if with_contexts and bank is not None and seen:
+    if with_contexts and bank is not None and joined:
         latents = {
-            name: torch.cat([of["latent"][:, layer].flatten() for of in seen.values()]).unique().tolist()
+            name: torch.cat([of["latent"][:, layer].flatten() for of in joined.values()]).unique().tolist()
             for layer, name in enumerate(probe.hooks_of(IMAGE, probe.layers))
         }
         found = text_contexts(probe, bank, latents)
@@ -218,7 +218,7 @@ def explore(probe: Probe, batches: Iterable[Batch], with_contexts: bool = True) 
         captions=[item[2] for item in items],
         boxes=[item[3] for item in items],
         pixels=[item[4] for item in items],
-        seen=seen,
+        seen=joined,
         contexts=contexts,
     )
 
