@@ -4,7 +4,8 @@ Along an axis one size grows and the others stay; the probe is a run's first, wh
 alone. ``probe_s`` is the median over rounds (one for images), ``cpu_s`` the processor's time for it, which
 other work on the machine disturbs less. ``deviation`` is the largest distance of an axis' points from their
 least-squares line (of ``cpu_s``), as a share of the greatest value. Images are made when they are asked
-for, so that ``peak_bytes`` is flat where the probe keeps none. ``--only`` names axes.
+for, so that ``peak_bytes`` is flat where the probe keeps none; on a CPU it is the whole process', with what
+earlier axes built, so read it along the images alone. ``--only`` names axes.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def main(source: Path, target: Path) -> None:
     found = json.loads(source.read_text())
     axes = list(found["deviation"])
     figure = new_figure(2.7 * len(axes), 2.8)
-    figure.subplots_adjust(left=0.06, right=0.94, top=0.95, bottom=0.18, wspace=0.45)
+    figure.subplots_adjust(left=0.06, right=0.98, top=0.95, bottom=0.18, wspace=0.6)
     for name, axis in zip(axes, figure.subplots(1, len(axes)), strict=True):
         rows = [row for row in found["results"] if row["axis"] == name]
         sizes = [row["size"] for row in rows]
@@ -28,10 +28,13 @@ def main(source: Path, target: Path) -> None:
         axis.set_xlabel(TITLES[name])
         axis.set_ylabel("processor's seconds", color="C0")
         axis.set_xlim(0)
+        axis.locator_params("x", nbins=4)
         axis.set_ylim(0)
+        if name != "images":  # Of the whole process, which keeps what earlier axes built.
+            continue
         memory = axis.twinx()
         memory.plot(sizes, [row["peak_bytes"] / 1e9 for row in rows], "s:", color="C1", markersize=4)
-        memory.set_ylim(0, 1.3 * max(row["peak_bytes"] for row in found["results"]) / 1e9)
+        memory.set_ylim(0, 1.3 * max(row["peak_bytes"] for row in rows) / 1e9)
         memory.set_ylabel("peak GB", color="C1")
     figure.savefig(target, dpi=110)
 
