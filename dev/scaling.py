@@ -28,7 +28,7 @@ def main(source: Path, target: Path) -> None:
         axis.set_xlabel(TITLES[name])
         axis.set_ylabel("processor's seconds", color="C0")
         axis.set_xlim(0)
-        axis.locator_params("x", nbins=4)
+        axis.locator_params("x", nbins=3)
         axis.set_ylim(0)
         if name != "images":  # Of the whole process, which keeps what earlier axes built.
             continue
