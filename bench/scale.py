@@ -4,8 +4,7 @@ Along an axis one size grows and the others stay; the probe is a run's first, wh
 alone. ``probe_s`` is the median over rounds (one for images), ``cpu_s`` the processor's time for it, which
 other work on the machine disturbs less. ``deviation`` is the largest distance of an axis' points from their
 least-squares line (of ``cpu_s``), as a share of the greatest value. Images are made when they are asked
-for, so that ``peak_bytes`` is flat where the probe keeps none; on a CPU it is the whole process', with what
-earlier axes built, so read it along the images alone. ``--only`` names axes.
+for, so that ``peak_bytes``, of the images alone, is flat where the probe keeps none. ``--only`` names axes.
 """
 
 from __future__ import annotations
@@ -91,7 +90,9 @@ def main(setup: Setup) -> Row:
             ]
             seconds, cpu, peak = (statistics.median(of_rounds) for of_rounds in zip(*rounds, strict=True))
             row: dict[str, Any] = {"axis": axis, "size": value(axis, contenders, images), "images": images}
-            of_axis.append(row | {"probe_s": seconds, "cpu_s": cpu, "peak_bytes": peak})
+            # The process keeps what earlier axes built.
+            memory = {"peak_bytes": peak} if axis == "images" else {}
+            of_axis.append(row | {"probe_s": seconds, "cpu_s": cpu} | memory)
             print(f"  {axis} {row['size']}: {seconds:.2f} s", file=sys.stderr)
         sizes, times = (np.array([row[name] for row in of_axis]) for name in ("size", "cpu_s"))
         line = np.polynomial.Polynomial.fit(sizes, times, 1)

@@ -17,6 +17,7 @@ Shapes: B images of P tokens, L layers that image tokens pass, D the LLM's width
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ from lightning_limber.data.collate import Batch
 from lightning_limber.data.layout import Sequences
 from lightning_limber.models.image_tokens import ImageTokens
 from lightning_limber.models.llm import LLM
-from lightning_limber.models.saes import chunks_on_device
+from lightning_limber.models.saes import chunks_on_device, release_folder
+from lightning_limber.probe.explanations import neuronpedia_id
 from lightning_limber.probe.metrics.base import IMAGE
 from lightning_limber.probe.metrics.neighbours import Bank, Neighbours, read_places, word_places
 from lightning_limber.probe.metrics.object_patches import patch_centres
@@ -112,6 +114,15 @@ class Context(NamedTuple):
     activation: float
 
 
+def page_of(probe: Probe, hook: str) -> str | None:
+    """Neuronpedia's name for a layer's SAE; None where it has none."""
+    config = probe.config
+    if release_folder(config.sae_release) is None:
+        with suppress(ValueError):
+            return neuronpedia_id(config.sae_release, probe.saes[hook].cfg.metadata.sae_id)
+    return None
+
+
 @torch.no_grad()
 def text_contexts(
     probe: Probe, bank: Bank, latents: dict[str, list[int]]
@@ -152,7 +163,8 @@ class Explored(NamedTuple):
             in shares of the picture.
         pixels: [3, H, W] of each, bytes, as the encoder sees them.
         seen: As `Seen`, [I, L, P] and [I, L, P, top], by group.
-        contexts: Of the latents in `seen`, by hook name and latent; empty without a bank of text.
+        contexts: Of the latents in `seen` without a page of Neuronpedia, by hook name and latent; empty
+            without a bank of text.
     """
 
     control: str | None
@@ -208,6 +220,7 @@ def explore(probe: Probe, batches: Iterable[Batch], with_contexts: bool = True) 
         latents = {
             name: torch.cat([of["latent"][:, layer].flatten() for of in joined.values()]).unique().tolist()
             for layer, name in enumerate(probe.hooks_of(IMAGE, probe.layers))
+            if page_of(probe, name) is None
         }
         found = text_contexts(probe, bank, latents)
         contexts = {name: dict(zip(latents[name], of, strict=True)) for name, of in found.items()}

@@ -14,7 +14,6 @@ import io
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from textwrap import shorten
@@ -23,10 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from lightning_limber.models.saes import release_folder
 from lightning_limber.probe import words
-from lightning_limber.probe.explanations import neuronpedia_id
-from lightning_limber.probe.explorer import Context, Explored, bank_of
+from lightning_limber.probe.explorer import Context, Explored, bank_of, page_of
 from lightning_limber.probe.metrics.neighbours import Bank
 from lightning_limber.probe.tables import Row
 from lightning_limber.utils.files import write_whole
@@ -237,12 +234,9 @@ def _latents(
     without one, their contexts, as numbers in `told`, to which new ones are added, and activations.
     """
     config, known = probe.config, probe.descriptions.get(hook)
-    page = None
-    if release_folder(config.sae_release) is None:
-        with suppress(ValueError):
-            page = neuronpedia_id(config.sae_release, probe.saes[hook].cfg.metadata.sae_id)
+    page = page_of(probe, hook)
     entry: dict[str, Any] = {"ids": ids.tolist(), "neuronpedia": page, "agree": []}
-    if page is None and contexts:
+    if contexts:
         entry["contexts"] = [
             [
                 [told.setdefault(tuple(in_context(c.text, c.word, c.end)), len(told)), _short(c.activation)]

@@ -273,7 +273,6 @@ def draw_panel(axis: Any, runs: Mapping[str, Sequence[Run]], base: str, x: str, 
                 draw(value, color=COLOURS[group], ls=LINES.get(label, "--"), lw=1, label=label)
             else:
                 far.append(f"{label}: {value:.3g}")
-    low, high = axis.get_xlim()
     if axis.dataLim.x0 > 0 and axis.dataLim.x1 > 5 * axis.dataLim.x0:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
