@@ -202,7 +202,10 @@ def test_precision(kind, tokens):
     expected = made(tokens)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(made(tokens.bfloat16()), expected, rtol=0.05, atol=0.2)
-    torch.testing.assert_close(control(kind, tokens).double()(tokens.double()).float(), expected)
+    # Moments give rounding back as many times as large as the condition of S_, which is at most D / a.
+    rtol = WIDTH / norm_control.SHRINKAGE * torch.finfo(torch.float32).eps if kind == "moments" else None
+    found = control(kind, tokens).double()(tokens.double()).float()
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize("kind", ["fixed", "learned", "moments"])

@@ -266,7 +266,9 @@ def test_steering_vectors_are_decoder_rows_on_the_tokens_scale(architecture):
         scale = x.std(-1, keepdim=True)
         expected = scale * (levels[:, None] * sae.W_dec[on] - own * sae.W_dec[off])
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-        # Set to what it is, a latent changes nothing.
+        # Set to what it is, a latent changes nothing: what the probe's encoder says, to the bit.
+        found = probe.encoders["hook"](x)
+        own = (found.to_dense() if found.is_sparse else found).gather(1, off[:, None])
         same = steering_vectors(probe, "hook", x, off, own[:, 0], off)
     assert torch.equal(same, torch.zeros_like(same))
 
