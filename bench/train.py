@@ -19,6 +19,7 @@ image tokens. Names of contenders:
                         (`model.compile_llm`; only with --only)
     limber-shared       (several captions an image) the captions of an image in one sequence
     limber-DESIGN       another design of the lab (`DESIGNS`, such as limber-enter-40; only with --only)
+    limber-A+B          both, such as limber-compiled+fp32 (only with --only)
 """
 
 from __future__ import annotations
@@ -53,6 +54,13 @@ DESIGNS: dict[str, dict[str, Any]] = {
     **{f"enter-{share}": {"layer": share} for share in (20, 40, 60)},
 }
 """Adapters and entries beside the default ones; layers as percentages of the LLM's."""
+SWITCHES: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "32-true"},
+    "cached": {"cache_features": True},
+    "compiled": {"compile_llm": True},
+    "shared": {"share": True},
+}
+"""Ways to train the same design."""
 
 
 class Ours:
@@ -151,22 +159,16 @@ class Contenders:
                 return self.ours().fit
             case "limber-step":
                 return self.ours().step
-            case "limber-fp32":
-                return self.ours("32-true").fit
-            case "limber-cached":
-                return self.ours(cache_features=True).fit
-            case "limber-compiled":
-                return self.ours(compile_llm=True).fit
-            case _ if (design := name.removeprefix("limber-")) in DESIGNS:
-                return self.ours(**self.design(DESIGNS[design])).fit
-            case "limber-shared":
-                return self.ours(share=True).fit
             case "llava-fp32" | "llava-bf16":
                 return partial(self.peers().trainer, name == "llava-bf16")
             case "llava-bf16-weights":
                 return partial(self.peers(torch.bfloat16).trainer, True)
             case "plain-fp32" | "plain-bf16":
                 return partial(self.peers().plain, name == "plain-bf16")
+        parts = name.removeprefix("limber-").split("+")
+        if name.startswith("limber-") and set(parts) <= {*SWITCHES, *DESIGNS}:
+            ways = (SWITCHES.get(part) or self.design(DESIGNS[part]) for part in parts)
+            return self.ours(**{key: value for way in ways for key, value in way.items()}).fit
         raise ValueError(f"--only {name}: there is no such contender.")
 
 
@@ -239,7 +241,8 @@ def main(setup: Setup) -> Row:
         print(f"  building and warming up {name}", file=sys.stderr)
         of_others = measure.allocated(setup.device)
         runs[name] = contenders.build(name)
-        flops[name] = count_flops(runs[name])
+        # Layers that have run under torch's counter are not compiled any more.
+        flops[name] = None if "compiled" in name else count_flops(runs[name])
         if setup.in_process:
             peak = measure.peak_memory(setup.device, partial(runs[name], 1))["peak_bytes"]
             memory[name] = {"peak_bytes": peak - of_others}

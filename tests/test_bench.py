@@ -72,12 +72,13 @@ def test_designs_are_contenders(tiny_setup):
 
     contenders = Contenders(tiny_setup)
     layers = tiny_setup.size.llm().num_hidden_layers
-    for name in ("fixed", "hold", "inject", "enter-40"):
+    for name in ("fixed", "hold", "inject", "enter-40", "fixed+cached+fp32"):
         assert len(contenders.build(f"limber-{name}")(1)) >= 1
     entered = contenders.ours(**contenders.design(DESIGNS["enter-40"])).model.entry.config
     assert entered.layer == layers * 40 // 100
-    with pytest.raises(ValueError, match="limber-enter: there is no such contender"):
-        contenders.build("limber-enter")
+    for wrong in ("limber-enter", "limber-fixed+enter", "llama-fixed"):
+        with pytest.raises(ValueError, match=f"{re.escape(wrong)}: there is no such contender"):
+            contenders.build(wrong)
 
 
 @pytest.mark.slow

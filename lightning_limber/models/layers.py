@@ -1,10 +1,11 @@
-"""What is put before, behind or in the place of a decoder layer of whatever architecture."""
+"""What is put before, behind or in the place of a decoder layer of whatever architecture; its compiling."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 ResidualHook = Callable[[Tensor], Tensor | None]
@@ -46,3 +47,26 @@ def hook_post(layer: nn.Module, fn: ResidualHook, first: bool):
         return fn(output)
 
     return layer.register_forward_hook(hook, prepend=first)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ValueError if torch cannot compile for this device here."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except Exception as error:  # Of a compiler that is missing, mostly, or of a folder without rights.
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"model.compile_llm=true: torch cannot compile here ({reason}). On a CPU it needs a C++ compiler "
+            "such as g++, on a GPU Triton: install it, or set model.compile_llm to false."
+        ) from error
+
+
+def compiled(forward: Callable) -> Callable:
+    """A layer's forward, compiled where a gradient is wanted."""
+    in_training = torch.compile(forward, dynamic=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Probes and generation are few and of other shapes: not worth compiling for.
+        return (in_training if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+    return call

@@ -21,13 +21,20 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_limber.data.layout import RowMask
 from lightning_limber.models.attention import block_mask, can_flex, flex_attention, whole_mask
+from lightning_limber.models.frozen import freeze, store_matrices
 from lightning_limber.models.head_loss import FrozenHeadLoss
-from lightning_limber.models.layers import ResidualHook, Skipped, hook_post, hook_pre
+from lightning_limber.models.layers import (
+    ResidualHook,
+    Skipped,
+    check_compiler,
+    compiled,
+    hook_post,
+    hook_pre,
+)
 from lightning_limber.utils.hub import from_hub
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-from lightning_limber.models.frozen import freeze, store_matrices
 
 HOOK_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 
@@ -335,11 +342,15 @@ class LLM(nn.Module):
 
         Args:
             dtype: Data type that autocast multiplies in; None: there is no autocast, nor FlexAttention.
+
+        Raises:
+            ValueError: torch cannot compile here.
         """
+        check_compiler(self.embedding.weight.device)  # Now, and not at the first step.
         if dtype is not None and self.embedding.weight.is_cuda:
             self.uses_flex = can_flex(self, dtype)
         for layer in self.layers:
-            layer.forward = _compiled(layer.forward)  # type: ignore[method-assign]
+            layer.forward = compiled(layer.forward)  # type: ignore[method-assign]
 
     @contextmanager
     def residual_hooks(self, hooks: dict[str, ResidualHook], first: bool = False) -> Iterator[None]:
@@ -381,13 +392,3 @@ def _text_model(whole: Any, text: Any) -> Any:
     text.set_output_embeddings(whole.get_output_embeddings())
     text.generation_config = whole.generation_config
     return text.eval()
-
-
-def _compiled(forward: Callable) -> Callable:
-    compiled = torch.compile(forward, dynamic=True)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # Probes and generation are few and of other shapes: not worth compiling for.
-        return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
-
-    return call

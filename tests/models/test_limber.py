@@ -383,6 +383,15 @@ def test_compiled_layers_change_no_number(fit):
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
 
 
+def test_no_compiler(fit, monkeypatch):
+    def compile_nothing(_function):
+        raise RuntimeError("no C++ compiler was found\n\nmuch more")
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    with pytest.raises(ValueError, match=r"cannot compile here \(no C\+\+ compiler was found\)\. On a CPU"):
+        fit("--model.compile_llm=true")
+
+
 @pytest.mark.parametrize("encoder", ["dinov2", "resnet"])
 def test_bf16_autocast_runs_the_same_experiment(fit, tmp_path, encoder):
     flags = [f"--model.vision.name={tiny.write_vision(tmp_path, encoder)}", "--model.vision.pool=1"]
