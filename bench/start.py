@@ -1,4 +1,5 @@
-"""How long one waits: for ``--help``, for ``--print_config``, and for the first optimiser step of ``fit``.
+"""How long one waits: for ``--help``, for ``--print_config``, and for the first optimiser step of ``fit``;
+beside them the bare imports of torch and Lightning.
 
 Every command runs in a process of its own, once unmeasured to warm caches. The default run's models have
 random weights of true size here, so the sanity check only warns; all else is the default config.
@@ -64,6 +65,7 @@ def main(setup: Setup) -> Row:
     out = setup.folder / "first_step.json"
     flags = fit_flags(setup)
     commands = {
+        "bare_imports": ["-c", "import torch, lightning.pytorch"],
         "help": [*LIMBER, "--help"],
         "fit_help": [*LIMBER, "fit", "--help"],
         "print_config": [*LIMBER, "fit", "--print_config"],

@@ -187,9 +187,8 @@ class SAEProbe(pl.Callback):
         self.history = {}
         if kept and "table" in state:  # Older checkpoints hold all epochs.
             for row in earlier_rows(trainer, state["table"], "epoch", max(kept)):
-                layer = int(row["layer"]) if row["layer"] else None
-                values = [row[name] for name in Row._fields[1:]]
-                self.history.setdefault(row["epoch"], []).append(Row(layer, *values))
+                values = [row[name] for name in Row._fields]
+                self.history.setdefault(row["epoch"], []).append(Row(*values))
         self.history |= kept
         self._saes = state.get("saes", {})
         if trainer.state.fn != "fit":

@@ -46,18 +46,13 @@ def fit(models, monkeypatch):
 
     Without `figures` none is drawn: they are most of a tiny run's time.
     """
-    from process import drawing
-
-    from lightning_limber.cli import main
+    from process import run_here
 
     def run(
         *args: str, command: str = "fit", base: bool = True, probe: bool = False, figures: bool = False
     ):
-        for module, name in [] if figures else drawing():
-            monkeypatch.setattr(module, name, lambda *args: None)
         flags = tiny.arguments(models, probe) if base else []
-        monkeypatch.setattr(sys, "argv", ["lightning_limber"])
-        return main([command, *flags, *map(str, args)])
+        return run_here(monkeypatch, Path.cwd(), command, *flags, *args, figures=figures)
 
     return run
 

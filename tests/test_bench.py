@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -94,10 +95,12 @@ def test_train(tmp_path):
 
 
 @pytest.mark.slow
-def test_train_with_several_captions(tmp_path):
-    names = ["limber-shared", "limber"]
-    result = run(tmp_path, "train", "--captions", "5", "--only", *names)
-    assert_positive(result["results"], *TRAIN_FIELDS)
+def test_train_with_several_captions(tiny_setup):
+    from bench import train
+
+    size = tiny_setup.size.many_tokens()
+    result = train.main(replace(tiny_setup, size=size, captions=5, only=["limber-shared"], in_process=True))
+    assert_positive(result["results"], *(name for name in TRAIN_FIELDS if name != "built_bytes"))
     assert result["work"]["samples"] == 5 * result["work"]["images"]
     assert result["work"]["image_tokens"] == 16
 
@@ -173,8 +176,8 @@ def test_what_there_is_no_time_for_is_left_out(tiny_setup):
 
 @pytest.mark.slow
 def test_start(tmp_path):
-    # Each repeat is two processes with all their imports.
-    result = run(tmp_path, "start", "--only", "fit_help", "fit_to_first_step", repeats=1)
+    # Each repeat is two processes with their imports.
+    result = run(tmp_path, "start", "--only", "help", "fit_to_first_step", repeats=1)
     assert_positive(result["results"], "seconds", "cpu_seconds")
     seconds = result["first_step_seconds"]
     total = seconds.pop("total")
@@ -182,7 +185,7 @@ def test_start(tmp_path):
     assert set(seconds) == set(parts)
     assert min(seconds.values()) > 0
     assert max(seconds.values()) < total
-    assert result["import_seconds"]["fit_help"]["torch"] > 0
+    assert max(result["import_seconds"]["help"].values()) > 0
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def two_steps(models: Path) -> list[str]:
         "fit",
         *tiny.arguments(models),
         "--trainer.max_steps=2",
-        "--data.train_size=4",
+        "--data.train_size=8",
         "--probe.num_images=4",
         "--probe.text_gate=warn",  # Reads the package's text.
     ]
@@ -94,9 +94,9 @@ def check(folder: Path) -> None:
     log = folder / "runs/default/version_0"
     table = pd.read_csv(log / "probe.csv")
     assert {"fvu", "lens_hit", "loss_recovered"} <= set(table.metric)
-    assert sorted(table.epoch.unique()) == [0, 1, 2]
+    assert sorted(table.epoch.unique()) == [0, 1]
     assert (log / "captions.csv").is_file()
-    assert (log / "checkpoints/epoch_2.ckpt").is_file()
+    assert (log / "checkpoints/epoch_1.ckpt").is_file()
 
 
 def test_a_bare_clone_runs_two_steps_with_the_probe(source, models):

@@ -239,7 +239,7 @@ COMMANDS = [
     ("export --outptu=x", "'outptu' is not known. Did you mean 'output'?"),
     ("plan --gpu B100", "--gpu B100: known are H200, "),
     ("plan --gpus many", "gpus: 'many' is given, wanted is int."),
-    ("plan --model.llm=folder", "'folder' cannot be loaded: "),
+    ("plan --model.llm=folder --model.vision.name=folder", "'folder' cannot be loaded: "),
     ("report", "the following arguments are required: RUN. See "),
     ("report nowhere", "'nowhere' has no probe.csv: give the folder of a run whose SAE probe has run, "),
     ("report --nothing folder", "unrecognized arguments: --nothing. See "),

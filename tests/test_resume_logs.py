@@ -13,10 +13,10 @@ import pytest
 import tiny
 import torch
 from crash import Crash
-from process import REPO
+from process import REPO, run_here
 from runs import assert_equal, curves, final
 
-from lightning_limber.callbacks import Checkpoints, sae_probe
+from lightning_limber.callbacks import Checkpoints
 from lightning_limber.utils.checkpoints import read_checkpoint
 
 RUN = Path("runs/default/version_0")
@@ -58,16 +58,10 @@ def kill_at_save(monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory) -> Path:
-    """The run that nobody killed: 2 epochs of 4 steps, validated after every second."""
-    from lightning_limber.cli import main
-
+    """2 epochs of 4 steps, validated after every second."""
     root = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setattr("sys.argv", ["lightning_limber"])
-        for name in (name for name in vars(sae_probe) if name.endswith("_figure")):
-            patch.setattr(sae_probe, name, lambda *args: None)
-        main(["fit", *tiny.arguments(models), *EXTRA])
+        run_here(patch, root, "fit", *tiny.arguments(models), *EXTRA)
     return root / RUN
 
 
@@ -104,8 +98,7 @@ STEPS = "--trainer.max_steps=6"
 TIME = {"steps": [STEPS], "time": ["--trainer.max_time=00:00:01:00"]}
 
 
-@pytest.fixture
-def clock(monkeypatch):
+def tick_by_steps(monkeypatch) -> None:
     """Lightning's Timer on a clock that goes on by ten seconds a step."""
     fake = types.SimpleNamespace(now=0, monotonic=lambda: fake.now)
     monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", fake)
@@ -116,8 +109,18 @@ def clock(monkeypatch):
     monkeypatch.setattr(Checkpoints, "on_before_zero_grad", tick, raising=False)
 
 
+@pytest.fixture(scope="module", params=TIME)
+def short(request, models, tmp_path_factory) -> tuple[list[str], Path]:
+    """Flags of a run that ends inside an epoch, and the run that nobody killed."""
+    flags = [*EXTRA, "--trainer.val_check_interval=4", *TIME[request.param]]
+    root = tmp_path_factory.mktemp("short")
+    with pytest.MonkeyPatch.context() as patch:
+        tick_by_steps(patch)
+        run_here(patch, root, "fit", *tiny.arguments(models), *flags)
+    return flags, root / RUN
+
+
 # It saves: steps 1 to 4, validation, epoch_1.ckpt, last.ckpt, step 5, step 6, validation, last.ckpt.
-@pytest.mark.parametrize("ends_by", TIME)
 @pytest.mark.parametrize(
     ("number", "before"),
     [
@@ -127,25 +130,24 @@ def clock(monkeypatch):
         pytest.param(11, True, id="probed, not saved"),
     ],
 )
-def test_the_end_of_a_run_is_made_up(fit, clock, kill_at_save, number, before, ends_by):
-    flags = [*EXTRA, "--trainer.val_check_interval=4", *TIME[ends_by]]
-    fit(*flags, probe=True)
+def test_the_end_of_a_run_is_made_up(short, fit, monkeypatch, kill_at_save, number, before):
+    flags, run = short
+    tick_by_steps(monkeypatch)
     kill_at_save(number, before)
     with pytest.raises(Crash):
         fit(*flags, probe=True)
     kill_at_save(0, False)
-    other = RUN.with_name("version_1")
-    fit(f"--ckpt_path={other}", base=False)
-    assert points(other) == points(RUN)
+    fit(f"--ckpt_path={RUN}", base=False)
+    assert points(RUN) == points(run)
     for name in TABLES:
-        assert (other / name).read_text().replace("version_1", "version_0") == (RUN / name).read_text()
-    assert_equal(final(other), final(RUN))
-    assert read_checkpoint(other / "checkpoints/last.ckpt")["global_step"] == 6
+        assert (RUN / name).read_text() == (run / name).read_text()
+    assert_equal(final(RUN), final(run))
+    assert read_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"] == 6
     # Once: there is nothing left to make up.
-    before = {path: path.read_bytes() for path in other.glob("*.csv")}
-    fit(f"--ckpt_path={other}", base=False)
-    assert points(other) == points(RUN)
-    assert {path: path.read_bytes() for path in other.glob("*.csv")} == before
+    before = {path: path.read_bytes() for path in RUN.glob("*.csv")}
+    fit(f"--ckpt_path={RUN}", base=False)
+    assert points(RUN) == points(run)
+    assert {path: path.read_bytes() for path in RUN.glob("*.csv")} == before
 
 
 @pytest.mark.parametrize("number", [9, 10, 11])

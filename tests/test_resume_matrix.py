@@ -15,6 +15,7 @@ import tiny
 import torch
 from datasets_on_disk import write_karpathy
 from PIL import Image
+from process import run_here
 
 REPO = Path(__file__).parents[1]
 RUN = Path("runs/default/version_0")
@@ -124,15 +125,9 @@ FILES = {
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A folder with models, pictures and a run of 4 steps on them, all by relative paths."""
-    from lightning_limber.callbacks import captions, sae_probe
-    from lightning_limber.cli import main
-
     root = tmp_path_factory.mktemp("matrix")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        for module in (captions, sae_probe):
-            for name in (name for name in vars(module) if name.endswith("_figure")):
-                patch.setattr(module, name, lambda *args: None)
         models = Path("models")
         tiny.write_llm(models / "llm")
         tiny.write_vision(models / "vision")
@@ -143,8 +138,7 @@ def root(tmp_path_factory) -> Path:
         flags += ["--data=CocoCaptions", "--data.annotations=coco/dataset_coco.json", "--data.images=coco"]
         flags += ["--data.batch_size=4", "--data.val_batch_size=4", "--data.num_workers=0"]
         flags += ["--trainer.max_steps=4", "--probe.metrics=[direction]", "--probe.num_images=4"]
-        patch.setattr("sys.argv", ["lightning_limber"])
-        main(["fit", *flags])
+        run_here(patch, root, "fit", *flags)
     return root
 
 

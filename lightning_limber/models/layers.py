@@ -56,8 +56,8 @@ def check_compiler(device: torch.device) -> None:
     except Exception as error:  # Of a compiler that is missing, mostly, or of a folder without rights.
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"model.compile_llm=true: torch cannot compile here ({reason}). On a CPU it needs a C++ compiler "
-            "such as g++, on a GPU Triton: install it, or set model.compile_llm to false."
+            f"model.compile_llm=true: torch cannot compile here ({reason}). On a CPU it needs a C++ "
+            "compiler such as g++, on a GPU Triton: install it, or set model.compile_llm to false."
         ) from error
 
 

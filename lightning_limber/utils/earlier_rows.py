@@ -46,4 +46,6 @@ def earlier_rows(trainer: Any, name: str, key: str, last: int) -> list[dict[str,
 def _with_numbers(row: dict[str, Any]) -> dict[str, Any]:
     numbers: dict[str, Any] = {name: float(row[name] or "nan") for name in ("value", "low", "high")}
     numbers |= {name: int(row[name]) for name in ("epoch", "step") if name in row}
+    if "layer" in row:
+        numbers["layer"] = int(row["layer"]) if row["layer"] else None
     return row | numbers

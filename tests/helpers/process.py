@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import ModuleType
+from typing import Any
 
 REPO = Path(__file__).parents[2]
 HELPERS = {"PYTHONPATH": f"{REPO}{os.pathsep}{Path(__file__).parent}"}
@@ -43,6 +44,25 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
+
+
+def run_here(patch: Any, folder: Path, *args: str, figures: bool = False) -> Any:
+    """A command in this process and a folder; the CLI object.
+
+    Args:
+        patch: A `pytest.MonkeyPatch`, whose changes last as long as it does.
+        folder: Working directory.
+        args: Command and flags.
+        figures: Draw them.
+    """
+    from lightning_limber.cli import main
+
+    patch.chdir(folder)
+    patch.setenv("LIGHTNING_LIMBER_TRACEBACK", "1")
+    patch.setattr(sys, "argv", ["lightning_limber"])
+    for module, name in [] if figures else drawing():
+        patch.setattr(module, name, lambda *args: None)
+    return main(list(map(str, args)))
 
 
 def run_cli(

