@@ -5,12 +5,12 @@ Every figure is a PNG in the run's folder too, so that none depends on a logger.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import hparams
 
 from lightning_limber.probe.palette import Panel, ordered_groups
@@ -34,17 +34,23 @@ def log_figure(trainer: Any, tag: str, figure: Any, epoch: int) -> None:
     """
     if figure is None:
         return
-    picture = as_picture(figure)
+    picture, png = as_picture(figure), io.BytesIO()
+    picture.save(png, "PNG")  # Once: TensorBoard's `add_image` would make another.
     for logger in trainer.loggers:
         if hasattr(logger.experiment, "add_image"):
-            logger.experiment.add_image(tag, np.asarray(picture), trainer.global_step, dataformats="HWC")
+            width, height = picture.size
+            image = Summary.Image(
+                height=height, width=width, colorspace=3, encoded_image_string=png.getvalue()
+            )
+            summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+            logger.experiment._get_file_writer().add_summary(summary, trainer.global_step)
         elif hasattr(logger, "log_image"):
             logger.log_image(tag, [picture], step=trainer.global_step)
     if trainer.run_folder and not trainer.fast_dev_run:
         name = f"{tag.lower().replace('/', '_')}_epoch_{epoch}.png"
         path = Path(trainer.run_folder) / "figures" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, partial(picture.save, format="PNG"))
+        write_whole(path, lambda part: part.write_bytes(png.getvalue()))
 
 
 def log_table(trainer: Any, tag: str, table: Any) -> None:

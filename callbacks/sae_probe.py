@@ -8,7 +8,6 @@ what is measured is in lightning_limber/probe/.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -233,14 +232,14 @@ class SAEProbe(pl.Callback):
         # The first is counted: it alone reads the captions without an image.
         counter = FlopCounter() if trainer.state.fn == "fit" and not self.history else None
         untrained = epoch > 0 and module.hparams["adapter_weights"] is None
-        with counter or nullcontext():
-            report = self.probe.run(
-                Batches(trainer, self.num_images, "Probing"),
-                Batches(trainer, self.intervention_images, "Probing layer by layer", interventions=True),
-                data.attributes,
-                same_captions=trainer.state.fn == "fit",  # `validate` may be given other data.
-                start=self.history.get(0, ()) if untrained else (),
-            )
+        report = self.probe.run(
+            Batches(trainer, self.num_images, "Probing"),
+            Batches(trainer, self.intervention_images, "Probing layer by layer", interventions=True),
+            data.attributes,
+            same_captions=trainer.state.fn == "fit",  # `validate` may be given other data.
+            start=self.history.get(0, ()) if untrained else (),
+            counter=counter,
+        )
         explored = self._explore(trainer, epoch)
         report.seconds.update(self.probe.clock.take())
         self.history[epoch] = report.rows

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,14 +8,14 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO / "tests" / "helpers"))
+os.environ["LIGHTNING_LIMBER_TRACEBACK"] = "1"  # Errors are raised, not printed.
 import tiny  # noqa: E402 (found on the path that is set above)
 
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path, monkeypatch):
-    """Every test in its own folder, with errors raised instead of printed."""
+    """Every test in its own folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIGHTNING_LIMBER_TRACEBACK", "1")
 
 
 @pytest.fixture(scope="session")

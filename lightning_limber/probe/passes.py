@@ -62,9 +62,7 @@ INTERVENTIONS = ""
 
 @dataclass(frozen=True)
 class Report:
-    """What a probe found: rows; tables, matrices and sums by image of `Measurement`, and the images' names;
-    seconds by name.
-    """
+    """What a probe found; tables, matrices and sums by image are those of `Measurement`."""
 
     rows: list[Row]
     tables: dict[str, list[dict[str, Any]]]
@@ -149,6 +147,7 @@ class Probe:
         attributes: Callable[[Any], set[str] | None] = lambda scene: None,
         same_captions: bool = False,
         start: Sequence[Row] = (),
+        counter: AbstractContextManager[Any] | None = None,
     ) -> Report:
         """Measures everything.
 
@@ -160,6 +159,7 @@ class Probe:
             same_captions: The captions are the same at every call: what the LLM makes of them without an
                 image is then measured by the first alone, as neither LLM nor SAEs ever change.
             start: Rows of the untrained adapter, a control; empty where they are not known.
+            counter: Counts FLOPs, of both passes alone: it slows down the many small operations behind.
         """
         training = self.model.training
         self.model.eval()
@@ -167,25 +167,25 @@ class Probe:
         stats, kept = dict(stats), defaultdict(list, kept)
         known = {group for group, _ in stats}
         images: dict[int, ImageInfo] = {}
-        for chunk in chunks_on_device(self.saes, self.model.device, self.config.sae_memory_gb):
-            accumulators = {
-                (group, name): TokenStats(
-                    any(group in metric.activation_sums for metric in self.metrics),
-                    any(group in metric.activation_maxima for metric in self.metrics),
-                ).to(self.model.device)
-                for group in self.groups
-                for name in self.hooks_of(self.groups[group], chunk)
-                if group not in known
-            }
-            for batch in batches:
-                self._clean_pass(batch, accumulators, kept)
-                told = zip(batch.index, batch.image_ids, batch.captions, batch.scenes, strict=True)
-                for index, image, captions, scene in told:
-                    images[index] = ImageInfo(index, image, captions, attributes(scene))
-            # One by one: parts are freed when their whole is made.
-            stats |= {key: accumulators.pop(key).compute() for key in list(accumulators)}
-            for batch in intervention_batches if self.intervenes else ():
-                self._intervention_pass(batch, self.hooks_of(IMAGE, chunk), kept, same_captions)
+        with counter or nullcontext():
+            for chunk in chunks_on_device(self.saes, self.model.device, self.config.sae_memory_gb):
+                accumulators = {
+                    (group, name): TokenStats(
+                        any(group in metric.activation_sums for metric in self.metrics),
+                        any(group in metric.activation_maxima for metric in self.metrics),
+                    ).to(self.model.device)
+                    for group in self.groups
+                    for name in self.hooks_of(self.groups[group], chunk)
+                    if group not in known
+                }
+                for batch in batches:
+                    self._clean_pass(batch, accumulators, kept)
+                    told = zip(batch.index, batch.image_ids, batch.captions, batch.scenes, strict=True)
+                    images |= {i: ImageInfo(i, name, said, attributes(s)) for i, name, said, s in told}
+                # One by one: parts are freed when their whole is made.
+                stats |= {key: accumulators.pop(key).compute() for key in list(accumulators)}
+                for batch in intervention_batches if self.intervenes else ():
+                    self._intervention_pass(batch, self.hooks_of(IMAGE, chunk), kept, same_captions)
         self.model.train(training)
         kept = apply_to_collection(dict(kept), Tensor, lambda tensor: tensor.cpu())
         if same_captions:

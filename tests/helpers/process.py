@@ -58,7 +58,6 @@ def run_here(patch: Any, folder: Path, *args: str, figures: bool = False) -> Any
     from lightning_limber.cli import main
 
     patch.chdir(folder)
-    patch.setenv("LIGHTNING_LIMBER_TRACEBACK", "1")
     patch.setattr(sys, "argv", ["lightning_limber"])
     for module, name in [] if figures else drawing():
         patch.setattr(module, name, lambda *args: None)
