@@ -84,7 +84,7 @@ class SAEProbe(pl.Callback):
     ``probe.csv`` and ``probe.parquet`` in the run's folder (run, epoch, layer, group, metric, value,
     low, high), by image to ``images_epoch_{n}.npz`` (by_image.py), and as figures to every logger that
     takes pictures and to ``figures/``.
-    ``flops/probe`` is counted in the first probe.
+    ``flops/probe`` is counted in the passes of the first probe.
     ``patches_epoch_{n}.jpg`` shows on which patches latents fire whose descriptions match the caption, at
     the layer where `match` is highest. ``explorer_epoch_{n}.gz`` is what the
     explorer of single image tokens in the report shows (explorer.py).

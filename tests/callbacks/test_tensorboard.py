@@ -214,9 +214,9 @@ def test_flops_are_those_of_the_first_batch_and_the_first_probe(log, cli):
     product._get_raw = sampled._get_raw = True
     sparse = {torch.ops.aten.mm: product, torch.ops.aten.sparse_sampled_addmm: sampled}
     cli.model.setup("fit")  # Forgets the features that it keeps, as at the start of a run.
-    with FlopCounterMode(display=False, custom_mapping={**CPU_ATTENTION, **sparse}) as counter:
-        batches = data.probe_dataloader(60), data.probe_dataloader(6, interventions=True)
-        probe.run(*batches, data.attributes)
+    counter = FlopCounterMode(display=False, custom_mapping={**CPU_ATTENTION, **sparse})
+    batches = data.probe_dataloader(60), data.probe_dataloader(6, interventions=True)
+    probe.run(*batches, data.attributes, counter=counter)
     assert found["flops/probe"] == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
