@@ -20,7 +20,7 @@ def main(source: Path, target: Path) -> None:
     found = json.loads(source.read_text())
     axes = list(found["deviation"])
     figure = new_figure(2.7 * len(axes), 2.8)
-    figure.subplots_adjust(left=0.06, right=0.98, top=0.95, bottom=0.18, wspace=0.6)
+    figure.subplots_adjust(left=0.06, right=0.98, top=0.95, bottom=0.18, wspace=0.75)
     for name, axis in zip(axes, figure.subplots(1, len(axes)), strict=True):
         rows = [row for row in found["results"] if row["axis"] == name]
         sizes = [row["size"] for row in rows]
