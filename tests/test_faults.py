@@ -156,7 +156,9 @@ def test_captions_that_cannot_be_written(copy, fails):
 @pytest.mark.parametrize("command", ["fit", "validate", "predict", "export"])
 def test_a_damaged_checkpoint(damage, command, copy, fails):
     damage(copy / "checkpoints/last.ckpt")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     found = fails(f"--ckpt_path={copy}", command=command, base=False)
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
     assert "last.ckpt' is damaged (" in found
     assert found.endswith("Whole beside it: epoch_1.ckpt.\n")
 
@@ -350,6 +352,7 @@ def test_a_changed_bit_of_an_sae(place, models, fails):
     flip(Path("saes/layer_2/sae_weights.safetensors"), place)
     found = fails("--probe.sae_release=saes", probe=True)
     assert found.startswith("probe.sae_release: 'saes/layer_2/sae_weights.safetensors' is damaged: ")
+    assert not [path for path in Path("runs").rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("place", bits())

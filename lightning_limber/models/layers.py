@@ -1,4 +1,4 @@
-"""What is put before, behind or in the place of a decoder layer of whatever architecture; its compiling."""
+"""Decoder layers of whatever architecture: hooks before and behind, stand-ins, and compiled ones."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import tiny
 import torch
 from browser import ALL_TEXT
 from parts import sae_probe
+from process import run_here
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_limber.callbacks import RunRecord
@@ -41,8 +42,6 @@ def describe(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def cli(models, tmp_path_factory):
     """The CLI object of a short run with all its figures."""
-    from lightning_limber.cli import main
-
     root = tmp_path_factory.mktemp("tensorboard")
     flags = [
         *tiny.arguments(models),
@@ -52,10 +51,7 @@ def cli(models, tmp_path_factory):
     flags += ["--data.val_size=60", "--probe.num_images=60", f"--trainer.logger.save_dir={root}/runs"]
     flags += ["--probe.log=all"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("LIGHTNING_LIMBER_TRACEBACK", "1")
-        patch.setattr("sys.argv", ["lightning_limber"])
-        return main(["fit", *flags])
+        return run_here(patch, root, "fit", *flags, figures=True)
 
 
 @pytest.fixture(scope="module")
